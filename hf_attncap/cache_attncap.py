@@ -1,0 +1,197 @@
+"""The decoder's state between words, as a `transformers` cache.
+
+Three layers: the LSTM state, the words so far (for the attention over words) and the image's regions with their projection.
+All rows that caption one image are adjacent and share its regions, so that beams and samples never copy them.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Layer(CacheLayerMixin):
+    """What the three layers have in common; tensors are rebound, never written in place, as autograd needs."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the given rows, in that order."""
+        if self.is_initialized:
+            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+            self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+
+class StateLayer(_Layer):
+    """`keys` = h and `values` = c, each (R, S), after the last word; the length is counted in positions.
+
+    Earlier states are kept for `crop` by reference, which costs no copy. Selecting rows would copy them all, so it drops them unless
+    `activate_past_recording` was called.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0
+        self.record_past = False
+        self.past: list[tuple[torch.Tensor, torch.Tensor]] = []  # the state before each position
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Take h and c (R, S) after one more position."""
+        self.past.append((self.keys, self.values))
+        self.keys, self.values = key_states, value_states
+        self.length += 1
+        return self.keys, self.values
+
+    def start(self, h: torch.Tensor, c: torch.Tensor) -> None:
+        """Take h and c (R, S) before the first word."""
+        self.lazy_initialization(h, c)
+        self.keys, self.values = h, c
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of words to remove as a negative number.")
+        if tokens_to_remove == 0:
+            return
+        if -tokens_to_remove > len(self.past):
+            raise ValueError(
+                f"crop({tokens_to_remove}): {len(self.past)} earlier states are kept; call `activate_past_recording` before "
+                "beams or rows are selected."
+            )
+        self.keys, self.values = self.past[tokens_to_remove]
+        self.past = self.past[:tokens_to_remove]
+        self.length += tokens_to_remove
+
+    def select(self, rows: torch.Tensor) -> None:
+        super().select(rows)
+        if not self.record_past:
+            self.past = []
+        self.past = [tuple(state.index_select(0, rows.to(state.device)) for state in pair) for pair in self.past]
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.past = 0, []
+
+
+class WordLayer(_Layer):
+    """The words so far: `keys` = u (R, t, A), `values` = e (R, t, E), `mask` (R, t), False where a position is padding.
+
+    `all_words` says that no mask was ever given, which spares the attention the masking.
+    """
+
+    mask: torch.Tensor | None = None
+    all_words = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs):
+        """Append words: u (R, n, A), e (R, n, E), mask (R, n)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.mask = key_states, value_states, mask
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=1)  # (R, t + n, A)
+            self.values = torch.cat([self.values, value_states], dim=1)  # (R, t + n, E)
+            self.mask = torch.cat([self.mask, mask], dim=1)  # (R, t + n)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[1] if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.keys, self.values, self.mask = (x[:, :tokens_to_remove] for x in (self.keys, self.values, self.mask))
+
+    def select(self, rows: torch.Tensor) -> None:
+        super().select(rows)
+        if self.is_initialized:
+            self.mask = self.mask.index_select(0, rows.to(self.mask.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.mask, self.all_words = None, True
+
+
+class RegionLayer(_Layer):
+    """The image's regions: `keys` = K (B, N, A), projected once, `values` = a (B, N, C); B images, not rows."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beams only trade places within their image."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """More rows an image share the same regions."""
+
+
+class AttnCapCache(Cache):
+    """Everything that captioning needs to go on after the words so far; `get_seq_length()` counts their positions."""
+
+    layers: list
+
+    def __init__(self):
+        super().__init__(layers=[StateLayer(), WordLayer(), RegionLayer()])
+
+    @property
+    def state(self) -> StateLayer:
+        return self.layers[0]
+
+    @property
+    def words(self) -> WordLayer:
+        return self.layers[1]
+
+    @property
+    def regions(self) -> RegionLayer:
+        return self.layers[2]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state.is_initialized
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the given rows; from then on each row has regions of its own."""
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        rows_per_image = self.state.keys.shape[0] // self.regions.keys.shape[0]
+        self.state.select(indices)
+        self.words.select(indices)
+        self.regions.select(indices // rows_per_image)
+
+
+__all__ = ["AttnCapCache"]

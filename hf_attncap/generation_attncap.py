@@ -1,0 +1,92 @@
+"""How `generate` treats a captioner: prompts, the cache, and images that share their regions between beams."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+from .cache_attncap import AttnCapCache
+
+# Modes that left transformers' core, each with what does their work there.
+GONE = {
+    GenerationMode.GROUP_BEAM_SEARCH: "beam sampling (`num_beams` with `do_sample=True`) and `num_return_sequences`",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "a prompt (`input_ids`) for a forced beginning, or `prefix_allowed_tokens_fn`",
+    GenerationMode.CONTRASTIVE_SEARCH: "sampling with `top_p`, or beams with `repetition_penalty`",
+    GenerationMode.DOLA_GENERATION: "greedy or beam search; the decoder has one layer, so there are none to contrast",
+}
+
+
+class AttnCapGenerationMixin(GenerationMixin):
+    """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`."""
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_mode in GONE:
+            raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None):
+        """Modes that left the core are refused instead of being fetched from the Hub."""
+        return None
+
+    def _prepare_decoder_input_ids_for_generation(
+        self,
+        batch_size: int,
+        model_input_name: str,
+        model_kwargs: dict[str, Any],
+        decoder_start_token_id: torch.Tensor,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The start token and the prompt behind it, [BOS, pad, pad, a, dog], with a mask wherever there is padding."""
+        prompt = model_kwargs.pop("decoder_input_ids", None)
+        mask = model_kwargs.pop("decoder_attention_mask", None)
+        text, text_mask = model_kwargs.pop("input_ids", None), model_kwargs.pop("attention_mask", None)
+        if prompt is None:
+            prompt, mask = text, text_mask if mask is None else mask
+        start = decoder_start_token_id.to(device or self.device).reshape(-1, 1).expand(batch_size, 1)  # (B, 1)
+        if prompt is None or prompt.shape[1] == 0:
+            return start.clone(), model_kwargs
+        prompt = prompt.to(start.device)  # (B, t)
+        if mask is None:
+            mask = self._infer_prompt_mask(prompt)
+        first = prompt[:, 0] if mask is None else prompt.gather(1, mask.long().argmax(1, keepdim=True)).squeeze(1)  # (B)
+        if (first != start[:, 0]).any():
+            prompt = torch.cat([start, prompt], dim=1)  # (B, 1 + t)
+            mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
+        if mask is not None and not mask.all():
+            model_kwargs["decoder_attention_mask"] = mask.to(start.device)
+        return prompt, model_kwargs
+
+    def _infer_prompt_mask(self, prompt: torch.Tensor) -> torch.Tensor | None:
+        pad = self.generation_config.pad_token_id
+        pad = self.config.pad_token_id if pad is None else pad
+        return None if pad is None else (prompt != pad).long()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Rows are multiplied, images are not: the decoder shares an image's regions between its rows."""
+        encoder_outputs = model_kwargs.pop("encoder_outputs", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "encoder_outputs": encoder_outputs}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"`cache_implementation='{generation_config.cache_implementation}'` does not fit a recurrent decoder, whose "
+                    "state is small and has one form: leave it out."
+                )
+            model_kwargs["past_key_values"] = AttnCapCache()
+        elif given is not None:
+            given._is_user_defined = True
+
+
+__all__ = ["AttnCapGenerationMixin"]

@@ -1,0 +1,114 @@
+"""A checkpoint as a folder for the Hugging Face Hub: it brings its own code and loads where this package is not installed."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .configuration_attncap import AttnCapConfig
+
+CODE = Path(__file__).parent
+MODEL_CLASSES = {
+    "AutoConfig": "configuration_attncap.AttnCapConfig",
+    "AutoModel": "modeling_attncap.AttnCapModel",
+    "AutoModelForImageTextToText": "modeling_attncap.AttnCapForConditionalGeneration",
+}
+IMAGE_PROCESSOR_CLASS = {"AutoImageProcessor": "image_processing_attncap.AttnCapImageProcessor"}
+PROCESSOR_CLASS = {"AutoProcessor": "processing_attncap.AttnCapProcessor"}
+# With exactly one entry `pipeline(model=...)` needs no task.
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_attncap.AttnCapPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+NEEDED = {
+    "config.json": "the configuration",
+    "processor_config.json": "the processor",
+    "tokenizer.json": "the tokenizer",
+    "model*.safetensors": "the weights",
+}
+COPIED = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+)
+
+
+def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Makes a folder that can be pushed to the Hub as it is.
+
+    From it `pipeline("image-to-text", model=out, trust_remote_code=True)`, also without the task, and the Auto classes work
+    without this package; where the package is installed its own classes are used. The checkpoint stays as it is. What training
+    left in its folder beside model and processor (optimizer, logs) is not taken along.
+
+    Args:
+        checkpoint: a folder with a saved model and its processor.
+        out: the folder to make. It may exist if it is empty. It appears when all is written, or not at all.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        FileNotFoundError: `checkpoint` is no folder, or has no configuration, weights, processor or tokenizer.
+        FileExistsError: `out` is there already and is not an empty folder.
+        ValueError: `checkpoint` holds another kind of model.
+    """
+    source, target = Path(checkpoint), Path(out)
+    config = _checked_config(source)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"'{target}' is there already and is not an empty folder: name another, or remove it first.")
+    processor = _read(source / "processor_config.json")
+    processor["auto_map"] = PROCESSOR_CLASS
+    processor["image_processor"] = {**processor["image_processor"], "auto_map": IMAGE_PROCESSOR_CLASS}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / "export"
+        folder.mkdir()
+        for file in [
+            *(path for pattern in COPIED for path in source.glob(pattern)),
+            *CODE.glob("*_attncap.py"),
+        ]:
+            shutil.copyfile(file, folder / file.name)
+        _write(
+            folder / "config.json",
+            {**config, "auto_map": MODEL_CLASSES, "custom_pipelines": CUSTOM_PIPELINES},
+        )
+        _write(folder / "processor_config.json", processor)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    return target
+
+
+def _checked_config(source: Path) -> dict[str, Any]:
+    """The checkpoint's configuration, if all is there and it is a captioner's."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"'{source}' is no folder: name the folder of a saved model and its processor.")
+    config = _read(source / "config.json") if (source / "config.json").is_file() else {}
+    kind = config.get("model_type", AttnCapConfig.model_type)
+    if kind != AttnCapConfig.model_type:
+        raise ValueError(f"'{source}' holds a model of type '{kind}': only '{AttnCapConfig.model_type}' can be exported.")
+    missing = [f"{what} ({pattern})" for pattern, what in NEEDED.items() if not any(source.glob(pattern))]
+    if missing:
+        raise FileNotFoundError(
+            f"'{source}' lacks {', '.join(missing)}: save the model and its processor there with `save_pretrained`."
+        )
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+__all__ = ["export_to_hub"]

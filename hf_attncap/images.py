@@ -1,0 +1,298 @@
+"""Any picture a person has -> a checked, upright RGB image, or one clear error."""
+
+import base64
+import http.client
+import io
+import ipaddress
+import os
+import socket
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+from contextlib import closing
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+TIMEOUT = 30.0  # seconds: for connecting, and again for everything that one server then sends
+MAX_BYTES = 64 * 2**20
+MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CHANNELS = (1, 2, 3, 4)
+_URL_SAFE = "%/:=&?~+!$,;'@()*[]#"  # left alone; spaces and letters beyond ASCII are percent-encoded
+# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, and fails where another tag is malformed.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message names the source and the way out."""
+
+
+def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
+    """Read one picture as an upright RGB image.
+
+    Greyscale, palette, 16-bit, float and CMYK pictures become 8-bit RGB, transparency is laid on white, EXIF
+    rotation is applied, and of an animation the first frame is taken.
+
+    Args:
+        source: a path (str or path-like), an http(s) or data: URL, a base64 string, the bytes of an image file, a
+            PIL image, or a numpy array or torch tensor of shape (H, W), (H, W, C) or (C, H, W) with C from 1 (grey),
+            2 (grey, alpha), 3 (RGB) to 4 (RGBA); uint8 in [0, 255], uint16 in [0, 65535] or float in [0, 1].
+        allow_private_urls: also fetch from addresses that are not public (this machine, the local network).
+            Default False, so that a URL from a stranger cannot reach them, be it by a name, a redirect or DNS.
+
+    Returns:
+        A new PIL image in mode RGB; `source` is left as it is.
+
+    Raises:
+        ImageError: the source is missing, empty, truncated, no image, too large, refused or of an unknown kind.
+
+    A URL is fetched directly (proxy settings are not read), within `TIMEOUT`, `MAX_BYTES` and `MAX_REDIRECTS`.
+    """
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "")
+        return _to_rgb(source, f"the PIL image {name}" if name else "the PIL image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), f"the bytes object of length {len(source)}")
+    if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    if isinstance(source, np.ndarray):
+        name = f"the array of shape {source.shape} and type {source.dtype}"
+        return _to_rgb(_from_array(source, name), name)
+    if isinstance(source, str) and not os.path.exists(source):
+        return _from_text(source, allow_private_urls)
+    if isinstance(source, (str, os.PathLike)):
+        return _from_file(os.fsdecode(source))
+    raise ImageError(
+        f"an image cannot be read from a {type(source).__name__}; "
+        "give one path, URL, base64 string, bytes object, PIL image, numpy array or torch tensor at a time"
+    )
+
+
+def _from_file(path: str) -> Image.Image:
+    if os.path.isdir(path):
+        raise ImageError(f"{path} is a directory; name an image file inside it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ImageError(f"{path} is not a regular file; name an image file")
+    try:
+        with open(path, "rb") as stream:
+            return _decode(stream, path)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be opened ({error}); check the path and its permissions") from error
+
+
+def _from_text(text: str, allow_private: bool) -> Image.Image:
+    """A string that is no existing path: a URL, a data: URL, base64, or a mistake."""
+    start = text if len(text) <= 100 else f"{text[:60]}..."
+    scheme = text[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        return _decode(io.BytesIO(_fetch(text, allow_private)), text)
+    is_data = scheme.startswith("data:")
+    if "://" in text and not is_data:
+        raise ImageError(f"{start} cannot be fetched; give an http:// or https:// URL or a path")
+    mistake = f"{start!r} is neither an existing file nor a URL nor an image in base64; check the path"
+    header, _, payload = text.partition(",") if is_data else (";base64", "", text)
+    try:
+        data = urllib.parse.unquote_to_bytes(payload) if is_data else payload.encode()
+        if header.endswith(";base64"):
+            data = b"".join(data.split())
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:
+        raise ImageError(mistake) from error
+    if not data:
+        raise ImageError(mistake)
+    return _decode(io.BytesIO(data), f"the text {start!r}", unknown=mistake)
+
+
+def _decode(stream: BinaryIO, name: str, unknown: str = "") -> Image.Image:
+    """Decode an image file; `unknown` is the message for a file in no known format."""
+    if stream.seek(0, io.SEEK_END) == 0:
+        raise ImageError(f"{name} is empty (0 bytes); save or download it again")
+    stream.seek(0)
+    try:
+        image = Image.open(stream)
+    except UnidentifiedImageError as error:
+        unknown = unknown or f"{name} is not an image in a known format; save it as JPEG or PNG"
+        raise ImageError(unknown) from error
+    except Exception as error:
+        raise _unreadable(error, name) from error
+    with image:
+        if image.format == "EPS":  # Pillow would run Ghostscript on it, a whole language from a stranger
+            raise ImageError(f"{name} is PostScript, not a picture; save it as JPEG or PNG")
+        return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        if 0 in image.size:
+            raise ImageError(f"{name} has no pixels (size {image.size}); give an image of at least 1 x 1")
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if turn is None else image.transpose(turn)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            ceilings = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+            return Image.fromarray(_eight_bits(np.asarray(image), ceilings, name)).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _unreadable(error, name) from error
+
+
+def _unreadable(error: Exception, name: str) -> ImageError:
+    """What a decoder's error means; Pillow's plugins raise nearly every type there is on damaged files."""
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(f"{name} has far too many pixels to decode safely; scale it down and save it again")
+    problem = "truncated" if "truncated" in str(error).lower() else "damaged or incomplete"
+    return ImageError(f"{name} is {problem}: {error}; save or download it again")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.size == 0:
+        raise ImageError(f"{name} has no pixels; give an image of at least 1 x 1")
+    if array.ndim not in (2, 3):
+        raise ImageError(f"{name} is not one image; give (H, W), (H, W, C) or (C, H, W), one image at a time")
+    if array.ndim == 3:
+        first, last = array.shape[0] in _CHANNELS, array.shape[2] in _CHANNELS
+        if first == last:
+            problem = "could be (H, W, C) or (C, H, W)" if first else "has no axis of 1 to 4 channels"
+            raise ImageError(f"{name} {problem}; give a PIL image or an (H, W, C) array with C from 1 to 4")
+        array = np.moveaxis(array, 0, -1) if first else array  # (H, W, C)
+        array = array[..., 0] if array.shape[2] == 1 else array
+    if array.dtype.kind == "f":
+        array = _eight_bits(array, (1,), name)
+    elif array.dtype == np.uint16:
+        array = _eight_bits(array, (65535,), name)
+    elif array.dtype != np.uint8:
+        raise ImageError(f"{name} has an unclear range; convert it to uint8 in [0, 255] or float in [0, 1]")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _eight_bits(values: np.ndarray, ceilings: tuple[int, ...], name: str) -> np.ndarray:
+    """Scale to uint8 by the smallest of `ceilings` that holds all values; floats may overshoot by a thousandth."""
+    low, high = float(values.min()), float(values.max())
+    for ceiling in ceilings:
+        slack = ceiling / 1000 if values.dtype.kind == "f" else 0
+        if -slack <= low and high <= ceiling + slack:
+            return np.round(values.astype(np.float64) * (255 / ceiling)).clip(0, 255).astype(np.uint8)
+    raise ImageError(
+        f"{name} has values from {low:g} to {high:g}, outside [0, {ceilings[-1]}]; "
+        "undo any normalisation, or convert it to uint8"
+    )
+
+
+def _fetch(url: str, allow_private: bool) -> bytes:
+    target = first = urllib.parse.quote(url, _URL_SAFE)
+    for _ in range(MAX_REDIRECTS + 1):
+        name = url if target == first else f"{url} (redirected to {target})"
+        response, body = _get(target, name, allow_private)
+        location = response.headers.get("Location")
+        if response.status in _REDIRECTS and location:
+            # http.client decodes headers as Latin-1
+            target = urllib.parse.urljoin(target, urllib.parse.quote(location, _URL_SAFE, "latin-1"))
+        elif response.status != 200:
+            raise ImageError(f"{name} answered {response.status} {response.reason}; check the address")
+        elif len(body) > MAX_BYTES:
+            raise ImageError(f"{name} is larger than {MAX_BYTES} bytes; download it and give its path")
+        else:
+            return body
+    raise ImageError(f"{url} redirects more than {MAX_REDIRECTS} times; give the final address")
+
+
+def _get(url: str, name: str, allow_private: bool) -> tuple[http.client.HTTPResponse, bytes]:
+    """One request, without redirects; the body is cut after MAX_BYTES + 1 bytes."""
+    deadline = float("inf")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        with closing(_connect(parts, name, allow_private)) as connection:
+            deadline = time.monotonic() + TIMEOUT
+            # A socket's own timeout starts anew with each byte: a server that drips would hold us for hours.
+            timer = threading.Timer(TIMEOUT, _hang_up, (connection.sock,))
+            timer.start()
+            try:
+                path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+                connection.request("GET", path, headers={"User-Agent": "hf-attncap", "Accept": "image/*"})
+                with connection.getresponse() as response:
+                    body = response.read(MAX_BYTES + 1)
+            finally:
+                timer.cancel()
+        if time.monotonic() < deadline:
+            return response, body
+        raise TimeoutError
+    except ImageError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
+        reason = f"timed out after {TIMEOUT:g} s" if late else error
+        raise ImageError(f"{name} could not be fetched ({reason}); check the address and try again") from error
+
+
+def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) -> http.client.HTTPConnection:
+    """Resolve once, check every address, and connect to the checked ones: DNS cannot change its mind in between."""
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ImageError(f"{name} cannot be fetched; give an http:// or https:// URL with a host")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    port = parts.port or kind.default_port
+    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    private = [address for address in addresses if not _is_public(address)]
+    if private and not allow_private:
+        raise ImageError(
+            f"{name} is refused: {parts.hostname} is {private[0]}, not a public address; "
+            "set allow_private_urls=True if you trust the URL"
+        )
+    failure = OSError("no address")
+    for address in addresses:
+        try:
+            sock = socket.create_connection((address, port), timeout=TIMEOUT)
+        except OSError as error:
+            failure = error
+            continue
+        if parts.scheme == "https":
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
+        connection = kind(parts.hostname, port, timeout=TIMEOUT)
+        connection.sock = sock
+        return connection
+    raise failure
+
+
+def _hang_up(sock: socket.socket) -> None:
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket.shutdown: a reader in another thread needs its state
+    except OSError:
+        pass  # already closed by the other side
+
+
+def _is_public(address: str) -> bool:
+    """Whether an address from getaddrinfo belongs to the public internet, IPv4 inside IPv6 included."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped:
+            ip = ip.ipv4_mapped
+        elif ip in _NAT64:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in _GLOBAL_UNICAST or ip in _SIX_TO_FOUR:
+            return False
+    return ip.is_global and not ip.is_multicast

@@ -1,0 +1,283 @@
+"""`pipeline("image-captioning")`: pictures in; captions, their scores and what was looked at for each word out."""
+
+import os
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_utils import load_image
+
+
+class AttnCapPipeline(Pipeline):
+    """Captions pictures.
+
+    ```python
+    captioner = pipeline("image-captioning", model=folder)
+    captioner("dog.jpg")  # [{"generated_text": "a dog runs on the beach", "score": -0.61}]
+    captioner(["dog.jpg", image], text="a dog", num_beams=3, output_attentions=True, batch_size=2)
+    ```
+
+    Each option can be given to `pipeline(...)`, then for all calls, or to a call. The options are:
+
+    - `text` (or `prompt`): the beginning of the captions, one string, or for a list of pictures a list of as many. "" by default.
+    - `output_attentions`: also return what was attended, False by default.
+    - `timeout`: of a download, in seconds; none by default.
+    - `generate_kwargs`, or flat: arguments of the model's `generate`, such as `num_beams`, `max_new_tokens`, `do_sample` or
+      `num_return_sequences`. What is not given comes from the model's generation config.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = False
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Captions a picture, or many.
+
+        Args:
+            inputs: a picture: PIL image, path, URL or base64 string; or a dictionary of it and the beginning of its caption,
+                `{"images": picture, "text": "a dog"}`; or a list or tuple of such; or a dataset, generator or other iterable
+                of such, which is read as the results are.
+            kwargs: the options above, and the pipeline's `batch_size` (1 by default) and `num_workers`.
+
+        Returns:
+            For a picture a list of dictionaries, one for each returned sequence, best first if they come from beams; for a list
+            a list of such lists; for anything else an iterator over them. A dictionary has
+
+            - `generated_text`: the caption, with its given beginning.
+            - `score`: the mean log-probability of its generated tokens (end token included, given ones not), to be exact what
+              `generate` calls `sequences_scores`: their sum / their number ** `length_penalty`.
+
+            and with `output_attentions`, for the W words of the caption, given ones too,
+
+            - `words`: list of W strings; the pieces of a word are merged.
+            - `attention`: float32 array (W, height, width of the grid), for each word a map over the picture that sums to 1.
+            - `word_attention`: float32 array. With `word_attention="history"` in the config it is (W, W): in row w the weights
+              of what came before word w, which sum to 1; column 0 is the start token and column j word j - 1. With "channel":
+              (W, E). Else None.
+
+        Raises:
+            ValueError: the picture cannot be read; `text` does not fit the pictures or has a word that the model does not know;
+                an argument that `generate` does not know.
+        """
+        for name in ("text", "prompt"):
+            if isinstance(kwargs.get(name), (list, tuple)):
+                inputs = _pair(inputs, kwargs.pop(name))
+        if isinstance(inputs, (list, tuple)):
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (str, Mapping, Dataset, Generator)):
+            inputs = (item for item in inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        text: str | None = None,
+        prompt: str | None = None,
+        timeout: float | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if text is not None and prompt is not None:
+            raise ValueError("`text` and `prompt` both name the beginning of the captions: give one of them.")
+        twice = sorted(set(generate_kwargs or {}) & set(kwargs))
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: given directly and in `generate_kwargs`. Give it in one of the two.")
+        text = prompt if text is None else text
+        given = {"text": text, "timeout": timeout}
+        return (
+            {name: value for name, value in given.items() if value is not None},
+            {**(generate_kwargs or {}), **kwargs},
+            {},
+        )
+
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_: Any, text: str = "", timeout: float | None = None
+    ) -> dict[str, Any]:
+        """One picture to `pixel_values` (1, 3, height, width); the prompt stays text, for a batch to be padded as one."""
+        if isinstance(input_, Mapping):
+            if not {"images"} <= set(input_) <= {"images", "text"}:
+                raise ValueError(
+                    f"A dictionary with the keys {', '.join(map(repr, input_))}: give `images` and, if wanted, `text`. For one "
+                    "column of a dataset give that column, `dataset['image']`."
+                )
+            input_, text = input_["images"], input_.get("text", text)
+        check_prompt(self.tokenizer, text)
+        source = os.fspath(input_) if isinstance(input_, os.PathLike) else input_
+        try:
+            image = load_image(source, timeout=timeout)
+        except Exception as error:
+            raise ValueError(f"This picture cannot be read: {source!r:.200}. {error}") from error
+        return {
+            "pixel_values": self.processor(images=image, return_tensors="pt")["pixel_values"],
+            "text": text,
+        }
+
+    def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_tensors: dict[str, Any], **generate_kwargs: Any
+    ) -> dict[str, Any]:
+        texts = input_tensors["text"]
+        prompts = self.processor(text=[texts] if isinstance(texts, str) else texts, return_tensors="pt").to(self.device)
+        return generate_captions(self.model, input_tensors["pixel_values"], **prompts, **generate_kwargs)
+
+    def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_outputs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The captions of one picture."""
+        tensors = {name: None if value is None else value[0] for name, value in model_outputs.items()}
+        regions, weights = tensors["attention"], tensors["word_attention"]
+        captions = []
+        for k, ids in enumerate(tensors["sequences"].tolist()):
+            pieces = CaptionPieces(self.tokenizer, ids)
+            caption = {"generated_text": pieces.text, "score": tensors["scores"][k].item()}
+            if regions is not None:
+                caption["words"] = pieces.words
+                caption["attention"] = pieces.merge(regions[k])
+                over_words = self.model.config.word_attention == "history"
+                caption["word_attention"] = None if weights is None else pieces.merge(weights[k], over_words)
+            captions.append(caption)
+        return captions
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the model and the processor: what `pipeline("image-captioning", model=save_directory)` needs.
+
+        A model from the Hub that brought this code along keeps it; no other save gets code or a custom pipeline.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+        if getattr(self.model.config, "custom_pipelines", None):
+            custom_object_save(self, save_directory)
+
+
+def _pair(pictures: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+    if not isinstance(pictures, (list, tuple)) or len(pictures) != len(prompts):
+        count = len(pictures) if isinstance(pictures, (list, tuple)) else "no list of"
+        raise ValueError(
+            f"`text` is a list of {len(prompts)} for {count} pictures: give one string for all, or a list of pictures as long."
+        )
+    return [{"images": picture, "text": prompt} for picture, prompt in zip(pictures, prompts)]
+
+
+def check_prompt(tokenizer: Any, prompt: str) -> None:
+    """Refuses the beginning of a caption that cannot be continued: a ValueError names what is wrong with it."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"The beginning of a caption must be a string, got {prompt!r:.200}.")
+    unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]
+    if unknown:
+        raise ValueError(f"The model does not know these words of {prompt!r}: {', '.join(unknown)}. Use others.")
+
+
+@torch.no_grad()
+def generate_captions(
+    model: Any,
+    pixel_values: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    output_attentions: bool = False,
+    **generate_kwargs: Any,
+) -> dict[str, torch.Tensor | None]:
+    """`model.generate`, with the score and on request the attention of every caption, whatever the way of generating.
+
+    Args:
+        model: `AttnCapForConditionalGeneration`.
+        pixel_values: (B, 3, height, width).
+        input_ids, attention_mask: (B, t), the beginnings of the captions, left padded and without start token; t may be 0.
+        output_attentions: also look up the attention, in one further pass over the words.
+        generate_kwargs: arguments of `generate`.
+
+    Returns:
+        For k = `num_return_sequences` captions a picture: `sequences` (B, k, T + 1) from the start token on; `scores` (B, k) as
+        `sequences_scores`, for greedy search and sampling too; `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or
+        (B, k, T, E) as `caption_attentions`, or None.
+    """
+    encoder_outputs = model.get_encoder()(pixel_values)  # (B, N, C)
+    out = model.generate(
+        encoder_outputs=encoder_outputs,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        **{**generate_kwargs, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    )
+    batch, per_image = pixel_values.shape[0], out.sequences.shape[0] // pixel_values.shape[0]
+    regions = weights = None
+    if output_attentions:
+        is_word = None
+        if attention_mask is not None and not attention_mask.all():
+            is_word = torch.ones_like(out.sequences[:, :-1])  # (R, T)
+            is_word[:, 1 : 1 + attention_mask.shape[1]] = attention_mask.repeat_interleave(per_image, 0)
+        regions, weights = model.caption_attentions(
+            out.sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word
+        )
+    found = {
+        "sequences": out.sequences,
+        "scores": _scores(model, out, generate_kwargs),
+        "attention": regions,
+        "word_attention": weights,
+    }
+    return {name: None if rows is None else rows.unflatten(0, (batch, per_image)) for name, rows in found.items()}
+
+
+def _scores(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:
+    """`sequences_scores` (R), also of sequences that beam search did not find."""
+    if getattr(out, "sequences_scores", None) is not None:
+        return out.sequences_scores
+    settings = dict(generate_kwargs)
+    config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
+    steps = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # (R, T)
+    ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=steps.device)
+    is_end = torch.isin(out.sequences[:, -steps.shape[1] :], ends)  # (R, T)
+    made = is_end.cumsum(dim=1) - is_end.long() == 0  # (R, T), up to the end token
+    return steps.where(made, 0).sum(dim=1) / made.sum(dim=1) ** config.length_penalty
+
+
+class CaptionPieces:
+    """A generated sequence as text, and which of its tokens make up which word.
+
+    Args:
+        tokenizer: words, or pieces of words.
+        ids: the T + 1 tokens of the sequence, start token first; special tokens count as no word.
+
+    Attributes:
+        text: the caption.
+        words: its W words.
+    """
+
+    def __init__(self, tokenizer: Any, ids: list[int]):
+        special = set(tokenizer.all_special_ids)
+        positions = [position for position, token in enumerate(ids) if token not in special]
+        pieces = [ids[position] for position in positions]
+        self.text: str = tokenizer.decode(pieces)
+        self.words = self.text.split()
+        last = len(self.words) - 1
+        # How many words follow from a piece on tells its word for pieces that are marked in front ("▁do", "g") and for
+        # those that are marked where a word goes on ("do", "##g").
+        words_left = [len(tokenizer.decode(pieces[n:]).split()) for n in range(len(pieces))]
+        self._word_of = {position: min(last + 1 - left, last) for position, left in zip(positions, words_left) if self.words}
+
+    def merge(self, rows: torch.Tensor, over_words: bool = False) -> np.ndarray:
+        """What belongs to tokens as what belongs to words: the mean over the tokens that a word is made of.
+
+        Args:
+            rows: (T, ...), row t belonging to token t + 1 as in `caption_attentions`.
+            over_words: rows (T, T) are themselves weights of the tokens before; those of a word are added up. What the later
+                tokens of a word give to its earlier ones is left out.
+
+        Returns:
+            float32 (W, ...). With `over_words` (W, W), rows in sum 1: column 0 is the start token and column j word j - 1.
+        """
+        values = rows.float().cpu().numpy()  # (T, ...)
+        mean = np.zeros((len(self.words), len(values)), dtype=np.float32)  # (W, T)
+        total = np.zeros((len(values), 1 + len(self.words)), dtype=np.float32)  # (T, 1 + W)
+        total[0, 0] = 1
+        for position, word in self._word_of.items():
+            mean[word, position - 1] = 1
+            total[position : position + 1, 1 + word] = 1  # the last token is no input, and beyond the rows
+        mean /= mean.sum(axis=1, keepdims=True)
+        merged = np.tensordot(mean, values, axes=1)  # (W, ...)
+        if not over_words:
+            return merged
+        before = np.tril(merged @ total[:, :-1])  # (W, W)
+        return before / before.sum(axis=1, keepdims=True)
+
+
+__all__ = ["AttnCapPipeline", "CaptionPieces", "check_prompt", "generate_captions"]

@@ -1,0 +1,1 @@
+"""Training of AttnCap captioners with transformers' Trainer."""

@@ -1,0 +1,40 @@
+"""Images with their captions to a batch: labels padded with -100, the captions of an image in adjacent rows."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_attncap.processing_attncap import AttnCapProcessor
+
+
+@dataclass
+class CaptionCollator:
+    """Rows of `image` (or `backbone_features`) and `captions` to a batch of B images.
+
+    Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B * k, T) int64 with words,
+    end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer.
+    """
+
+    processor: AttnCapProcessor
+    captions_per_image: int = 5
+    max_words: int = 20
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = {}
+        if "backbone_features" in rows[0]:
+            features = [torch.as_tensor(row["backbone_features"]) for row in rows]
+            batch["backbone_features"] = torch.stack(features).float()  # (B, D, h, w)
+        else:
+            images = [row["image"] for row in rows]
+            batch.update(self.processor(images=images, return_tensors="pt"))  # (B, 3, height, width)
+        captions = [caption for row in rows for caption in self._draw(row["captions"])]
+        labels = self.processor(text_target=captions, max_target_length=self.max_words, return_tensors="pt")["labels"]
+        batch["labels"] = labels  # (B * k, T)
+        return batch
+
+    def _draw(self, captions: list[str]) -> list[str]:
+        captions = [caption for caption in captions if caption.strip()]
+        whole, rest = divmod(self.captions_per_image, len(captions))
+        return captions * whole + random.sample(captions, rest)

@@ -1,0 +1,151 @@
+"""Captions to a tokenizer: a vocabulary of words or word pieces, and all text cleaning inside it."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer, WordLevelTrainer
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # in the order of their ids, 0 to 3
+BPE_VOCAB_SIZE = 4000
+MODEL_MAX_LENGTH = 64  # tokens; a caption has at most 20 words, the model itself sets no limit
+
+_CHAR = r"\p{L}\p{M}\p{N}"
+_PART = rf"[\p{{L}}\p{{N}}][{_CHAR}]*"
+_WORD = rf"{_PART}(?:['\-]{_PART})*"
+
+
+def build_tokenizer(
+    captions: Iterable[str],
+    kind: Literal["word", "bpe"] = "word",
+    *,
+    min_count: int = 5,
+    vocab_size: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """Learns a vocabulary from captions; the tokenizer's `save_pretrained` writes it as tokenizer.json.
+
+    The tokenizer takes raw captions: it lower-cases (in Unicode NFC), drops punctuation, keeps digits, and
+    keeps apostrophes and hyphens inside a word ("t-shirt", "dog's", also where it is written "dog 's"). It
+    adds no special tokens, reads "</s>" in a text as ordinary text, and pads on the left. Ids 0 to 3 are
+    `<pad>`, `<s>`, `</s>` and `<unk>`. The same captions, in any order, give the same ids.
+
+    Args:
+        captions: the training captions, raw.
+        kind: "word", one token a word, ids by falling count and then alphabetically; or "bpe", word pieces
+            (byte-pair encoding), of which the first of each word begins with "▁".
+        min_count: how often a word ("word") or a pair of neighbouring pieces ("bpe") must occur to get an id.
+        vocab_size: largest number of tokens, special tokens included; for "bpe" only, 4000 by default.
+
+    Raises:
+        ValueError: unknown `kind`; `vocab_size` with "word"; so few captions that nothing gets an id.
+        TypeError: `captions` is one string, or holds something else than strings.
+    """
+    if isinstance(captions, str):
+        raise TypeError("`captions` must be an iterable of strings, got one string: wrap it in a list.")
+    captions = list(captions)
+    if wrong := [caption for caption in captions if not isinstance(caption, str)]:
+        raise TypeError(f"`captions` must be strings, flat, not one list an image; found {wrong[0]!r:.100}.")
+    if kind == "word":
+        if vocab_size is not None:
+            raise ValueError("`vocab_size` is for kind='bpe': a word vocabulary is bounded with `min_count`.")
+        tokenizer = _train_words(captions, min_count)
+        learned = [token for token in tokenizer.get_vocab() if token not in SPECIAL_TOKENS]
+    elif kind == "bpe":
+        tokenizer = _train_bpe(captions, min_count, BPE_VOCAB_SIZE if vocab_size is None else vocab_size)
+        learned = [token for token in tokenizer.get_vocab() if token not in SPECIAL_TOKENS and len(token) > 1]
+    else:
+        raise ValueError(f"Unknown kind {kind!r}: use 'word' or 'bpe'.")
+    if not learned:
+        raise ValueError(
+            f"The {len(captions)} captions give an empty {kind!r} vocabulary with min_count={min_count}"
+            + (f" and vocab_size={vocab_size}" if vocab_size is not None else "")
+            + ": give more captions or lower `min_count`"
+            + (", or raise `vocab_size`." if kind == "bpe" else ".")
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=MODEL_MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        # A caption or prompt that contains "</s>" must not end the sentence.
+        split_special_tokens=True,
+    )
+
+
+def word_coverage(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> float:
+    """The share (0 to 1) of the captions' words that are written without `<unk>`; 1.0 if there is no word."""
+    known = total = 0
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(captions), add_special_tokens=False):
+        words = set(encoding.word_ids)
+        pieces = zip(encoding.word_ids, encoding.ids, strict=True)
+        unknown = {word for word, token in pieces if token == tokenizer.unk_token_id}
+        total += len(words)
+        known += len(words) - len(unknown)
+    return known / total if total else 1.0
+
+
+def _train_words(captions: list[str], min_count: int) -> Tokenizer:
+    """A word-level `Tokenizer`; without a decoder, its words are joined with single spaces."""
+    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = _normalizer()
+    tokenizer.pre_tokenizer = _words()
+    trainer = WordLevelTrainer(
+        vocab_size=2**31,  # no bound but min_count
+        min_frequency=min_count,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def _train_bpe(captions: list[str], min_count: int, vocab_size: int) -> Tokenizer:
+    """A byte-pair `Tokenizer` over characters; a run of characters never seen in training is one `<unk>`."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = _normalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_words(), pre_tokenizers.Metaspace(split=False)])
+    # The skipped <unk> of a decoded text leaves a space behind, which the last two steps take away.
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Metaspace(split=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" +"), " "),
+            decoders.Replace(Regex("^ | $"), ""),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_count,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def _normalizer() -> normalizers.Normalizer:
+    """Lower case, NFC, plain apostrophes and hyphens, and "dog 's" as "dog's"."""
+    return normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.NFC(),
+            normalizers.Replace(Regex("[\u2019\u02bc\uff07]"), "'"),
+            normalizers.Replace(Regex("[\u2010\u2011]"), "-"),
+            normalizers.Replace(Regex(rf"[^{_CHAR}'\-]+"), " "),
+            # By now only spaces, apostrophes and hyphens stand between words; taking all of them here is what
+            # makes decoded text, with one space between words, come out as the same words again.
+            normalizers.Replace(Regex(rf"(?<=[{_CHAR}])[ '\-]* '(?=(?:s|d|m|re|ve|ll)(?![{_CHAR}]))"), "'"),
+        ]
+    )
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    """Keeps the words and removes all between them."""
+    return pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
