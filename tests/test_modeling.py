@@ -373,10 +373,11 @@ def test_gradients(kind):
     assert torch.autograd.gradcheck(loss, (regions, *weights), fast_mode=True)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_no_gradient():
     pictures, labels = torch.rand(2, 3, 64, 64), torch.tensor([[5, EOS], [6, EOS]])
     model = tiny_model(freeze_backbone=False, dropout=0.0).float().train()
-    gradients = []
+    gradients, runs = [], []
+    model.get_submodule("model.encoder.backbone.features.3").register_forward_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -386,6 +387,7 @@ def test_gradient_checkpointing_changes_nothing():
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert_close(checkpointed, plain)
+    assert len(runs) == 3, "a checkpointed block runs again in the backward pass"
 
 
 def test_initialisation_lets_attention_start_even():

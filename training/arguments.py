@@ -10,6 +10,10 @@ import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 
+class SettingError(ValueError):
+    """A setting that the user has to change; its message is all that the command line shows."""
+
+
 @dataclass
 class ModelArguments:
     """The captioner to start from: a checkpoint, or a new one of pretrained parts."""
@@ -60,7 +64,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing_factor:
-            raise ValueError(
+            raise SettingError(
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
                 "`label_smoothing` in `model_config` instead."
             )
@@ -70,7 +74,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     """Arguments from `--config FILE.yaml` and the options behind it, which win.
 
     Raises:
-        ValueError: for a config file that is missing, is no mapping or has unknown keys, which are named.
+        SettingError: for a config file that is missing, is no mapping or has unknown keys, which are named.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -80,7 +84,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     settings = _read_config(known.config) if known.config else {}
     unknown = set(settings) - {item.name for group in groups for item in fields(group)}
     if unknown:
-        raise ValueError(f"{known.config}: no such settings: {', '.join(sorted(unknown))}. `--help` lists all.")
+        raise SettingError(f"{known.config}: no such settings: {', '.join(sorted(unknown))}. `--help` lists all.")
     in_file = settings.pop("model_config", {})
     for action in parser._actions:
         if action.dest in settings:
@@ -89,14 +93,14 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     model, data, training = parser.parse_args_into_dataclasses(args=rest)
     model.model_config = {**in_file, **json.loads(model.model_config)}
     if not data.train_file:
-        raise ValueError("No training images: give `--train_file`.")
+        raise SettingError("No training images: give `--train_file`.")
     return model, data, training
 
 
 def _read_config(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise ValueError(f"No such config file: {path}.")
+        raise SettingError(f"No such config file: {path}.")
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `setting: value` lines.")
+        raise SettingError(f"{path} must hold `setting: value` lines.")
     return settings

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_attncap.processing_attncap import AttnCapProcessor
@@ -24,8 +25,8 @@ class CaptionCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
         if "backbone_features" in rows[0]:
-            features = [torch.as_tensor(row["backbone_features"]) for row in rows]
-            batch["backbone_features"] = torch.stack(features).float()  # (B, D, h, w)
+            features = np.stack([row["backbone_features"] for row in rows])
+            batch["backbone_features"] = torch.from_numpy(features).float()  # (B, D, h, w)
         else:
             images = [row["image"] for row in rows]
             batch.update(self.processor(images=images, return_tensors="pt"))  # (B, 3, height, width)

@@ -6,26 +6,26 @@ from typing import Any
 from datasets import Dataset, Image, load_dataset
 from torchvision.transforms import v2
 
-from .arguments import DataArguments
+from .arguments import DataArguments, SettingError
 
 
 def load_split(path: str, arguments: DataArguments) -> Dataset:
     """A Parquet file of images and their captions as rows `image`, `captions`.
 
     Raises:
-        ValueError: for a missing file or column, or images without captions, naming them.
+        SettingError: for a missing file or column, or images without captions, naming them.
     """
     if not Path(path).is_file():
-        raise ValueError(f"No such data file: {path}.")
+        raise SettingError(f"No such data file: {path}.")
     dataset = load_dataset("parquet", data_files=path, split="train")
     for column in (arguments.image_column, arguments.captions_column):
         if column not in dataset.column_names:
-            raise ValueError(f"{path} has no column '{column}', only {', '.join(dataset.column_names)}.")
+            raise SettingError(f"{path} has no column '{column}', only {', '.join(dataset.column_names)}.")
     empty = [
         str(row) for row, captions in enumerate(dataset[arguments.captions_column]) if not any(c.strip() for c in captions)
     ]
     if empty:
-        raise ValueError(f"{path}: {len(empty)} images have no caption, rows {', '.join(empty[:10])}.")
+        raise SettingError(f"{path}: {len(empty)} images have no caption, rows {', '.join(empty[:10])}.")
     dataset = dataset.select_columns([arguments.image_column, arguments.captions_column])
     names = {arguments.image_column: "image", arguments.captions_column: "captions"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 
-from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
 from .collator import CaptionCollator
 from .data import augmented, load_split
 from .features import cached_features
@@ -55,7 +56,10 @@ def build_captioner(
         len(tokenizer),
         100 * word_coverage(tokenizer, sentences),
     )
-    config = AttnCapConfig(vocab_size=len(tokenizer), **settings)
+    try:
+        config = AttnCapConfig(vocab_size=len(tokenizer), **settings)
+    except StrictDataclassError as error:
+        raise SettingError(f"model_config: {error}") from error
     model = AttnCapForConditionalGeneration.from_pretrained_parts(
         config, arguments.backbone_weights, arguments.word_vectors, tokenizer
     )
@@ -70,7 +74,7 @@ def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: A
     if cache is None:
         return dataset
     if not model.config.freeze_backbone:
-        raise ValueError("`feature_cache` needs a frozen backbone: set `freeze_backbone: true` or leave the cache out.")
+        raise SettingError("`feature_cache` needs a frozen backbone: set `freeze_backbone: true` or leave the cache out.")
     features = cached_features(model.model.encoder, processor.image_processor, dataset, cache)
     return FeatureRows(features, dataset["captions"][:])
 
@@ -83,7 +87,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     model, processor = build_captioner(model_arguments, train_split["captions"][:])
     model.model.encoder.to(memory_format=torch.channels_last)
     if data.augment and data.feature_cache:
-        raise ValueError(
+        raise SettingError(
             "`augment` changes pictures at every reading, which `feature_cache` reads only once: choose one of them."
         )
     if data.augment:
@@ -113,11 +117,10 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
+        train(*parse_arguments(sys.argv[1:] if argv is None else argv))
+    except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    train(*arguments)
     return 0
 
 

@@ -1,0 +1,227 @@
+"""Training as a user runs it, on generated pictures."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from training.arguments import DataArguments, parse_arguments
+from training.collator import CaptionCollator
+from training.data import augmented, load_split
+from training.features import cached_features
+from training.pack import pack
+from training.train import main
+from training.vocabulary import build_tokenizer
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
+TINY = {
+    "backbone": "mobilenet_v3_small",
+    "encoder_channels": 24,
+    "hidden_size": 32,
+    "attention_dim": 16,
+    "word_embed_dim": 16,
+    "dropout": 0.0,
+    "alpha_c": 0.0,  # one region at 32 pixels
+}
+
+
+def picture(colour: str, side: int = 40) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), COLOURS[colour]).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def captions(colour: str) -> list[str]:
+    return [f"A {colour} square .", f"There is a {colour} square", f"a plain {colour} picture"]
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Eight images of four colours, three captions each."""
+    names = list(COLOURS) * 2
+    rows = Dataset.from_dict(
+        {"image": [{"bytes": picture(name), "path": None} for name in names], "captions": [captions(name) for name in names]}
+    )
+    path = tmp_path_factory.mktemp("data") / "train.parquet"
+    rows.to_parquet(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor():
+    sentences = [caption for colour in COLOURS for caption in captions(colour)]
+    tokenizer = build_tokenizer(sentences, min_count=1)
+    return AttnCapProcessor(AttnCapImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+
+
+def options(parquet, output, **more) -> list[str]:
+    values = {
+        "train_file": parquet,
+        "validation_file": parquet,
+        "output_dir": output,
+        "model_config": json.dumps(TINY),
+        "min_count": 1,
+        "image_size": 32,
+        "captions_per_image": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        **more,
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def metrics_of(output) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
+    """The two stages: the decoder learns on features that are computed once, then the encoder moves too."""
+    first, second, cache = tmp_path / "decoder", tmp_path / "encoder", tmp_path / "cache"
+    assert main(options(parquet, first, feature_cache=cache, num_train_epochs=15)) == 0
+    assert metrics_of(first)["eval_loss"] < 0.9  # ln(vocabulary) is 2.6
+    trained = AttnCapForConditionalGeneration.from_pretrained(first)
+
+    more = {"model_name_or_path": first, "augment": True, "encoder_learning_rate": 0.001, "learning_rate": 0.001}
+    assert main(options(parquet, second, **{**more, "model_config": '{"freeze_backbone": false}'})) == 0
+    tuned = AttnCapForConditionalGeneration.from_pretrained(second)
+    before, after = trained.model.encoder.backbone.state_dict(), tuned.model.encoder.backbone.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert any(key.endswith("0.weight") for key in moved)
+    assert not any("running" in key for key in moved), "frozen batch norm statistics moved"
+
+    processor = AttnCapProcessor.from_pretrained(first)
+    image = Image.open(io.BytesIO(picture("red")))
+    ids = trained.generate(**processor(images=image, return_tensors="pt"))
+    assert processor.batch_decode(ids, skip_special_tokens=True)[0]
+    assert trained.generation_config.num_beams == 3 and trained.generation_config.max_new_tokens == 21
+
+
+def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_path):
+    config = AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
+    model = AttnCapForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    pack(tmp_path / "whole", tmp_path / "half")
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
+    assert half < 0.55 * whole
+    loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    pixels = processor(images=Image.open(io.BytesIO(picture("blue"))), return_tensors="pt").pixel_values
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        expected = model(pixel_values=pixels, decoder_input_ids=ids).logits
+        torch.testing.assert_close(loaded(pixel_values=pixels, decoder_input_ids=ids).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):
+    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    model = AttnCapForConditionalGeneration.from_pretrained_parts(
+        AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
+    ).eval()
+    maps = cached_features(model.model.encoder, processor.image_processor, rows, str(tmp_path))
+    assert maps.dtype == np.float16 and len(maps) == len(rows)
+    collate = CaptionCollator(processor, captions_per_image=3)
+    pictures = collate([rows[i] for i in range(4)])
+    features = collate([{"backbone_features": maps[i], "captions": rows[i]["captions"]} for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**features).loss, model(**pictures).loss, rtol=1e-3, atol=1e-3)
+
+
+def test_cache_is_not_used_for_other_weights_or_processing(parquet, processor, tmp_path):
+    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    config = AttnCapForConditionalGeneration.config_class(vocab_size=20, **TINY)
+    encoder = AttnCapForConditionalGeneration(config).model.encoder
+    cached_features(encoder, processor.image_processor, rows, str(tmp_path))
+    cached_features(encoder, processor.image_processor, rows, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    cached_features(encoder, AttnCapImageProcessor(size={"height": 64, "width": 64}), rows, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    with torch.no_grad():
+        next(encoder.backbone.parameters()).mul_(1.5)
+    cached_features(encoder, processor.image_processor, rows, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_yaml_first_command_line_over_it(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: 0.25\nseed: 7\nmodel_config: {hidden_size: 8, dropout: 0.1}\ntrain_file: a.parquet\n")
+    argv = ["--config", str(config), "--seed", "9", "--model_config", '{"dropout": 0.2}', "--output_dir", str(tmp_path)]
+    model, data, training = parse_arguments(argv)
+    assert (training.learning_rate, training.seed, data.train_file) == (0.25, 9, "a.parquet")
+    assert model.model_config == {"hidden_size": 8, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config", "nowhere.yaml"], "No such config file: nowhere.yaml"),
+        ([], "No training images"),
+        (["--train_file", "nowhere.parquet", "--label_smoothing_factor", "0.1"], "`label_smoothing` in `model_config`"),
+        (["--train_file", "nowhere.parquet"], "No such data file: nowhere.parquet"),
+    ],
+)
+def test_wrong_settings_end_in_one_sentence(argv, message, capsys, tmp_path):
+    assert main([*argv, "--output_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_contradictory_model_is_refused_before_training(parquet, tmp_path, capsys):
+    argv = options(parquet, tmp_path, model_config=json.dumps({**TINY, "dropout": 2.0}))
+    assert main(argv) == 2
+    assert "`dropout` is 2.0" in capsys.readouterr().err
+
+
+def test_unknown_setting_is_named(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("lerning_rate: 1\n")
+    assert main(["--config", str(config)]) == 2
+    assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_image_without_captions_is_named(tmp_path):
+    path = tmp_path / "bad.parquet"
+    rows = {"image": [{"bytes": picture("red"), "path": None}] * 2, "captions": [["a red square"], ["  "]]}
+    Dataset.from_dict(rows).to_parquet(str(path))
+    with pytest.raises(ValueError, match="1 images have no caption, rows 1"):
+        load_split(str(path), DataArguments(train_file=str(path)))
+
+
+def test_augmented_pictures_differ_between_readings_and_captions_stay(parquet):
+    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    changed = augmented(rows, 32)
+    assert changed[0]["captions"] == rows[0]["captions"]
+    first, second = np.asarray(changed[0]["image"]), np.asarray(changed[0]["image"])
+    assert first.shape == (32, 32, 3) and not np.array_equal(first, second)
+
+
+words = st.sampled_from(["a", "red", "blue", "square", "there", "is"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.lists(st.lists(words, min_size=1, max_size=6), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_collator_keeps_every_word_and_pads_with_minus_100(processor, rows):
+    """Each image gets k label rows, made of its own captions, each word and the end token kept."""
+    k = 4
+    batch = CaptionCollator(processor, captions_per_image=k)(
+        [{"backbone_features": np.zeros((2, 1, 1)), "captions": [" ".join(caption) for caption in row]} for row in rows]
+    )
+    labels = batch["labels"]
+    assert labels.shape[0] == k * len(rows)
+    for index, label in enumerate(labels.tolist()):
+        kept = [token for token in label if token != -100]
+        assert label == kept + [-100] * (len(label) - len(kept)) and kept[-1] == processor.tokenizer.eos_token_id
+        assert processor.tokenizer.decode(kept[:-1]).split() in rows[index // k]
+    for index, row in enumerate(rows):
+        own = {tuple(token for token in label if token != -100) for label in labels[index * k : (index + 1) * k].tolist()}
+        assert len(own) == len({tuple(caption) for caption in row})

@@ -1,0 +1,44 @@
+"""Pack a trained checkpoint for shipping: `python -m training.pack CHECKPOINT OUT` stores the weights in half precision."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
+
+
+def pack(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write model and processor to `out`, weights in float16 (half the size), the config saying float32.
+
+    Loaded again the model is in float32, as fine-tuning needs; transformers takes the dtype from the config.
+
+    Raises:
+        ValueError: if a weight does not fit float16.
+    """
+    model = AttnCapForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    largest = torch.finfo(torch.float16).max
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.abs().max() <= largest:
+            raise ValueError(f"'{name}' in {checkpoint} has values beyond float16, up to {tensor.abs().max():.3g}.")
+    model.half().save_pretrained(out)
+    AttnCapProcessor.from_pretrained(checkpoint).save_pretrained(out)
+    config = Path(out) / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Store a checkpoint's weights in half precision.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("out")
+    arguments = parser.parse_args()
+    print(pack(arguments.checkpoint, arguments.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
