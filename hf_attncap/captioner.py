@@ -107,7 +107,7 @@ class CaptionResult:
             axis.set_title(word, fontsize=14, pad=4, parse_math=False)
         if self.words:
             bar = figure.colorbar(ScalarMappable(scale, "inferno"), ax=list(axes), aspect=30 * rows, pad=0.01)
-            bar.set_label("attention (1 = spread evenly)", fontsize=11)
+            bar.set_label("attention (1 = even)", fontsize=11)
         if path is not None:
             figure.savefig(path)
         return figure
@@ -162,7 +162,9 @@ class Captioner:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, AttnCapConfig):
-            raise ValueError(f"{source} holds a model of type '{config.model_type}': give one of type 'attncap'.")
+            raise ValueError(
+                f"{source} holds a model of type '{config.model_type}': give one of type 'attncap'."
+            )
         chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         model = AttnCapForConditionalGeneration.from_pretrained(source, config=config, **chosen)
         return cls(model.to(device), AttnCapProcessor.from_pretrained(source))
@@ -226,7 +228,9 @@ class Captioner:
         tokenizer = self.processor.tokenizer
         unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
         if unknown:
-            raise ValueError(f"The prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}.")
+            raise ValueError(
+                f"The prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}."
+            )
 
     @torch.inference_mode()
     def _caption_batch(
@@ -246,7 +250,9 @@ class Captioner:
         )
         scores = out.sequences_scores if beams > 1 else self._greedy_scores(out)  # (R)
         best = out.sequences[::alternatives]  # (B, 1 + T)
-        maps, weights = self.model.caption_attentions(best, encoder_outputs=seen)  # (B, T, H, W), (B, T, .) or None
+        maps, weights = self.model.caption_attentions(
+            best, encoder_outputs=seen
+        )  # (B, T, H, W), (B, T, .) or None
 
         tokens = [self._tokens(row) for row in out.sequences.tolist()]
         texts = [self.processor.decode(row, skip_special_tokens=True) for row in tokens]
@@ -289,7 +295,9 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"The device '{device}' cannot be used here ({reason}): leave it out or give 'cpu'.") from error
+        raise ValueError(
+            f"The device '{device}' cannot be used here ({reason}): leave it out or give 'cpu'."
+        ) from error
 
 
 def _merge_pieces(processor: AttnCapProcessor, tokens: list[int]) -> tuple[list[str], list[list[int]]]:
@@ -328,4 +336,4 @@ def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
     grey = np.asarray(photo.convert("L"), np.float32)[..., None] / 255  # (height, width, 1)
     alpha = 0.85 * weight[..., None]
     # Tinting keeps the picture's own light and shade visible under the brightest colour.
-    return (1 - alpha) * (0.1 + 0.55 * grey) + alpha * colours(weight)[..., :3] * (0.7 + 0.3 * grey)
+    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours(weight)[..., :3] * (0.7 + 0.3 * grey)

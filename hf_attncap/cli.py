@@ -1,0 +1,234 @@
+"""The console script `attncap`: reads the command line, calls, prints."""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .captioner import Captioner, CaptionResult
+
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments behind the program's name. Default: those of this process.
+
+    Returns:
+        The exit code: 0; 1 if anything failed, which is then named on stderr; 130 after Ctrl-C; 141 if the reader of
+        stdout has gone.
+
+    Raises:
+        SystemExit: with code 2 for a wrong usage, 0 for `--help`.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return args.command(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python writes what is left in the buffer when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except (OSError, ValueError) as error:
+        _complain(error)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "attncap", description="Captions pictures and shows where the model looked."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    caption = commands.add_parser(
+        "caption",
+        help="print a caption for each picture",
+        description="Prints a line a picture: its path, a tab and the caption. A picture that cannot be read is named "
+        "on stderr, the others are captioned, and the exit code is 1.",
+    )
+    caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL")
+    caption.add_argument(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a folder or a Hub repository (default: the model of this package)",
+    )
+    caption.add_argument(
+        "--attention",
+        metavar="OUT_DIR",
+        type=Path,
+        help="also write a film strip of where the model looked for each word",
+    )
+    caption.add_argument(
+        "--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)"
+    )
+    caption.add_argument(
+        "--n-best",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="captions a picture; the further ones stand behind a tab",
+    )
+    caption.add_argument(
+        "--json", action="store_true", help="print a JSON object a line instead, with scores and words"
+    )
+    caption.add_argument("--prompt", metavar="TEXT", help="the beginning of all captions")
+    caption.add_argument(
+        "--batch-size", metavar="N", type=_count, default=8, help="pictures at a time (default: 8)"
+    )
+    caption.add_argument(
+        "--device", metavar="D", help="such as cpu or cuda:1 (default: a GPU where there is one)"
+    )
+    caption.add_argument(
+        "--allow-private-urls", action="store_true", help="also fetch URLs from the local network"
+    )
+    caption.set_defaults(command=_caption, usage_error=caption.error)
+
+    export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    export.add_argument("out", metavar="OUT", help="the folder to write")
+    export.set_defaults(command=_export_hub)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _export_hub(args: argparse.Namespace) -> int:
+    _quieten()
+    from .hub import export_to_hub
+
+    export_to_hub(args.checkpoint, args.out)
+    return 0
+
+
+def _caption(args: argparse.Namespace) -> int:
+    if args.beams is not None and args.n_best > args.beams:
+        args.usage_error(
+            f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best} or leave it out"
+        )
+    if args.attention:
+        _make_folder(args.attention)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="surrogateescape"
+        )  # a path goes out byte for byte, whatever its encoding
+    strips = _strip_paths(args.files, args.attention) if args.attention else [None] * len(args.files)
+    jobs = list(zip(args.files, strips, strict=True))
+    captioner, captioned = None, 0
+    for start in range(0, len(jobs), args.batch_size):
+        batch = list(_read(jobs[start : start + args.batch_size], args.allow_private_urls))
+        if not batch:
+            continue
+        captioner = captioner or _load(args.model, args.device)
+        results = captioner.caption(
+            [picture for *_, picture in batch],
+            beams=args.beams,
+            alternatives=args.n_best,
+            prompt=args.prompt,
+            batch_size=args.batch_size,
+        )
+        for (file, strip, _), result in zip(batch, results, strict=True):
+            if strip:
+                result.plot_attention(strip)
+                print(f"{file}: attention in {strip}", file=sys.stderr)
+            print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
+        captioned += len(batch)
+    return int(captioned < len(jobs))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be made a folder ({error.strerror}); give another --attention"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is a folder that must not be written to; give another --attention")
+
+
+def _strip_paths(files: list[str], folder: Path) -> list[Path]:
+    """FOLDER/<stem>.png for each file; -2, -3 ... where stems repeat or the name is that of one of the pictures."""
+    taken = {os.path.realpath(file).casefold() for file in files}
+    paths = []
+    for file in files:
+        stem = Path(urlsplit(file).path if "://" in file else file).stem[:100] or "picture"
+        names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        path = next(
+            p
+            for p in (folder / f"{name}.png" for name in names)
+            if os.path.realpath(p).casefold() not in taken
+        )
+        taken.add(os.path.realpath(path).casefold())
+        paths.append(path)
+    return paths
+
+
+def _read(
+    jobs: list[tuple[str, Path | None]], allow_private_urls: bool
+) -> Iterator[tuple[str, Path | None, "Image.Image"]]:
+    """The jobs whose pictures can be read, with the pictures; the others are named on stderr."""
+    from .images import ImageError, load_image
+
+    for file, strip in jobs:
+        try:
+            if os.path.isdir(file):
+                raise ImageError(
+                    f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}"
+                )
+            yield file, strip, load_image(file, allow_private_urls=allow_private_urls)
+        except ImageError as error:
+            _complain(error)
+
+
+def _load(model: str | None, device: str | None) -> "Captioner":
+    _quieten()
+    from . import Captioner
+
+    return Captioner.from_pretrained(model, device=device)
+
+
+def _quieten() -> None:
+    """No progress bars and no hints from the libraries: stderr is for what failed."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _as_text(file: str, result: "CaptionResult") -> str:
+    return "\n\t".join([f"{file}\t{result.text}", *(other.text for other in result.alternatives)])
+
+
+def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
+    record: dict[str, Any] = {
+        "path": file,
+        "caption": result.text,
+        "score": result.score,
+        "words": result.words,
+        "alternatives": [{"caption": other.text, "score": other.score} for other in result.alternatives],
+    }
+    return json.dumps(record if strip is None else {**record, "attention_file": str(strip)})
+
+
+def _complain(error: Exception) -> None:
+    print("attncap:", " ".join(str(error).split()), file=sys.stderr)

@@ -1,0 +1,79 @@
+"""Every command and every Python snippet of the README runs, on generated data."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+INSTALL = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q (-e )?\"\.\[\w+\]\" && ")
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
+
+
+def shell_commands() -> list[str]:
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README's commands expect to find: photographs and captioned data in a clone."""
+    path = tmp_path_factory.mktemp("readme")
+    for index, name in enumerate(("photo.jpg", "dog.jpg", "beach.jpg")):
+        Image.effect_noise((64, 48), 40 + 20 * index).convert("RGB").save(path / name)
+    data = (path / "photo.jpg").read_bytes()
+    rows = {"image": [{"bytes": data, "path": None}] * 4, "captions": [["a dog runs", "the dog is running"] * 3] * 4}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows).to_parquet(str(path / f"{split}.parquet"))
+    for name in ("training", "hf_attncap"):
+        (path / name).symlink_to(ROOT / name)
+    return path
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["sh", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_commands_set_everything_up():
+    commands = [command for command in shell_commands() if INSTALL.match(command)]
+    assert len(commands) == 2
+    assert any("attncap caption" in command for command in commands) and any("pytest" in command for command in commands)
+
+
+def test_first_command_captions_photographs_that_packages_carry(tmp_path):
+    """Everything behind the installation, with the photographs and the checkpoint that are installed."""
+    command = next(c for c in shell_commands() if INSTALL.match(c) and "attncap caption" in c)
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    result = run(INSTALL.sub("", command), tmp_path)
+    assert result.returncode == 0, result.stderr
+    photographs = [word for word in shlex.split(command) if word.endswith((".jpg", ".png"))]
+    assert len(result.stdout.strip().splitlines()) == len(photographs) >= 2
+    pictures = list((tmp_path / "attention").glob("*.png"))
+    assert len(pictures) == len(photographs) and all(Image.open(picture).width > 500 for picture in pictures)
+
+
+@pytest.mark.parametrize("command", [c for c in shell_commands() if not INSTALL.match(c) and "pip install" not in c])
+def test_shell_command(command, folder):
+    if "training.train" in command:
+        command += " --num_train_epochs 1 --max_steps 1 --per_device_train_batch_size 2 --use_cpu True"
+    result = run(command, folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_python_snippet(snippet, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
