@@ -29,7 +29,17 @@ _HOMES = {
     "Captioner": "captioner",
 }
 
-__all__ = [*_HOMES, "register"]
+__all__ = [
+    "AttnCapConfig",
+    "AttnCapForConditionalGeneration",
+    "AttnCapImageProcessor",
+    "AttnCapModel",
+    "AttnCapPipeline",
+    "AttnCapProcessor",
+    "CaptionResult",
+    "Captioner",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,9 @@
 """The trunk of a torchvision classifier: picture in, spatial map out; TensorFlow's padding; weights by name or from a file."""
 
+import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,6 +59,24 @@ def trunk_channels(trunk: nn.Module) -> int:
         channels = torch.func.functional_call(trunk, on_meta, (picture,)).shape[1]
     trunk.train(was_training)
     return channels
+
+
+def run_checkpointed(stage: nn.Module, x: torch.Tensor, checkpoint: Callable) -> torch.Tensor:
+    """`checkpoint(stage, x)` whose recomputation does not move the stage's batch norm statistics a second time."""
+    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    runs = itertools.count()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        is_first = next(runs) == 0
+        for norm in norms:
+            norm.track_running_stats = is_first
+        try:
+            return stage(x)
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+    return checkpoint(run, x)
 
 
 def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLike) -> tuple[list[float], list[float]] | None:
@@ -152,4 +172,4 @@ def _pad_like_tensorflow(module: nn.Module) -> None:
             child.__class__ = SameMaxPool2d
 
 
-__all__ = ["build_trunk", "load_backbone_weights", "trunk_channels"]
+__all__ = ["build_trunk", "load_backbone_weights", "run_checkpointed", "trunk_channels"]

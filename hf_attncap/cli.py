@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments behind the program's name. Default: those of this process.
 
     Returns:
-        The exit code: 0; 1 if anything failed, which is then named on stderr; 130 after Ctrl-C; 141 if the reader of
-        stdout has gone.
+        The exit code: 0; 1 if anything failed, which is then named on stderr; 130 after Ctrl-C; 141 if the
+        reader of stdout has gone.
 
     Raises:
         SystemExit: with code 2 for a wrong usage, 0 for `--help`.
@@ -49,52 +49,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "attncap", description="Captions pictures and shows where the model looked."
-    )
+    parser = argparse.ArgumentParser("attncap", description="Captions pictures and shows where the model looked.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     caption = commands.add_parser(
         "caption",
         help="print a caption for each picture",
-        description="Prints a line a picture: its path, a tab and the caption. A picture that cannot be read is named "
-        "on stderr, the others are captioned, and the exit code is 1.",
+        description="Prints a line a picture: its path, a tab and the caption. A picture that cannot be read "
+        "is named on stderr, the others are captioned, and the exit code is 1.",
     )
     caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL")
+    caption.add_argument("--model", metavar="DIR_OR_NAME", help="a folder or a Hub repository (default: the model of this package)")
     caption.add_argument(
-        "--model",
-        metavar="DIR_OR_NAME",
-        help="a folder or a Hub repository (default: the model of this package)",
+        "--attention", metavar="OUT_DIR", type=Path, help="also write a film strip of where the model looked for each word"
     )
+    caption.add_argument("--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)")
     caption.add_argument(
-        "--attention",
-        metavar="OUT_DIR",
-        type=Path,
-        help="also write a film strip of where the model looked for each word",
+        "--n-best", metavar="N", type=_count, default=1, help="captions a picture; the further ones stand behind a tab"
     )
-    caption.add_argument(
-        "--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)"
-    )
-    caption.add_argument(
-        "--n-best",
-        metavar="N",
-        type=_count,
-        default=1,
-        help="captions a picture; the further ones stand behind a tab",
-    )
-    caption.add_argument(
-        "--json", action="store_true", help="print a JSON object a line instead, with scores and words"
-    )
+    caption.add_argument("--json", action="store_true", help="print a JSON object a line instead, with scores and words")
     caption.add_argument("--prompt", metavar="TEXT", help="the beginning of all captions")
-    caption.add_argument(
-        "--batch-size", metavar="N", type=_count, default=8, help="pictures at a time (default: 8)"
-    )
-    caption.add_argument(
-        "--device", metavar="D", help="such as cpu or cuda:1 (default: a GPU where there is one)"
-    )
-    caption.add_argument(
-        "--allow-private-urls", action="store_true", help="also fetch URLs from the local network"
-    )
+    caption.add_argument("--batch-size", metavar="N", type=_count, default=8, help="pictures at a time (default: 8)")
+    caption.add_argument("--device", metavar="D", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    caption.add_argument("--allow-private-urls", action="store_true", help="also fetch URLs from the local network")
     caption.set_defaults(command=_caption, usage_error=caption.error)
 
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
@@ -120,20 +97,16 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     if args.beams is not None and args.n_best > args.beams:
-        args.usage_error(
-            f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best} or leave it out"
-        )
+        args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best} or leave it out")
     if args.attention:
         _make_folder(args.attention)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="surrogateescape"
-        )  # a path goes out byte for byte, whatever its encoding
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path goes out byte for byte, whatever its encoding
     strips = _strip_paths(args.files, args.attention) if args.attention else [None] * len(args.files)
-    jobs = list(zip(args.files, strips, strict=True))
+    jobs = list(zip(args.files, strips))
     captioner, captioned = None, 0
     for start in range(0, len(jobs), args.batch_size):
-        batch = list(_read(jobs[start : start + args.batch_size], args.allow_private_urls))
+        batch = _read(jobs[start : start + args.batch_size], args.allow_private_urls)
         if not batch:
             continue
         captioner = captioner or _load(args.model, args.device)
@@ -144,7 +117,7 @@ def _caption(args: argparse.Namespace) -> int:
             prompt=args.prompt,
             batch_size=args.batch_size,
         )
-        for (file, strip, _), result in zip(batch, results, strict=True):
+        for (file, strip, _), result in zip(batch, results):
             if strip:
                 result.plot_attention(strip)
                 print(f"{file}: attention in {strip}", file=sys.stderr)
@@ -157,45 +130,41 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
-            f"{folder} cannot be made a folder ({error.strerror}); give another --attention"
-        ) from error
+        raise OSError(f"{folder} cannot be made a folder ({error.strerror}); give another --attention") from error
     if not os.access(folder, os.W_OK):
         raise OSError(f"{folder} is a folder that must not be written to; give another --attention")
 
 
 def _strip_paths(files: list[str], folder: Path) -> list[Path]:
-    """FOLDER/<stem>.png for each file; -2, -3 ... where stems repeat or the name is that of one of the pictures."""
-    taken = {os.path.realpath(file).casefold() for file in files}
+    """FOLDER/<stem>.png for each file; <stem>-2.png ... where stems repeat or that is one of the files."""
+
+    def key(path: str | Path) -> str:
+        return os.path.realpath(path).casefold()  # some file systems take A.png for a.png
+
+    taken = {key(file) for file in files}
     paths = []
     for file in files:
         stem = Path(urlsplit(file).path if "://" in file else file).stem[:100] or "picture"
         names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-        path = next(
-            p
-            for p in (folder / f"{name}.png" for name in names)
-            if os.path.realpath(p).casefold() not in taken
-        )
-        taken.add(os.path.realpath(path).casefold())
+        path = next(path for name in names if key(path := folder / f"{name}.png") not in taken)
+        taken.add(key(path))
         paths.append(path)
     return paths
 
 
-def _read(
-    jobs: list[tuple[str, Path | None]], allow_private_urls: bool
-) -> Iterator[tuple[str, Path | None, "Image.Image"]]:
+def _read(jobs: list[tuple[str, Path | None]], allow_private_urls: bool) -> list[tuple[str, Path | None, "Image.Image"]]:
     """The jobs whose pictures can be read, with the pictures; the others are named on stderr."""
     from .images import ImageError, load_image
 
+    readable = []
     for file, strip in jobs:
         try:
             if os.path.isdir(file):
-                raise ImageError(
-                    f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}"
-                )
-            yield file, strip, load_image(file, allow_private_urls=allow_private_urls)
+                raise ImageError(f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}")
+            readable.append((file, strip, load_image(file, allow_private_urls=allow_private_urls)))
         except ImageError as error:
             _complain(error)
+    return readable
 
 
 def _load(model: str | None, device: str | None) -> "Captioner":
@@ -207,12 +176,12 @@ def _load(model: str | None, device: str | None) -> "Captioner":
 
 def _quieten() -> None:
     """No progress bars and no hints from the libraries: stderr is for what failed."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _as_text(file: str, result: "CaptionResult") -> str:

@@ -21,7 +21,7 @@ class AttnCapConfig(PreTrainedConfig):
             which weights that come from TensorFlow need.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
         freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
-        image_mean, image_std: what the backbone's weights expect of their input, a value a channel; processors made for a
+        image_mean, image_std: what the backbone's weights expect of their input, one value or one a channel; processors made for a
             new model take them from here.
         encoder_channels: C, the windows of the 1x1 convolution that replaces the classifier.
         grid_size: side or (height, width) of the region grid, by adaptive average pooling; `None` keeps the trunk's own grid.
@@ -62,8 +62,8 @@ class AttnCapConfig(PreTrainedConfig):
     backbone_padding: Literal["torch", "same"] = "torch"
     freeze_backbone: bool = True
     freeze_batch_norm: bool = True
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_mean: float | list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: float | list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     encoder_channels: int = 512
     grid_size: int | list[int] | tuple[int, ...] | None = None
 
@@ -94,6 +94,18 @@ class AttnCapConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """The decoder is one LSTM cell."""
         return 1
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Both attentions have one head."""
+        return 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.image_mean, float):
+            self.image_mean = [self.image_mean] * 3
+        if isinstance(self.image_std, float):
+            self.image_std = [self.image_std] * 3
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Called when the configuration is made; each message says what to change."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -20,13 +21,10 @@ GONE = {
 class AttnCapGenerationMixin(GenerationMixin):
     """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`."""
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        if generation_mode in GONE:
-            raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
     def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None):
         """Modes that left the core are refused instead of being fetched from the Hub."""
+        if custom_generate is None and generation_mode in GONE:
+            raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
         return None
 
     def _prepare_decoder_input_ids_for_generation(
@@ -53,7 +51,12 @@ class AttnCapGenerationMixin(GenerationMixin):
         if (first != start[:, 0]).any():
             prompt = torch.cat([start, prompt], dim=1)  # (B, 1 + t)
             mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
-        if mask is not None and not mask.all():
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            # It goes with the whole sequence; `generate` cuts off what it holds where a mask says that it is the whole.
+            mask = torch.ones_like(prompt) if mask is None else mask
+            model_kwargs["decoder_attention_mask"] = mask.to(start.device)
+        elif mask is not None and not mask.all():
             model_kwargs["decoder_attention_mask"] = mask.to(start.device)
         return prompt, model_kwargs
 
@@ -61,6 +64,37 @@ class AttnCapGenerationMixin(GenerationMixin):
         pad = self.generation_config.pad_token_id
         pad = self.config.pad_token_id if pad is None else pad
         return None if pad is None else (prompt != pad).long()
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, inputs_tensor: torch.Tensor | None = None, **kwargs: Any):
+        """Assisted decoding whose attentions come from one forward over the finished caption.
+
+        A step there covers several candidates; the library cuts its attentions apart as if word attention were (R, 1, T, T)
+        in every model, and takes wrong rows where the first step accepts candidates.
+        """
+        wanted = kwargs.pop("output_attentions", False)
+        kwargs["generation_config"].output_attentions = False
+        result = super()._assisted_decoding(input_ids, inputs_tensor=inputs_tensor, **kwargs)
+        if not wanted or isinstance(result, torch.Tensor):
+            return result
+        start, length = input_ids.shape[1], result.sequences.shape[1] - 1
+        mask = kwargs.get("decoder_attention_mask")
+        out = self.model(
+            encoder_outputs=kwargs["encoder_outputs"],
+            decoder_input_ids=result.sequences[:, :-1],
+            decoder_attention_mask=None if mask is None else F.pad(mask, (0, length - mask.shape[1]), value=1),
+            use_cache=False,
+            output_attentions=True,
+            return_dict=True,
+        )
+        steps = [slice(0, start), *(slice(t, t + 1) for t in range(start, length))]
+        result.cross_attentions = tuple((out.cross_attentions[0][:, :, step],) for step in steps)  # (1, 1, n, N) each
+        if out.decoder_attentions is None:
+            result.decoder_attentions = (None,) * len(steps)
+        else:
+            words = out.decoder_attentions[0]  # (1, 1, T, T) or (1, 1, T, E)
+            widths = [step.stop if self.config.word_attention == "history" else words.shape[-1] for step in steps]
+            result.decoder_attentions = tuple((words[:, :, step, :width],) for step, width in zip(steps, widths))
+        return result
 
     def _expand_inputs_for_generation(
         self,

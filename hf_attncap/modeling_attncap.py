@@ -7,17 +7,18 @@ N = H * W regions, T words, C region channels, E word embedding, S LSTM state, A
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbone_attncap import build_trunk, load_backbone_weights, trunk_channels
+from .backbone_attncap import build_trunk, load_backbone_weights, run_checkpointed, trunk_channels
 from .cache_attncap import AttnCapCache
 from .configuration_attncap import AttnCapConfig
 from .generation_attncap import AttnCapGenerationMixin
@@ -31,7 +32,7 @@ class GridEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: the regions a, (B, N, C), row by row of the grid.
         grid_shape: (H, W) with N = H * W.
-        hidden_states: with `output_hidden_states`, the trunk's map as (B, h * w, D) and the regions.
+        hidden_states: with `output_hidden_states`, the windows before and after pooling, (B, h * w, C) and (B, N, C).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -47,7 +48,6 @@ class GridEncoder(nn.Module):
     def __init__(self, config: AttnCapConfig):
         super().__init__()
         self.backbone = build_trunk(config.backbone, config.backbone_padding)
-        self.backbone_is_initialized = next(self.backbone.parameters()).device.type != "meta"
         for module in self.backbone.modules():
             module.keep_torchvision_init = True  # type: ignore[assignment]
         self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
@@ -56,6 +56,7 @@ class GridEncoder(nn.Module):
         self.frozen = config.freeze_backbone
         self.batch_norm_frozen = config.freeze_batch_norm
         self.gradient_checkpointing = False
+        self.train()  # modules begin in training mode, frozen ones must not
 
     def train(self, mode: bool = True):
         """A frozen backbone stays in evaluation mode, frozen batch norm too: their statistics do not move."""
@@ -67,12 +68,15 @@ class GridEncoder(nn.Module):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The trunk's map (B, D, h, w) of pictures (B, 3, height, width): what a cache for a frozen encoder keeps."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` must be (B, 3, height, width), but its shape is {tuple(pixel_values.shape)}.")
         x = pixel_values.to(self.windows.weight.dtype)  # (B, 3, height, width)
         for child in self.backbone:
             stages = child if isinstance(child, nn.Sequential) else [child]
             for stage in stages:
-                if self.gradient_checkpointing and self.training and not self.frozen:
-                    x = self._gradient_checkpointing_func(stage, x)
+                is_block = next(stage.children(), None) is not None
+                if self.gradient_checkpointing and self.training and is_block and x.requires_grad:
+                    x = run_checkpointed(stage, x, self._gradient_checkpointing_func)
                 else:
                     x = stage(x)
         return x  # (B, D, h, w)
@@ -90,14 +94,18 @@ class GridEncoder(nn.Module):
                 raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w).")
             backbone_features = self.features(pixel_values)
         f = backbone_features.to(self.windows.weight.dtype)  # (B, D, h, w)
-        grid = self.pool(self.windows(f))  # (B, C, H, W)
-        a = grid.flatten(2).transpose(1, 2)  # (B, N, C)
-        hidden_states = (f.flatten(2).transpose(1, 2), a) if output_hidden_states else None
+        windows = self.windows(f).flatten(2).mT  # (B, h * w, C)
+        grid = self.pool(windows.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
+        a = grid.flatten(2).mT  # (B, N, C)
+        hidden_states = (windows, a) if output_hidden_states else None
         return GridEncoderOutput(last_hidden_state=a, grid_shape=tuple(grid.shape[-2:]), hidden_states=hidden_states)
 
 
-class DualAttention(nn.Module):
-    """Three linear layers bring regions, words and state into one space; both regions and words are attended there."""
+class DualAttention(GradientCheckpointingLayer):
+    """Three linear layers bring regions, words and state into one space; both regions and words are attended there.
+
+    Its scores, (R, N, A) and (R, t, A) a step, are what training holds in memory, so gradient checkpointing recomputes them.
+    """
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
@@ -112,6 +120,37 @@ class DualAttention(nn.Module):
         if self.kind == "history":
             self.word_score = nn.Linear(config.attention_dim, 1, bias=False)  # v_w
             self.distance_bias = nn.Parameter(torch.zeros(config.max_word_distance))  # b
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        keys: torch.Tensor,
+        regions: torch.Tensor,
+        e: torch.Tensor,
+        u: torch.Tensor | None = None,
+        memory_e: torch.Tensor | None = None,
+        memory_u: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One step: the state h (R, S) asks the regions and the words.
+
+        Args:
+            keys, regions: K (B, N, A) and a (B, N, C).
+            e, u: the previous word, (R, E) and (R, A).
+            memory_e, memory_u, mask: the words so far, as in `reread`; for `"history"` alone.
+
+        Returns:
+            z (R, C), alpha (R, N), x (R, E) and beta, (R, t) or (R, E), or None where x is e.
+        """
+        q = self.query_proj(h)  # (R, A)
+        z, alpha = self.look(q if u is None else q + u, keys, regions)  # (R, C), (R, N)
+        if self.kind == "channel":
+            x, beta = self.weigh_channels(q, u, e)  # (R, E), (R, E)
+        elif self.kind == "history":
+            x, beta = self.reread(q, memory_u, memory_e, mask)  # (R, E), (R, t)
+        else:
+            x, beta = e, None
+        return z, alpha, x, beta
 
     def look(self, query: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where to look: z = sum_i alpha_i a_i with alpha = softmax(v_r . tanh(K + query)).
@@ -161,6 +200,38 @@ class DualAttention(nn.Module):
         return torch.bmm(beta[:, None], e).squeeze(1), beta  # (R, E), (R, t)
 
 
+class CellWeights(NamedTuple):
+    """An LSTM cell's weights for x (4S, E), for z (4S, C) and for h (4S, S), and its two biases (4S)."""
+
+    word_in: torch.Tensor
+    region_in: torch.Tensor
+    state_in: torch.Tensor
+    bias_in: torch.Tensor
+    bias_state: torch.Tensor
+
+
+class OpenCell(nn.LSTMCell):
+    """An LSTM cell for [x ; z] that leaves the products to the decoder, which may know x of all steps at once.
+
+    The weights are asked for by a call because a call brings them where they are offloaded.
+    """
+
+    def forward(self, width: int) -> CellWeights:  # type: ignore[override]
+        """The weights, x being `width` wide."""
+        word_in, region_in = self.weight_ih.tensor_split([width], dim=1)
+        return CellWeights(word_in, region_in, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+def _lstm(
+    gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: CellWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One LSTM step from the input's share of the gates (R, 4S), its bias included."""
+    gates = gates + F.linear(h, weights.state_in, weights.bias_state)  # (R, 4S)
+    i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
 @dataclass
 class DecoderOutput(ModelOutput):
     """`last_hidden_state`: what the output layer sees, (R, T, E), or (R, T, S) without deep output; the rest as in the model."""
@@ -182,7 +253,7 @@ class AttnCapDecoder(nn.Module):
         self.attention = DualAttention(config)
         self.init_h = nn.Linear(channels, state)  # W_h
         self.init_c = nn.Linear(channels, state)  # W_c
-        self.cell = nn.LSTMCell(embed + channels, state)
+        self.cell = OpenCell(embed + channels, state)
         self.gate = nn.Linear(state, channels) if config.gate else None  # W_g
         self.deep_output = config.deep_output
         if config.deep_output:
@@ -200,13 +271,6 @@ class AttnCapDecoder(nn.Module):
             c.repeat_interleave(repeats, 0),
             self.attention.region_proj(regions),
         )
-
-    def lstm(self, gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One LSTM step from the input's share of the gates (R, 4S), its bias included."""
-        gates = gates + F.linear(h, self.cell.weight_hh, self.cell.bias_hh)  # (R, 4S)
-        i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
-        return torch.sigmoid(o) * torch.tanh(c), c
 
     def forward(
         self,
@@ -234,28 +298,20 @@ class AttnCapDecoder(nn.Module):
         memory_u, memory_e, memory_mask = self._remember(u, e, attention_mask, past)  # (R, t0 + T, .)
         earlier = 0 if memory_e is None else memory_e.shape[1] - length
 
-        word_in, region_in = self.cell.weight_ih.split([e.shape[-1], regions.shape[-1]], dim=1)  # (4S, E), (4S, C)
+        weights = self.cell(e.shape[-1])
         if kind in ("none", "score"):
-            word_gates = F.linear(e, word_in, self.cell.bias_ih).unbind(1)  # T of (R, 4S), all words in one product
+            word_gates = F.linear(e, weights.word_in, weights.bias_in).unbind(1)  # T of (R, 4S), all words in one product
         # unbind, not [:, t]: its gradient is one stack instead of T tensors of zeros
-        e_t, u_t = e.unbind(1), () if u is None else u.unbind(1)  # T of (R, E), T of (R, A)
-        states, glimpses, alphas, betas = [h], [], [], []
+        e_t, u_t = e.unbind(1), (None,) * length if u is None else u.unbind(1)  # T of (R, E), T of (R, A)
+        states, cells, glimpses, alphas, betas = [], [], [], [], []
         for t in range(length):
-            q = attend.query_proj(h)  # (R, A)
-            z, alpha = attend.look(q if u is None else q + u_t[t], keys, regions)  # (R, C), (R, N)
+            end = earlier + t + 1
+            memory = [None if x is None else x[:, :end] for x in (memory_e, memory_u, memory_mask)]  # (R, t, .)
+            z, alpha, x, beta = self.attention(h, keys, regions, e_t[t], u_t[t], *memory)  # (R, C), (R, N), (R, E), (R, .)
             if self.gate is not None:
                 z = torch.sigmoid(self.gate(h)) * z  # (R, C)
-            if kind in ("none", "score"):
-                gates, beta = word_gates[t], None  # (R, 4S)
-            else:
-                if kind == "channel":
-                    x, beta = attend.weigh_channels(q, u_t[t], e_t[t])  # (R, E), (R, E)
-                else:
-                    end = earlier + t + 1
-                    mask = None if memory_mask is None else memory_mask[:, :end]  # (R, t)
-                    x, beta = attend.reread(q, memory_u[:, :end], memory_e[:, :end], mask)  # (R, E), (R, t)
-                gates = F.linear(x, word_in, self.cell.bias_ih)  # (R, 4S)
-            new_h, new_c = self.lstm(gates + F.linear(z, region_in), h, c)  # (R, S)
+            gates = word_gates[t] if beta is None else F.linear(x, weights.word_in, weights.bias_in)  # (R, 4S)
+            new_h, new_c = _lstm(gates + F.linear(z, weights.region_in), h, c, weights)  # (R, S)
             if attention_mask is not None:
                 is_word = attention_mask[:, t, None]  # (R, 1)
                 new_h, new_c = torch.where(is_word, new_h, h), torch.where(is_word, new_c, c)
@@ -264,16 +320,17 @@ class AttnCapDecoder(nn.Module):
             if past is not None:
                 past.state.update(h, c)
             states.append(h)
+            cells.append(c)
             glimpses.append(z)
             alphas.append(alpha)
             betas.append(beta)
 
-        after = torch.stack(states[1:], dim=1)  # (R, T, S)
-        out = self._deep_output(e, after, torch.stack(glimpses, dim=1)) if self.deep_output else after
+        states = torch.stack(states, dim=1)  # (R, T, S)
+        out = self._deep_output(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
         return DecoderOutput(
             last_hidden_state=out,
             past_key_values=past,
-            hidden_states=(torch.stack(states[:-1], dim=1), after) if output_hidden_states else None,
+            hidden_states=(states, torch.stack(cells, dim=1)) if output_hidden_states else None,
             region_attention=torch.stack(alphas, dim=1) if output_attentions else None,  # (R, T, N)
             word_attention=self._stack_word_attention(betas) if output_attentions and betas[0] is not None else None,
         )
@@ -310,6 +367,10 @@ class AttnCapPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GridEncoder", "AttnCapDecoder"]
     _skip_keys_device_placement = ["past_key_values"]
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As for transformers' own models: containers without weights of their own are asked as well, the encoder is one."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "keep_torchvision_init", False):
@@ -333,15 +394,14 @@ class AttnCapPreTrainedModel(PreTrainedModel):
             init.zeros_(module.distance_bias)
 
     def _init_backbone(self, encoder: GridEncoder) -> None:
-        """A backbone that was built without memory gets torchvision's own initialisation here."""
-        if encoder.backbone_is_initialized:
+        """Backbone weights that no checkpoint has set get torchvision's own initialisation, which each of its models has."""
+        own = {**dict(encoder.backbone.named_parameters()), **dict(encoder.backbone.named_buffers())}
+        if all(value.is_meta or getattr(value, "_is_hf_initialized", False) for value in own.values()):
             return
         with torch.device("cpu"):
             fresh = build_trunk(self.config.backbone, self.config.backbone_padding)
-        own = {**dict(encoder.backbone.named_parameters()), **dict(encoder.backbone.named_buffers())}
         for name, value in fresh.state_dict().items():
             init.copy_(own[name], value)
-        encoder.backbone_is_initialized = True
 
     def _apply_freezing(self) -> None:
         """`requires_grad` as the config says; loading gives every parameter a gradient."""
@@ -400,7 +460,7 @@ class AttnCapModel(AttnCapPreTrainedModel):
         Returns:
             `last_hidden_state` (R, T, E) or, without deep output, (R, T, S); `cross_attentions`: one (R, 1, T, N);
             `decoder_attentions`: one (R, 1, T, t0 + T) for "history", (R, 1, T, E) for "channel", else None;
-            `decoder_hidden_states`: the LSTM state before and after each word, (R, T, S).
+            `decoder_hidden_states`: the LSTM's h and c after each word, (R, T, S) both.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -412,7 +472,7 @@ class AttnCapModel(AttnCapPreTrainedModel):
             encoder_outputs = GridEncoderOutput(last_hidden_state=encoder_outputs[0])
         regions = encoder_outputs.last_hidden_state if encoder_outputs is not None else None  # (B, N, C)
         if decoder_input_ids is None:
-            start = torch.tensor([[self.config.decoder_start_token_id]], device=self.device)
+            start = torch.tensor([[self.config.decoder_start_token_id]], device=(self if regions is None else regions).device)
             decoder_input_ids = start.expand(1 if regions is None else regions.shape[0], 1)  # (B, 1)
         _check_rows(decoder_input_ids, regions)
 

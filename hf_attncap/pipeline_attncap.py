@@ -201,13 +201,7 @@ def generate_captions(
     batch, per_image = pixel_values.shape[0], out.sequences.shape[0] // pixel_values.shape[0]
     regions = weights = None
     if output_attentions:
-        is_word = None
-        if attention_mask is not None and not attention_mask.all():
-            is_word = torch.ones_like(out.sequences[:, :-1])  # (R, T)
-            is_word[:, 1 : 1 + attention_mask.shape[1]] = attention_mask.repeat_interleave(per_image, 0)
-        regions, weights = model.caption_attentions(
-            out.sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word
-        )
+        regions, weights = _attentions(model, out.sequences, encoder_outputs, attention_mask)
     found = {
         "sequences": out.sequences,
         "scores": _scores(model, out, generate_kwargs),
@@ -215,6 +209,24 @@ def generate_captions(
         "word_attention": weights,
     }
     return {name: None if rows is None else rows.unflatten(0, (batch, per_image)) for name, rows in found.items()}
+
+
+def _attentions(
+    model: Any, sequences: torch.Tensor, encoder_outputs: Any, prompt_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`caption_attentions` of sequences (R, T + 1) whose prompts were padded as the mask (B, t) says."""
+    if prompt_mask is None or prompt_mask.all():
+        return model.caption_attentions(sequences, encoder_outputs=encoder_outputs)
+    rows, steps = sequences.shape[0], sequences.shape[1] - 1
+    is_word = torch.ones_like(sequences[:, :-1])  # (R, T)
+    is_word[:, 1 : 1 + prompt_mask.shape[1]] = prompt_mask.repeat_interleave(rows // prompt_mask.shape[0], 0)
+    found = model.caption_attentions(sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word)
+    # The word behind padding was chosen at the last word before it.
+    step = torch.arange(steps, device=sequences.device)  # (T)
+    chosen_at = torch.where(is_word.bool(), step, 0).cummax(dim=1).values  # (R, T)
+    row = torch.arange(rows, device=sequences.device)[:, None]  # (R, 1)
+    regions, weights = (None if x is None else x[row, chosen_at] for x in found)
+    return regions, weights
 
 
 def _scores(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:

@@ -27,8 +27,8 @@ class Trace:
     logits: list[Tensor] = field(default_factory=list)  # V each
     regions: list[Tensor] = field(default_factory=list)  # alpha, N each
     words: list[Tensor] = field(default_factory=list)  # beta, one more each time ("history") or E each ("channel")
-    before: list[Tensor] = field(default_factory=list)  # h the word meets, S each
-    after: list[Tensor] = field(default_factory=list)  # h it leaves, S each
+    states: list[Tensor] = field(default_factory=list)  # h the word leaves, S each
+    cells: list[Tensor] = field(default_factory=list)  # c it leaves, S each
 
 
 class Reference:
@@ -77,7 +77,6 @@ class Reference:
         )
         read: list[Tensor] = []
         for word in words:
-            trace.before.append(h)
             e = self.weights["decoder.embed_tokens.weight"][word]
             read.append(e)
             q = self.linear("decoder.attention.query_proj", h)
@@ -98,7 +97,8 @@ class Reference:
                 out = out + self.linear("decoder.region_out", z)
             trace.logits.append(self.linear("lm_head", out))
             trace.regions.append(alpha)
-            trace.after.append(h)
+            trace.states.append(h)
+            trace.cells.append(c)
             if beta is not None:
                 trace.words.append(beta)
         return trace

@@ -50,9 +50,9 @@ def expect_row(kind: str, got, row: int, want, positions: list[int]) -> None:
     """Row `row` of an output equals the trace of its real words, which stand at `positions`."""
     assert_close(got.logits[row, positions], torch.stack(want.logits), **EXACT)
     assert_close(got.cross_attentions[0][row, 0, positions], torch.stack(want.regions), **EXACT)
-    before, after = got.decoder_hidden_states
-    assert_close(before[row, positions], torch.stack(want.before), **EXACT)
-    assert_close(after[row, positions], torch.stack(want.after), **EXACT)
+    states, cells = got.decoder_hidden_states
+    assert_close(states[row, positions], torch.stack(want.states), **EXACT)
+    assert_close(cells[row, positions], torch.stack(want.cells), **EXACT)
     if not want.words:
         assert got.decoder_attentions is None
         return
@@ -170,7 +170,7 @@ def test_left_padded_prompts_in_one_batch_equal_single_ones():
         image = GridEncoderOutput(last_hidden_state=regions.last_hidden_state[row : row + 1])
         single = run(model, image, torch.tensor([[BOS, *prompt]]))
         assert_close(together.logits[row, -1], single.logits[0, -1], **EXACT)
-        assert_close(together.decoder_hidden_states[1][row, -1], single.decoder_hidden_states[1][0, -1], **EXACT)
+        assert_close(together.decoder_hidden_states[0][row, -1], single.decoder_hidden_states[0][0, -1], **EXACT)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -435,7 +435,7 @@ def test_every_switch_changes_the_result():
             random_regions(1),
             ids,
         )
-        states.append(got.decoder_hidden_states[1][0, -1])
+        states.append(got.decoder_hidden_states[0][0, -1])
         logits.append(got.logits[0, -1])
         if not deep:
             assert_close(states[-1], states[-2], **EXACT)  # the state does not depend on the output layer

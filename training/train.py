@@ -107,6 +107,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         resume = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
+    model.config.use_cache = True  # the Trainer switched it off, and would save that
     trainer.save_model()
     processor.save_pretrained(training.output_dir)
     trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))

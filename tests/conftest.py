@@ -1,0 +1,82 @@
+"""What several test files share: small saved checkpoints and generated pictures."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from training.vocabulary import build_tokenizer
+
+CAPTIONS = [
+    "A black dog is running on the beach with two red balls .",
+    "Some children are playing near a big house while it rains .",
+    "Two red dogs and a child in the rain .",
+]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny random captioner and gives its folder: `make_checkpoint(tokenizer="word" or "bpe", **config)`."""
+
+    @cache
+    def make(tokenizer: Literal["word", "bpe"] = "word", **config) -> Path:
+        words = build_tokenizer(CAPTIONS, tokenizer, min_count=1)
+        torch.manual_seed(0)
+        model = AttnCapForConditionalGeneration(
+            AttnCapConfig(
+                backbone="mobilenet_v3_small",
+                encoder_channels=16,
+                vocab_size=len(words),
+                word_embed_dim=12,
+                hidden_size=16,
+                attention_dim=8,
+                **config,
+            )
+        )
+        _sharpen(model)
+        model.generation_config.update(num_beams=3, max_new_tokens=8, length_penalty=0.7, early_stopping=True)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folder)
+        # Wider than high, so that a map with its axes exchanged is noticed: the grid is 2 x 3.
+        image_processor = AttnCapImageProcessor(size={"height": 64, "width": 96})
+        AttnCapProcessor(image_processor, words).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@torch.no_grad()
+def _sharpen(model: AttnCapForConditionalGeneration) -> None:
+    """Makes random weights tell pictures, regions and words apart, and end some captions early."""
+    noise = torch.randn(4, 3, 64, 96)
+    regions = model.model.encoder.eval()(noise).last_hidden_state
+    model.model.encoder.windows.weight.mul_(2 / regions.std())
+    model.model.decoder.attention.region_score.weight.mul_(6)
+    model.model.decoder.embed_tokens.weight.mul_(3)
+    model.lm_head.weight.mul_(3)
+    model.lm_head.bias[model.config.eos_token_id] = 1.0
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """The folder of a tiny random captioner with a word tokenizer and attention over the words so far."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of three generated pictures: landscape, portrait and a small grey one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    files = []
+    for name, size, mode in (("wide.jpg", (160, 60), "RGB"), ("tall.png", (50, 150), "RGB"), ("grey.png", (40, 40), "L")):
+        blocks = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).convert(mode)
+        files.append(folder / name)
+        blocks.resize(size, Image.Resampling.NEAREST).save(files[-1])
+    return files

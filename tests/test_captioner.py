@@ -1,0 +1,309 @@
+"""Captions of pictures: texts, scores and attention against plain reference computations, and the film strip."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import hf_attncap.captioner
+from hf_attncap import Captioner, CaptionResult
+from hf_attncap.images import ImageError, load_image
+
+MAX_NEW_TOKENS = 8  # of the tiny checkpoints, the end token included
+KINDS = {
+    "word": {},
+    "bpe": {"tokenizer": "bpe"},
+    "channel": {"word_attention": "channel"},
+    "none": {"word_attention": "none"},
+}
+TINY = 1e-5
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint) -> Captioner:
+    return Captioner.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def captioner(loaded) -> Captioner:
+    """One that a test may change."""
+    return copy.deepcopy(loaded)
+
+
+@pytest.fixture
+def result() -> CaptionResult:
+    """Of a landscape picture; the model looked at the right end of the upper row for "two" and evenly for "dogs"."""
+    attention = np.full((2, 2, 3), 1 / 6, np.float32)
+    attention[0] = [[0, 0, 1], [0, 0, 0]]
+    return CaptionResult("two dogs", -0.5, ["two", "dogs"], attention, None, [], Image.new("RGB", (90, 60), "grey"))
+
+
+def forced_score(captioner: Captioner, picture, text: str, prompt: str = "") -> float:
+    """The score of a caption of whole-word tokens, by one forward pass over it and plain sums."""
+    tokenizer = captioner.processor.tokenizer
+    words, given_words = tokenizer(text).input_ids, tokenizer(prompt).input_ids
+    generated = words[len(given_words) :]
+    if len(generated) < MAX_NEW_TOKENS:
+        generated = [*generated, tokenizer.eos_token_id]
+    ids = torch.tensor([[tokenizer.bos_token_id, *given_words, *generated]])
+    pixel_values = captioner.processor(images=load_image(picture), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = captioner.model(pixel_values=pixel_values, decoder_input_ids=ids[:, :-1]).logits[0]
+    log_probs = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    return float(log_probs[len(given_words) :].sum()) / len(generated) ** captioner.model.generation_config.length_penalty
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, beams):
+    captioner = Captioner.from_pretrained(make_checkpoint(**KINDS[kind]))
+    for result in captioner.caption(pictures, beams=beams):
+        steps = len(result.words)
+        assert result.text and " ".join(result.words) == result.text
+        assert result.attention.shape == (steps, 2, 3) and result.attention.dtype == np.float32
+        assert np.allclose(result.attention.sum(axis=(1, 2)), 1)
+        weights = result.word_attention
+        if kind == "none":
+            assert weights is None
+        else:
+            assert weights is not None and weights.dtype == np.float32
+            assert weights.shape == (steps, 12 if kind == "channel" else steps)
+            assert np.allclose(weights.sum(axis=1), 1)
+            if kind != "channel":
+                assert (np.triu(weights, k=1) == 0).all() and (np.tril(weights)[np.tril_indices(steps)] > 0).all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    beams=st.integers(1, 4),
+    prompt=st.lists(st.sampled_from(["a", "red", "dog", "rain"]), max_size=3).map(" ".join),
+    length_penalty=st.sampled_from([0.0, 0.7, 1.0, 2.0]),
+    no_repeat=st.sampled_from([0, 2]),
+    picture=st.integers(0, 2),
+)
+def test_score_is_the_sum_of_log_probabilities(captioner, pictures, beams, prompt, length_penalty, no_repeat, picture):
+    config = captioner.model.generation_config
+    config.update(length_penalty=length_penalty, no_repeat_ngram_size=no_repeat)
+    result = captioner.caption(pictures[picture], beams=beams, alternatives=beams, prompt=prompt)
+    for text, score in [(result.text, result.score), *result.alternatives]:
+        assert text.startswith(prompt)
+        assert score == pytest.approx(forced_score(captioner, pictures[picture], text, prompt), abs=TINY)
+
+
+def test_score_and_alternatives_are_those_of_generate(captioner, pictures):
+    inputs = captioner.processor(images=[load_image(file) for file in pictures], return_tensors="pt")
+    out = captioner.model.generate(**inputs, num_beams=4, num_return_sequences=3, output_scores=True, return_dict_in_generate=True)
+    texts = captioner.processor.batch_decode(out.sequences, skip_special_tokens=True)
+    expected = list(zip(texts, out.sequences_scores.tolist()))
+    results = captioner.caption(pictures, beams=4, alternatives=3)
+    found = [pair for result in results for pair in ((result.text, result.score), *result.alternatives)]
+    assert [text for text, _ in found] == [text for text, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=TINY)
+
+
+def test_greedy_score_counts_the_end_token_and_nothing_behind_it(captioner, pictures):
+    captioner.model.lm_head.bias.data[2] += 2.5
+    results = captioner.caption(pictures, beams=1)
+    lengths = [len(result.words) for result in results]
+    assert min(lengths) < max(lengths), "no caption is followed by padding"
+    for file, result in zip(pictures, results):
+        assert result.score == pytest.approx(forced_score(captioner, file, result.text), abs=TINY)
+
+
+def test_bias_of_a_processor_counts_in_greedy_scores_as_in_beams(captioner, pictures):
+    captioner.model.generation_config.update(sequence_bias=[[[7], -0.5], [[9], -0.25]], max_new_tokens=1, length_penalty=1.0)
+    greedy, beams = (captioner.caption(pictures[0], beams=n) for n in (1, 3))
+    assert (greedy.text, greedy.score) == (beams.text, pytest.approx(beams.score, abs=TINY))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batch_of_mixed_sizes_gives_what_each_picture_gives_alone(captioner, pictures, beams):
+    together = captioner.caption(pictures, beams=beams, batch_size=2)
+    for file, batched in zip(pictures, together):
+        alone = captioner.caption(file, beams=beams)
+        assert batched.text == alone.text and batched.score == pytest.approx(alone.score, abs=TINY)
+        assert np.allclose(batched.attention, alone.attention, atol=TINY)
+        assert np.allclose(batched.word_attention, alone.word_attention, atol=TINY)
+    assert len({result.text for result in together}) > 1
+
+
+def test_attention_is_that_of_a_forced_forward_pass(captioner, pictures):
+    for file in pictures:
+        result = captioner.caption(file)
+        pixel_values = captioner.processor(images=load_image(file), return_tensors="pt").pixel_values
+        ids = torch.tensor([[1, *captioner.processor.tokenizer(result.text).input_ids]])
+        with torch.no_grad():
+            out = captioner.model(pixel_values=pixel_values, decoder_input_ids=ids[:, :-1], output_attentions=True)
+        assert np.allclose(result.attention, out.cross_attentions[0][0, 0].unflatten(-1, (2, 3)), atol=TINY)
+        assert np.allclose(result.word_attention, out.decoder_attentions[0][0, 0], atol=TINY)
+
+
+def test_pieces_of_a_word_are_merged(make_checkpoint, pictures):
+    captioner = Captioner.from_pretrained(make_checkpoint(tokenizer="bpe"))
+    prompt = "beachild a redograin"
+    result = captioner.caption(pictures[0], prompt=prompt)
+    assert result.words[:2] == ["beachild", "a"] and result.words[2].startswith("redograin")
+
+    encoding = captioner.processor.tokenizer(prompt)
+    word_of = np.array(encoding.word_ids())
+    assert len(word_of) > 3 and set(word_of) == {0, 1, 2}
+    pixel_values = captioner.processor(images=load_image(pictures[0]), return_tensors="pt").pixel_values
+    ids = torch.tensor([[1, *encoding.input_ids]])
+    with torch.no_grad():
+        out = captioner.model(pixel_values=pixel_values, decoder_input_ids=ids[:, :-1], output_attentions=True)
+    regions, words = out.cross_attentions[0][0, 0].numpy(), out.decoder_attentions[0][0, 0].numpy()
+    for word in range(2):  # the model may have gone on with the third
+        of_word = regions[word_of == word].mean(axis=0)
+        assert np.allclose(result.attention[word].flatten(), of_word, atol=TINY)
+        rows = words[word_of == word].mean(axis=0)
+        before = [rows[0], *(rows[1:][word_of[:-1] == earlier].sum() for earlier in range(word))]
+        assert result.word_attention is not None
+        assert np.allclose(result.word_attention[word, : word + 1], np.array(before) / np.sum(before), atol=TINY)
+
+
+def test_prompt_is_continued(captioner, pictures):
+    results = captioner.caption(pictures, prompt="Two red dogs")
+    assert all(result.text.startswith("two red dogs ") and len(result.words) > 3 for result in results)
+    assert captioner.caption(pictures[0], prompt="").text == captioner.caption(pictures[0]).text
+
+
+def test_prompt_with_unknown_word_is_refused(captioner, pictures):
+    with pytest.raises(ValueError, match="does not know zebra in the prompt 'two zebra dogs'"):
+        captioner.caption(pictures, prompt="two zebra dogs")
+    with pytest.raises(ValueError, match="one string"):
+        captioner.caption(pictures, prompt=["two"] * 3)
+
+
+def test_alternatives_are_ordered_and_without_the_first(captioner, pictures):
+    result = captioner.caption(pictures[0], beams=5, alternatives=4)
+    scores = [result.score, *(other.score for other in result.alternatives)]
+    texts = {result.text, *(other.text for other in result.alternatives)}
+    assert len(texts) == 4 and scores == sorted(scores, reverse=True)
+    assert captioner.caption(pictures[0]).alternatives == []
+
+
+def test_beams_default_to_the_checkpoint_and_widen_for_alternatives(captioner, pictures):
+    assert captioner.caption(pictures[0]).score == captioner.caption(pictures[0], beams=3).score
+    widened = captioner.caption(pictures[0], alternatives=5)
+    assert len(widened.alternatives) == 4
+    assert widened.score == captioner.caption(pictures[0], beams=5).score
+
+
+def test_places_without_a_caption_are_no_alternatives(captioner, pictures):
+    every_token_but_two = [token for token in range(captioner.model.config.vocab_size) if token not in (5, 6)]
+    captioner.model.generation_config.update(suppress_tokens=every_token_but_two, max_new_tokens=1)
+    result = captioner.caption(pictures[0], beams=4, alternatives=4)
+    assert len(result.alternatives) == 1 and result.alternatives[0].score > -100
+
+
+@pytest.mark.parametrize("option", [{"beams": 0}, {"alternatives": 0}, {"batch_size": 0}, {"beams": 2, "alternatives": 3}])
+def test_impossible_numbers_are_refused(captioner, pictures, option):
+    with pytest.raises(ValueError, match=f"`{list(option)[-1]}`"):
+        captioner.caption(pictures, **option)
+
+
+def test_an_empty_caption_has_no_words(captioner, pictures, tmp_path):
+    captioner.model.lm_head.bias.data[2] = 1000
+    result = captioner.caption(pictures[0])
+    assert (result.text, result.words) == ("", [])
+    assert result.attention.shape == (0, 2, 3)
+    assert result.word_attention is not None and result.word_attention.shape == (0, 0)
+    result.plot_attention(tmp_path / "none.png")
+    assert Image.open(tmp_path / "none.png").format == "PNG"
+
+
+def test_any_picture_and_its_own_proportions(captioner, pictures):
+    array = np.asarray(load_image(pictures[1]))
+    results = captioner.caption((pictures[1], str(pictures[1]), array, Image.fromarray(array)))
+    assert {result.text for result in results} == {results[0].text}
+    assert all(result.image.size == (50, 150) and result.image.mode == "RGB" for result in results)
+    assert captioner.caption([]) == []
+
+
+@pytest.mark.parametrize("images", ["nowhere.jpg", [b"", b""], [["wide.jpg"]], [None]])
+def test_unreadable_picture_is_an_image_error(captioner, images):
+    with pytest.raises(ImageError):
+        captioner.caption(images)
+
+
+def test_checkpoint_of_the_package_is_the_default(tiny_checkpoint, pictures, captioner, monkeypatch, tmp_path):
+    monkeypatch.setattr(hf_attncap.captioner, "CHECKPOINT", tiny_checkpoint)
+    assert Captioner.from_pretrained().caption(pictures[0]).text == captioner.caption(pictures[0]).text
+    monkeypatch.setattr(hf_attncap.captioner, "CHECKPOINT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="name a folder or Hub repository"):
+        Captioner.from_pretrained()
+
+
+def test_half_precision_gives_float_arrays(tiny_checkpoint, pictures):
+    captioner = Captioner.from_pretrained(tiny_checkpoint, dtype="bfloat16")
+    result = captioner.caption(pictures[0])
+    assert captioner.model.dtype == torch.bfloat16 and result.attention.dtype == np.float32
+    assert np.allclose(result.attention.sum(axis=(1, 2)), 1)
+
+
+def damage(folder, what: str) -> None:
+    if what == "weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif what == "kind":
+        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    else:
+        (folder / what).unlink()
+
+
+@pytest.mark.parametrize("what", ["weights", "kind", "config.json", "model.safetensors", "tokenizer.json"])
+def test_damaged_checkpoint_is_named(tiny_checkpoint, tmp_path, what):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    damage(folder, what)
+    with pytest.raises(OSError, match=f"The folder '{folder}' cannot be loaded as a captioner"):
+        Captioner.from_pretrained(folder)
+
+
+def test_missing_folder_and_unusable_device_are_named(tiny_checkpoint, tmp_path):
+    with pytest.raises(OSError, match="nowhere' is no folder"):
+        Captioner.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="device 'toaster' cannot be used.*give 'cpu'"):
+        Captioner.from_pretrained(tiny_checkpoint, device="toaster")
+
+
+def test_film_strip_shows_picture_and_words(result, tmp_path):
+    figure = result.plot_attention(tmp_path / "strip.png")
+    photo, *words = (axis for axis in figure.axes if axis.images)
+    assert np.array_equal(np.unique(photo.images[0].get_array()), [128])
+    assert [axis.get_title() for axis in words] == result.words
+    assert figure.get_suptitle() == result.text
+    saved = Image.open(tmp_path / "strip.png")
+    assert saved.width > 600 and len(np.unique(np.asarray(saved))) > 50
+
+
+def test_film_strip_is_lit_where_the_model_looked(result):
+    one, other = (axis.images[0].get_array().mean(axis=2) for axis in result.plot_attention().axes[1:3])
+    height, width = one.shape
+    assert abs(width - 1.5 * height) <= 1
+    light = (one - one.min()) / (one - one.min()).sum()
+    centre = (light.sum(axis=1) @ np.arange(height) / height, light.sum(axis=0) @ np.arange(width) / width)
+    assert np.allclose(centre, (1 / 4, 5 / 6), atol=0.06)  # the middle of its region
+    assert np.ptp(other) < 0.01 and other.max() < one.max()  # one scale for all: even attention does not shine
+
+
+@pytest.mark.parametrize("size", [(30, 300), (300, 30), (1, 1)])
+def test_film_strip_of_any_shape_and_length(result, tmp_path, size):
+    result.image = Image.new("RGB", size)
+    result.words = ["$x_1$"] * 17
+    result.text = " ".join(result.words)
+    result.attention = np.full((17, 2, 3), 1 / 6, np.float32)
+    result.plot_attention(tmp_path / "strip.png")
+    width, height = Image.open(tmp_path / "strip.png").size
+    assert 300 < width < 4000 and 100 < height < 3000
+
+
+def test_film_strip_that_cannot_be_written_is_an_os_error(result, tmp_path):
+    with pytest.raises(OSError):
+        result.plot_attention(tmp_path / "nowhere" / "strip.png")

@@ -1,0 +1,202 @@
+"""The console script: what it prints, where, and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers.utils import logging
+
+import hf_attncap.images
+from hf_attncap import Captioner
+from hf_attncap.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def loud_libraries():
+    """The commands silence transformers for the whole process; other tests want to hear it."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def results(tiny_checkpoint, pictures):
+    return Captioner.from_pretrained(tiny_checkpoint).caption(pictures, alternatives=2)
+
+
+@pytest.fixture
+def broken(tmp_path) -> list[str]:
+    """A missing, an empty, a truncated and a non-image file, and a folder."""
+    (tmp_path / "empty.jpg").touch()
+    Image.effect_noise((100, 100), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "album").mkdir()
+    return [str(tmp_path / name) for name in ("missing.jpg", "empty.jpg", "cut.png", "notes.txt", "album")]
+
+
+def captions(tiny_checkpoint, *arguments) -> int:
+    return main(["caption", "--model", str(tiny_checkpoint), *map(str, arguments)])
+
+
+def test_a_line_a_picture_and_a_quiet_stderr(tiny_checkpoint, pictures, results, capfd):
+    assert captions(tiny_checkpoint, *pictures, "--batch-size", 2) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [f"{file}\t{result.text}" for file, result in zip(pictures, results)]
+    assert err == ""
+
+
+def test_n_best_stand_indented_below(tiny_checkpoint, pictures, results, capfd):
+    assert captions(tiny_checkpoint, pictures[0], "--n-best", 2) == 0
+    assert capfd.readouterr().out == f"{pictures[0]}\t{results[0].text}\n\t{results[0].alternatives[0].text}\n"
+
+
+def test_json_has_all_of_it(tiny_checkpoint, pictures, results, tmp_path, capfd):
+    assert captions(tiny_checkpoint, *pictures, "--json", "--n-best", 2, "--attention", tmp_path) == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    for record, file, result in zip(records, pictures, results):
+        assert record == {
+            "path": str(file),
+            "caption": result.text,
+            "score": pytest.approx(result.score, abs=1e-5),
+            "words": result.words,
+            "alternatives": [
+                {"caption": other.text, "score": pytest.approx(other.score, abs=1e-5)} for other in result.alternatives
+            ],
+            "attention_file": str(tmp_path / f"{file.stem}.png"),
+        }
+    assert len(records) == len(pictures)
+
+
+def test_prompt_and_beams_reach_the_model(tiny_checkpoint, pictures, capfd):
+    assert captions(tiny_checkpoint, pictures[0], "--prompt", "two red dogs", "--beams", 1, "--device", "cpu", "--json") == 0
+    record = json.loads(capfd.readouterr().out)
+    expected = Captioner.from_pretrained(tiny_checkpoint).caption(pictures[0], prompt="two red dogs", beams=1)
+    assert (record["caption"], record["score"]) == (expected.text, pytest.approx(expected.score, abs=1e-5))
+    assert "attention_file" not in record
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_broken_pictures_are_named_and_the_rest_is_captioned(tiny_checkpoint, pictures, results, broken, batch_size, capfd):
+    files = [broken[0], pictures[0], *broken[1:], pictures[1]]
+    assert captions(tiny_checkpoint, *files, "--batch-size", batch_size) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [f"{file}\t{result.text}" for file, result in zip(pictures[:2], results)]
+    lines = err.splitlines()
+    assert len(lines) == len(broken)
+    for file, line, way_out in zip(
+        broken, lines, ["check the path", "save or download", "save or download", "save it as", f"{broken[4]}/*.jpg"]
+    ):
+        assert line.startswith("attncap: ") and file in line and way_out in line
+
+
+def test_only_broken_pictures_need_no_model(broken, capfd):
+    assert main(["caption", *broken, "--model", "/nowhere"]) == 1
+    assert "nowhere" not in capfd.readouterr().err
+
+
+def test_film_strips_have_names_of_their_own(tiny_checkpoint, pictures, tmp_path, capfd):
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    files = [folder / "a.png", folder / "more" / "a.png", folder / "A.gif"]
+    for file in files:
+        Image.new("RGB", (40, 20), "teal").save(file)
+    pixels = files[0].read_bytes()
+    assert captions(tiny_checkpoint, *files, "--attention", folder) == 0
+    assert files[0].read_bytes() == pixels, "a picture was overwritten"
+    strips = [folder / "a-2.png", folder / "a-3.png", folder / "A-4.png"]
+    assert all(Image.open(strip).width > 300 for strip in strips)
+    assert capfd.readouterr().err.splitlines() == [f"{file}: attention in {strip}" for file, strip in zip(files, strips)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["more", "a.png", "A.gif", *(s.name for s in strips)])
+
+
+def test_folder_that_cannot_be_written_to(tiny_checkpoint, pictures, capfd):
+    assert captions(tiny_checkpoint, pictures[1], "--attention", pictures[0]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert str(pictures[0]) in err and "give another --attention" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./nowhere"], "'./nowhere' is no folder"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--prompt", "two zebra"], "does not know zebra"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(tiny_checkpoint, pictures, arguments, message, capfd):
+    assert captions(tiny_checkpoint, pictures[0], *arguments) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("attncap: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["caption"], "required: FILE"),
+        (["caption", "a.jpg", "--beams", "0"], "at least 1"),
+        (["caption", "a.jpg", "--batch-size", "many"], "at least 1"),
+        (["caption", "a.jpg", "--beams", "2", "--n-best", "3"], "give --beams 3"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_quietly(tiny_checkpoint, pictures, monkeypatch, capfd):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_attncap.images, "load_image", interrupt)
+    assert captions(tiny_checkpoint, *pictures) == 130
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_path_goes_out_byte_for_byte(tiny_checkpoint, pictures, tmp_path, capfdbinary):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    Path(os.fsdecode(path)).write_bytes(pictures[0].read_bytes())
+    assert captions(tiny_checkpoint, os.fsdecode(path)) == 0
+    assert capfdbinary.readouterr().out.startswith(path + b"\t")
+
+
+def test_export_hub(tiny_checkpoint, tmp_path, capfd):
+    out = tmp_path / "hub"
+    assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 0
+    assert "auto_map" in json.loads((out / "config.json").read_text())
+    assert capfd.readouterr() == ("", "")
+    assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 1
+    assert str(out) in capfd.readouterr().err
+
+
+def test_closed_pipe_ends_quietly(tiny_checkpoint, pictures):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hf_attncap", "caption", "--model", str(tiny_checkpoint), str(pictures[0])]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_does_not_wait_for_torch():
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    for command in ([], ["caption"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_attncap", *command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
+        assert done.returncode == 0 and "caption" in done.stdout
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "hf_attncap.cli" in imported
+        assert not imported & {"torch", "transformers", "matplotlib", "PIL", "numpy"}

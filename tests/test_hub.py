@@ -1,0 +1,210 @@
+"""What is exported loads where the package is not installed, says the same there, and changes nothing here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from hf_attncap import hub
+from hf_attncap.hub import export_to_hub
+from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
+from hf_attncap.pipeline_attncap import AttnCapPipeline
+
+CODE = {path.name for path in Path(hub.__file__).parent.glob("*_attncap.py")}
+
+# Run without the package: what each way of loading gives.
+ELSEWHERE = """
+import json, sys
+sys.modules["hf_attncap"] = None
+import torch
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor,
+                          AutoTokenizer, pipeline)
+
+folder, picture, scratch = sys.argv[1:]
+saved = scratch + '/saved'
+trusted = {"trust_remote_code": True}
+found = {}
+captioner = pipeline("image-to-text", model=folder, device="cpu", **trusted)
+found["image-to-text"] = captioner(picture, num_beams=2)
+found["without task"] = pipeline(model=folder, device="cpu", **trusted)(picture, num_beams=2)
+found["stock"] = pipeline("image-text-to-text", model=folder, device="cpu", **trusted)(picture, text="a dog")
+captioner.save_pretrained(saved)
+found["saved again"] = pipeline(model=saved, device="cpu", **trusted)(picture, num_beams=2)
+
+inputs = AutoProcessor.from_pretrained(folder, **trusted)(images=captioner.preprocess(picture)["pixel_values"][0], do_resize=False,
+                                                          do_rescale=False, do_normalize=False, return_tensors="pt")
+model = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
+found["ids"] = model.generate(**inputs).tolist()
+with torch.no_grad():
+    found["logits"] = model(**inputs).logits[0, -1].tolist()
+    found["features"] = AutoModel.from_pretrained(folder, **trusted)(**inputs).last_hidden_state[0, -1].tolist()
+loaded = [AutoConfig, AutoImageProcessor, AutoTokenizer]
+found["classes"] = [type(auto.from_pretrained(folder, **trusted)).__name__ for auto in loaded]
+found["homes"] = sorted({type(part).__module__.split(".")[0] for part in (captioner, model, captioner.processor)})
+try:
+    pipeline("image-to-text", model=folder)
+except ValueError as error:
+    found["without trust"] = str(error)
+json.dump(found, open(scratch + '/found.json', 'w'))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    for left_by_training in ("optimizer.pt", "trainer_state.json", "training_args.bin"):
+        (folder / left_by_training).write_text("")
+    (folder / "README.md").write_text("# A captioner\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    return export_to_hub(str(checkpoint), tmp_path_factory.mktemp("hub") / "new" / "captioner-v1.0")
+
+
+@pytest.fixture
+def picture(pictures) -> str:
+    return str(pictures[0])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported, pictures, tmp_path_factory) -> dict[str, Any]:
+    scratch = tmp_path_factory.mktemp("elsewhere")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(exported), str(pictures[0]), str(scratch)]
+    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return json.loads((scratch / "found.json").read_text())
+
+
+def test_what_is_in_the_folder(checkpoint, exported):
+    saved = {"model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert {path.name for path in exported.iterdir()} == saved | {"config.json", "processor_config.json"} | CODE
+    for name in saved:
+        assert (exported / name).read_bytes() == (checkpoint / name).read_bytes()
+    config = json.loads((exported / "config.json").read_text())
+    assert set(config.pop("auto_map")) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    assert list(config.pop("custom_pipelines")) == ["image-to-text"]
+    assert config == json.loads((checkpoint / "config.json").read_text())
+
+
+def test_the_code_is_complete_and_names_what_exists(exported):
+    referred = [*hub.MODEL_CLASSES.values(), *hub.IMAGE_PROCESSOR_CLASS.values(), *hub.PROCESSOR_CLASS.values()]
+    referred += [entry["impl"] for entry in hub.CUSTOM_PIPELINES.values()]
+    for reference in referred:
+        module, name = reference.split(".")
+        assert f"class {name}(" in (exported / f"{module}.py").read_text()
+        assert all(Path(file).is_file() for file in get_relative_import_files(exported / f"{module}.py"))
+    for file in CODE:
+        assert "hf_attncap" not in [line.split()[1] for line in (exported / file).read_text().splitlines() if "import" in line[:6]]
+
+
+def test_it_says_the_same_without_the_package(elsewhere, checkpoint, picture):
+    captioner = pipeline("image-captioning", model=str(checkpoint), device="cpu")
+    expected = captioner(picture, num_beams=2)
+    for way in ("image-to-text", "without task", "saved again"):
+        assert elsewhere[way][0]["generated_text"] == expected[0]["generated_text"]
+        assert elsewhere[way][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
+    continued = captioner(picture, text="a dog")[0]["generated_text"]
+    assert elsewhere["stock"][0]["generated_text"] == continued
+
+    inputs = captioner.processor(images=Image.open(picture), return_tensors="pt")
+    assert elsewhere["ids"] == captioner.model.generate(**inputs).tolist()
+    with torch.no_grad():
+        logits = captioner.model(**inputs).logits[0, -1]
+        features = captioner.model.model(**inputs).last_hidden_state[0, -1]
+    torch.testing.assert_close(torch.tensor(elsewhere["logits"]), logits)
+    torch.testing.assert_close(torch.tensor(elsewhere["features"]), features)
+
+
+def test_its_own_code_is_what_ran_and_only_with_trust(elsewhere):
+    assert elsewhere["homes"] == ["transformers_modules"]
+    assert elsewhere["classes"][:2] == ["AttnCapConfig", "AttnCapImageProcessor"]
+    assert "trust_remote_code=True" in elsewhere["without trust"]
+
+
+def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    expected = pipeline("image-captioning", model=str(checkpoint), device="cpu")(picture)
+    plain = pipeline("image-captioning", model=str(exported), device="cpu")
+    assert type(plain) is AttnCapPipeline
+    for captioner in (plain, pipeline("image-to-text", model=str(exported), device="cpu", trust_remote_code=True)):
+        assert type(captioner.model) is AttnCapForConditionalGeneration
+        assert captioner(picture) == expected
+
+
+def test_the_live_classes_are_untouched(exported, checkpoint, tmp_path):
+    assert exported.is_dir()
+    AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    for file in tmp_path.glob("*.json"):
+        assert "auto_map" not in file.read_text() and "custom_pipelines" not in file.read_text()
+
+
+def test_an_export_can_be_exported_again(exported, tmp_path):
+    again = export_to_hub(exported, tmp_path)  # there, but empty
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+        path.name: path.read_bytes() for path in exported.iterdir()
+    }
+
+
+def test_weights_in_several_files(checkpoint, tmp_path):
+    source = tmp_path / "sharded"
+    AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(source, max_shard_size="1MB")
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(source)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    out = export_to_hub(source, tmp_path / "out")
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+    for name, value in AutoModelForImageTextToText.from_pretrained(out).state_dict().items():
+        assert torch.equal(value, whole[name])
+
+
+def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path, monkeypatch):
+    copies, copy = [], shutil.copyfile
+
+    def full_disk(source, target):
+        copies.append(copy(source, target))
+        if len(copies) == 5:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_attncap.hub.shutil.copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_to_hub(checkpoint, tmp_path / "out")
+    assert len(copies) == 5 and not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(FileExistsError, match="not an empty folder"):
+            export_to_hub(checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_cannot_be_exported_is_refused_by_name(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="nowhere.*is no folder"):
+        export_to_hub(tmp_path / "nowhere", out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "blip"}))
+    with pytest.raises(ValueError, match="other.*'blip'"):
+        export_to_hub(other, out)
+    for missing, name in [("config.json", "configuration"), ("processor_config.json", "processor"), ("*.safetensors", "weights")]:
+        part = tmp_path / f"without {name}"
+        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(missing))
+        with pytest.raises(FileNotFoundError, match=f"lacks the {name} "):
+            export_to_hub(part, out)
+    assert not out.exists()
