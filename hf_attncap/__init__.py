@@ -73,7 +73,8 @@ def register() -> None:
     AutoConfig.register("attncap", AttnCapConfig, exist_ok=True)
     AutoModel.register(AttnCapConfig, AttnCapModel, exist_ok=True)
     AutoModelForImageTextToText.register(AttnCapConfig, AttnCapForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(AttnCapConfig, AttnCapImageProcessor, exist_ok=True)
+    image_processors: dict[str, type] = {"torchvision": AttnCapImageProcessor}
+    AutoImageProcessor.register(AttnCapConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(AttnCapConfig, AttnCapProcessor, exist_ok=True)
     if "image-captioning" not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
@@ -85,5 +86,5 @@ def register() -> None:
 
 
 # The Auto classes import torch, which takes seconds: `attncap --help` and what needs no model must not wait for it.
-if Path(sys.argv[0]).stem != "attncap" and sys.orig_argv[1:3] != ["-m", "hf_attncap"]:
+if Path(sys.argv[0]).stem != "attncap" and not (sys.argv[0] == "-m" and "hf_attncap" in sys.orig_argv):
     register()

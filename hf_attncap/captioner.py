@@ -30,7 +30,7 @@ NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for w
 PANELS_A_ROW = 6
 PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
 DOTS = 150  # an inch
-FULL_SCALE = 4.0  # times the even weight: the least that a film strip's brightest colour stands for
+FULL_SCALE = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
 
 
 class Alternative(NamedTuple):
@@ -68,9 +68,10 @@ class CaptionResult:
     image: Image.Image = field(repr=False)
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
-        """A film strip: the picture, then for each word the picture in grey, lit where the model looked.
+        """A film strip: the picture, then for each word the picture in grey, lit where the model looked most.
 
-        All words share one colour scale: the weight of a region as a multiple of the even weight 1 / (H * W).
+        All words share one colour scale: how many times the even weight 1 / (H * W) a region got, from 1 up. A word
+        for which the model looked everywhere evenly stays grey.
 
         Args:
             path: also save the figure there; the ending says how (.png, .pdf, .svg).
@@ -78,9 +79,8 @@ class CaptionResult:
         Raises:
             OSError: `path` cannot be written.
         """
-        from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import PowerNorm
+        from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
 
         shape = self.image.width / self.image.height
@@ -94,20 +94,20 @@ class CaptionResult:
         size = (columns * (width + 0.1) + 0.8, rows * (height + 0.35) + top)
         figure = Figure(size, dpi=DOTS, layout="constrained")
         figure.suptitle(heading, fontsize=17, parse_math=False)
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis in axes:
-            axis.axis("off")
+        bare = {"xticks": [], "yticks": [], "frame_on": False}
+        axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=bare).flatten()
 
         dots = int(max(width, height) * DOTS)
         photo = ImageOps.contain(self.image, (dots, dots), Image.Resampling.LANCZOS)
         axes[0].imshow(photo)
         times_even = self.attention * math.prod(self.attention.shape[1:])  # (T, H, W)
-        scale = PowerNorm(0.8, 0, max(FULL_SCALE, float(times_even.max(initial=0))))
+        most = max(FULL_SCALE, float(times_even.max(initial=0)))
+        colours = ScalarMappable(Normalize(1, most, clip=True), "inferno")
         for axis, word, weights in zip(axes[1:], self.words, times_even):
-            axis.imshow(_lit(photo, scale(weights), colormaps["inferno"]))
+            axis.imshow(_lit(photo, weights, colours))
             axis.set_title(word, fontsize=14, pad=4, parse_math=False)
         if self.words:
-            bar = figure.colorbar(ScalarMappable(scale, "inferno"), ax=list(axes), aspect=30 * rows, pad=0.01)
+            bar = figure.colorbar(colours, ax=list(axes), aspect=30 * rows, pad=0.01)
             bar.set_label("attention (1 = even)", fontsize=11)
         if path is not None:
             figure.savefig(path)
@@ -115,13 +115,12 @@ class CaptionResult:
 
 
 def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
-    """The picture in grey, with weights (H, W) in [0, 1] stretched over it as colours: (height, width, 3)."""
-    smooth = Image.fromarray(np.asarray(weights, np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
-    weight = np.asarray(smooth).clip(0, 1)  # (height, width)
+    """The picture in grey, with weights (H, W) stretched over it in a `ScalarMappable`'s colours: (height, width, 3)."""
+    smooth = np.asarray(Image.fromarray(weights).resize(photo.size, Image.Resampling.BICUBIC))  # (height, width)
     grey = np.asarray(photo.convert("L"), np.float32)[..., None] / 255  # (height, width, 1)
-    alpha = 0.85 * weight[..., None]  # (height, width, 1)
+    alpha = 0.8 * colours.norm(smooth)[..., None] ** 0.7  # (height, width, 1)
     # Tinting keeps the picture's own light and shade visible under the brightest colour.
-    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours(weight)[..., :3] * (0.7 + 0.3 * grey)
+    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours.to_rgba(smooth)[..., :3] * (0.7 + 0.3 * grey)
 
 
 class Captioner:

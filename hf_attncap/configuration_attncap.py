@@ -62,8 +62,8 @@ class AttnCapConfig(PreTrainedConfig):
     backbone_padding: Literal["torch", "same"] = "torch"
     freeze_backbone: bool = True
     freeze_batch_norm: bool = True
-    image_mean: float | list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: float | list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_mean: float | list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
+    image_std: float | list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
     encoder_channels: int = 512
     grid_size: int | list[int] | tuple[int, ...] | None = None
 

@@ -327,6 +327,8 @@ class AttnCapDecoder(nn.Module):
 
         states = torch.stack(states, dim=1)  # (R, T, S)
         out = self._deep_output(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
+        if attention_mask is not None:
+            out = self._repeat_at_padding(out, attention_mask)  # (R, T, E) or (R, T, S)
         return DecoderOutput(
             last_hidden_state=out,
             past_key_values=past,
@@ -349,6 +351,12 @@ class AttnCapDecoder(nn.Module):
 
     def _deep_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return self.word_out(e) + self.state_out(h) + self.region_out(z)  # (R, T, E)
+
+    def _repeat_at_padding(self, out: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
+        """Behind padding comes what comes behind the last word before it: a prompt may end in padding."""
+        position = torch.arange(is_word.shape[1], device=out.device)  # (T)
+        last_word = torch.where(is_word, position, 0).cummax(dim=1).values  # (R, T)
+        return out.gather(1, last_word[..., None].expand_as(out))
 
     def _stack_word_attention(self, betas: list[torch.Tensor]) -> torch.Tensor:
         """(R, T, E), or (R, T, t): the weights of words not yet there are 0."""

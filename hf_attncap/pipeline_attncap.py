@@ -32,6 +32,11 @@ class AttnCapPipeline(Pipeline):
 
     _load_processor = True
     _load_tokenizer = _load_image_processor = _load_feature_extractor = False
+    processor: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model.eval()  # one that comes from training would drop out at random
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Captions a picture, or many.
@@ -125,7 +130,7 @@ class AttnCapPipeline(Pipeline):
         self, model_outputs: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """The captions of one picture."""
-        tensors = {name: None if value is None else value[0] for name, value in model_outputs.items()}
+        tensors: dict[str, Any] = {name: None if value is None else value[0] for name, value in model_outputs.items()}
         regions, weights = tensors["attention"], tensors["word_attention"]
         captions = []
         for k, ids in enumerate(tensors["sequences"].tolist()):
@@ -220,13 +225,12 @@ def _attentions(
     rows, steps = sequences.shape[0], sequences.shape[1] - 1
     is_word = torch.ones_like(sequences[:, :-1])  # (R, T)
     is_word[:, 1 : 1 + prompt_mask.shape[1]] = prompt_mask.repeat_interleave(rows // prompt_mask.shape[0], 0)
-    found = model.caption_attentions(sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word)
+    regions, weights = model.caption_attentions(sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word)
     # The word behind padding was chosen at the last word before it.
     step = torch.arange(steps, device=sequences.device)  # (T)
     chosen_at = torch.where(is_word.bool(), step, 0).cummax(dim=1).values  # (R, T)
     row = torch.arange(rows, device=sequences.device)[:, None]  # (R, 1)
-    regions, weights = (None if x is None else x[row, chosen_at] for x in found)
-    return regions, weights
+    return regions[row, chosen_at], None if weights is None else weights[row, chosen_at]
 
 
 def _scores(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:

@@ -22,7 +22,7 @@ KINDS = {
     "channel": {"word_attention": "channel"},
     "none": {"word_attention": "none"},
 }
-TINY = 1e-5
+TINY = 1e-4  # a sharpened random model magnifies what batching changes in the last digits
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,10 @@ def captioner(loaded) -> Captioner:
 
 @pytest.fixture
 def result() -> CaptionResult:
-    """Of a landscape picture; the model looked at the right end of the upper row for "two" and evenly for "dogs"."""
-    attention = np.full((2, 2, 3), 1 / 6, np.float32)
-    attention[0] = [[0, 0, 1], [0, 0, 0]]
+    """Of a landscape picture; the model looked at a region on the upper right for "two" and evenly for "dogs"."""
+    attention = np.full((2, 5, 7), 1 / 35, np.float32)
+    attention[0] = 0
+    attention[0, 1, 5] = 1
     return CaptionResult("two dogs", -0.5, ["two", "dogs"], attention, None, [], Image.new("RGB", (90, 60), "grey"))
 
 
@@ -287,9 +288,10 @@ def test_film_strip_is_lit_where_the_model_looked(result):
     one, other = (axis.images[0].get_array().mean(axis=2) for axis in result.plot_attention().axes[1:3])
     height, width = one.shape
     assert abs(width - 1.5 * height) <= 1
-    light = (one - one.min()) / (one - one.min()).sum()
+    light = (one - one[-1, 0]).clip(0)
+    light /= light.sum()
     centre = (light.sum(axis=1) @ np.arange(height) / height, light.sum(axis=0) @ np.arange(width) / width)
-    assert np.allclose(centre, (1 / 4, 5 / 6), atol=0.06)  # the middle of its region
+    assert np.allclose(centre, (1.5 / 5, 5.5 / 7), atol=0.01)  # the middle of the region
     assert np.ptp(other) < 0.01 and other.max() < one.max()  # one scale for all: even attention does not shine
 
 

@@ -65,10 +65,10 @@ def test_json_has_all_of_it(tiny_checkpoint, pictures, results, tmp_path, capfd)
         assert record == {
             "path": str(file),
             "caption": result.text,
-            "score": pytest.approx(result.score, abs=1e-5),
+            "score": pytest.approx(result.score, abs=1e-4),
             "words": result.words,
             "alternatives": [
-                {"caption": other.text, "score": pytest.approx(other.score, abs=1e-5)} for other in result.alternatives
+                {"caption": other.text, "score": pytest.approx(other.score, abs=1e-4)} for other in result.alternatives
             ],
             "attention_file": str(tmp_path / f"{file.stem}.png"),
         }
@@ -79,7 +79,7 @@ def test_prompt_and_beams_reach_the_model(tiny_checkpoint, pictures, capfd):
     assert captions(tiny_checkpoint, pictures[0], "--prompt", "two red dogs", "--beams", 1, "--device", "cpu", "--json") == 0
     record = json.loads(capfd.readouterr().out)
     expected = Captioner.from_pretrained(tiny_checkpoint).caption(pictures[0], prompt="two red dogs", beams=1)
-    assert (record["caption"], record["score"]) == (expected.text, pytest.approx(expected.score, abs=1e-5))
+    assert (record["caption"], record["score"]) == (expected.text, pytest.approx(expected.score, abs=1e-4))
     assert "attention_file" not in record
 
 
@@ -181,13 +181,14 @@ def test_export_hub(tiny_checkpoint, tmp_path, capfd):
     assert str(out) in capfd.readouterr().err
 
 
-def test_closed_pipe_ends_quietly(tiny_checkpoint, pictures):
+def test_closed_pipe_ends_quietly(tiny_checkpoint, pictures, monkeypatch, capfd):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "hf_attncap", "caption", "--model", str(tiny_checkpoint), str(pictures[0])]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert captions(tiny_checkpoint, *pictures) == 141
+        print("what Python still writes at its end")
+    assert capfd.readouterr().err == ""
 
 
 def test_help_does_not_wait_for_torch():

@@ -1,6 +1,7 @@
 """`generate` says what the formulas say, in every mode; images are encoded once and no word is run twice."""
 
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ CASES = {"history": 18, "channel": 17, "score": 17, "none": 20}
 every_kind = pytest.mark.parametrize("kind", CASES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def talker(kind: str = "history", seed: int | None = None) -> AttnCapForConditionalGeneration:
     """A random captioner whose words depend on picture and state, with an end token that is likely enough."""
     model = tiny_model(CASES[kind] if seed is None else seed, word_attention=kind, hidden_size=8)
@@ -47,7 +48,7 @@ def one_image(regions: GridEncoderOutput, index: int) -> GridEncoderOutput:
     return GridEncoderOutput(last_hidden_state=regions.last_hidden_state[index : index + 1], grid_shape=regions.grid_shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scorers(kind: str) -> list:
     reference = Reference(talker(kind))
     return [reference.scorer(regions) for regions in images(kind=kind).last_hidden_state]
@@ -332,7 +333,7 @@ def forbid(kind: str, forbidden) -> list[list[int]]:
 
 def test_no_repeated_pairs():
     def repeats(words):
-        pairs = list(zip(words, words[1:]))
+        pairs = list(pairwise(words))
         return {b for a, b in pairs if a == words[-1]}
 
     got = talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, no_repeat_ngram_size=2)
@@ -341,7 +342,7 @@ def test_no_repeated_pairs():
     assert want != [greedy(score, [BOS], WORDS) for score in scorers("history")]
     beams = talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, no_repeat_ngram_size=2, num_beams=3)
     for words in map(until_end, beams):
-        assert len(set(zip(words, words[1:]))) == len(words) - 1
+        assert len(set(pairwise(words))) == len(words) - 1
 
 
 def test_bad_words():

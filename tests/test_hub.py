@@ -19,6 +19,7 @@ from hf_attncap.hub import export_to_hub
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
 from hf_attncap.pipeline_attncap import AttnCapPipeline
 
+make_pipeline: Any = pipeline  # its overloads know only the library's own tasks
 CODE = {path.name for path in Path(hub.__file__).parent.glob("*_attncap.py")}
 
 # Run without the package: what each way of loading gives.
@@ -111,7 +112,7 @@ def test_the_code_is_complete_and_names_what_exists(exported):
 
 
 def test_it_says_the_same_without_the_package(elsewhere, checkpoint, picture):
-    captioner = pipeline("image-captioning", model=str(checkpoint), device="cpu")
+    captioner = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")
     expected = captioner(picture, num_beams=2)
     for way in ("image-to-text", "without task", "saved again"):
         assert elsewhere[way][0]["generated_text"] == expected[0]["generated_text"]
@@ -136,12 +137,13 @@ def test_its_own_code_is_what_ran_and_only_with_trust(elsewhere):
 
 def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
-    expected = pipeline("image-captioning", model=str(checkpoint), device="cpu")(picture)
-    plain = pipeline("image-captioning", model=str(exported), device="cpu")
+    [expected] = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")(picture)
+    plain = make_pipeline("image-captioning", model=str(exported), device="cpu")
     assert type(plain) is AttnCapPipeline
-    for captioner in (plain, pipeline("image-to-text", model=str(exported), device="cpu", trust_remote_code=True)):
+    for captioner in (plain, make_pipeline("image-to-text", model=str(exported), device="cpu", trust_remote_code=True)):
         assert type(captioner.model) is AttnCapForConditionalGeneration
-        assert captioner(picture) == expected
+        [caption] = captioner(picture)
+        assert caption == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
 
 
 def test_the_live_classes_are_untouched(exported, checkpoint, tmp_path):

@@ -377,7 +377,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     pictures, labels = torch.rand(2, 3, 64, 64), torch.tensor([[5, EOS], [6, EOS]])
     model = tiny_model(freeze_backbone=False, dropout=0.0).float().train()
     gradients, runs = [], []
-    model.get_submodule("model.encoder.backbone.features.3").register_forward_hook(lambda *_: runs.append(1))
+    model.get_submodule("model.encoder.backbone.features.3").register_forward_pre_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -391,7 +391,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_initialisation_lets_attention_start_even():
-    """A fresh model looks everywhere alike and reads no distance first, whatever the picture's scale: gradients reach all regions."""
+    """A fresh model prefers no distance between words, and its padding is silent."""
     model = AttnCapForConditionalGeneration(cached_model().config)
     decoder = model.model.decoder
     assert not decoder.attention.distance_bias.any()
