@@ -54,8 +54,8 @@ class _Layer(CacheLayerMixin):
 class StateLayer(_Layer):
     """`keys` = h and `values` = c, each (R, S), after the last word; the length is counted in positions.
 
-    Earlier states are kept for `crop` by reference, which costs no copy. Selecting rows would copy them all, so it drops them unless
-    `activate_past_recording` was called.
+    Earlier states are kept for `crop` by reference, which costs no copy. Selecting rows would copy them all, so it drops them
+    unless `activate_past_recording` was called.
     """
 
     def __init__(self):

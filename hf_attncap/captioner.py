@@ -4,7 +4,6 @@ import math
 import os
 import textwrap
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
@@ -17,6 +16,7 @@ from transformers import AutoConfig
 from .configuration_attncap import AttnCapConfig
 from .images import load_image
 from .modeling_attncap import AttnCapForConditionalGeneration
+from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
 from .processing_attncap import AttnCapProcessor
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class Captioner:
         if alternatives > beams:
             raise ValueError(f"{alternatives} `alternatives` need as many `beams` (now {beams}): raise them.")
         if prompt is not None:
-            self._check_prompt(prompt)
+            check_prompt(self.processor.tokenizer, prompt)
         sources = images if isinstance(images, (list, tuple)) else [images]
         pictures = [load_image(source, allow_private_urls=allow_private_urls) for source in sources]
         results = []
@@ -248,64 +248,22 @@ class Captioner:
             results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives)
         return results if sources is images else results[0]
 
-    def _check_prompt(self, prompt: str) -> None:
-        if not isinstance(prompt, str):
-            raise ValueError(f"`prompt` must be one string for all pictures, got {prompt!r:.200}.")
-        tokenizer = self.processor.tokenizer
-        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        if unknown:
-            raise ValueError(f"The model does not know {', '.join(unknown)} in the prompt {prompt!r}: rephrase it.")
-
     @torch.inference_mode()
     def _caption_batch(self, pictures: list[Image.Image], prompt: str | None, beams: int, alternatives: int) -> list[CaptionResult]:
-        """B pictures, R = B * alternatives captions; those of a picture are adjacent rows, the best first."""
+        """B pictures with `alternatives` captions each, the best first."""
         inputs = self.processor(images=pictures, text=prompt, return_tensors="pt").to(self.model.device)
-        seen = self.model.model.encoder(inputs.pop("pixel_values"))
-        out: Any = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            encoder_outputs=seen,
-            **inputs,
-            num_beams=beams,
-            num_return_sequences=alternatives,
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_logits=beams == 1,
-        )
-        scores = out.sequences_scores if beams > 1 else self._greedy_scores(out)  # (R)
-        best = out.sequences[::alternatives]  # (B, 1 + T)
-        maps, weights = self.model.caption_attentions(best, encoder_outputs=seen)  # (B, T, H, W), (B, T, .)
-
-        tokens = [self._tokens(row) for row in out.sequences.tolist()]
-        texts = [self.processor.decode(row, skip_special_tokens=True) for row in tokens]
-        found = [Alternative(*pair) for pair in zip(texts, scores.tolist())]
+        found = generate_captions(self.model, **inputs, output_attentions=True, num_beams=beams, num_return_sequences=alternatives)
         results = []
         for b, picture in enumerate(pictures):
-            row = b * alternatives
-            others = [other for other in found[row + 1 : row + alternatives] if other.score > NO_CAPTION]
-            words, starts = _merge_pieces(self.processor, tokens[row])
-            attention = _merge_rows(maps[b], starts, len(tokens[row]))
-            word_attention = None
+            captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
+            pairs = [Alternative(pieces.text, score) for pieces, score in zip(captions, found["scores"][b].tolist())]
+            best, weights = captions[0], found["word_attention"]
+            attention = best.merge(found["attention"][b, 0])  # (T, H, W)
             if weights is not None:
-                of_words = self.model.config.word_attention == "history"
-                word_attention = _merge_rows(weights[b], starts, len(tokens[row]), columns_too=of_words)
-            results.append(CaptionResult(*found[row], words, attention, word_attention, others, picture))
+                weights = best.merge(weights[b, 0], over_words=self.model.config.word_attention == "history")
+            others = [other for other in pairs[1:] if other.score > NO_CAPTION]
+            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture))
         return results
-
-    def _tokens(self, sequence: list[int]) -> list[int]:
-        """The caption alone, behind the start token and before the end token."""
-        end = self.processor.tokenizer.eos_token_id
-        return sequence[1 : sequence.index(end) if end in sequence else None]
-
-    def _greedy_scores(self, out: Any) -> torch.Tensor:
-        """(R) scores as beam search computes them, of what greedy search generated."""
-        processed, logits = torch.stack(out.scores, dim=1), torch.stack(out.logits, dim=1)  # (R, T, V)
-        chosen = out.sequences[:, -processed.shape[1] :, None]  # (R, T, 1)
-        # Beam search processes log-probabilities, greedy search logits: the normaliser is the difference.
-        log_probs = processed.gather(2, chosen) - logits.logsumexp(dim=2, keepdim=True)  # (R, T, 1)
-        ends = (chosen == self.processor.tokenizer.eos_token_id).long()  # (R, T, 1)
-        after_end = ends.cumsum(dim=1) > ends  # (R, T, 1)
-        length = (~after_end).sum(dim=(1, 2))  # (R)
-        penalty = self.model.generation_config.length_penalty
-        return log_probs.masked_fill(after_end, 0).sum(dim=(1, 2)) / length ** (1.0 if penalty is None else penalty)
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -314,29 +272,3 @@ def _usable(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"The device '{device}' cannot be used ({reason}): leave it out or give 'cpu'.") from error
-
-
-def _merge_pieces(processor: AttnCapProcessor, tokens: list[int]) -> tuple[list[str], list[int]]:
-    """The T words of a caption and the token that each starts with: the one whose decoding adds a word."""
-    if not tokens:
-        return [], []
-    decoded = [processor.decode(tokens[:end], skip_special_tokens=True).split() for end in range(1, len(tokens) + 1)]
-    so_far = list(accumulate((max(len(words), 1) for words in decoded), max))  # in each prefix
-    starts = [0, *(t for t in range(1, len(tokens)) if so_far[t] > so_far[t - 1])]
-    ends = [0, *(so_far[start - 1] for start in starts[1:]), so_far[-1]]
-    return [" ".join(decoded[-1][start:end]) for start, end in pairwise(ends)], starts
-
-
-def _merge_rows(weights: torch.Tensor, starts: list[int], length: int, columns_too: bool = False) -> np.ndarray:
-    """(tokens, ...) -> (T, ...): the mean over each word's tokens, in sum 1; `columns_too` are summed.
-
-    A word's later pieces also read its earlier ones; that says nothing of other words and is left out.
-    """
-    rows = weights[:length].float().cpu().numpy()
-    if not starts:
-        return rows[:, :0] if columns_too else rows
-    merged = np.add.reduceat(rows, starts, axis=0)
-    if columns_too:
-        inputs = merged[:, : starts[-1] + 1]  # the start token, then the tokens of all words but the last
-        merged = np.tril(np.add.reduceat(inputs, [0, *(start + 1 for start in starts[:-1])], axis=1))
-    return merged / merged.sum(axis=tuple(range(1, merged.ndim)), keepdims=True)

@@ -1,6 +1,7 @@
 """Any picture a person has -> a checked, upright RGB image, or one clear error."""
 
 import base64
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -198,8 +199,7 @@ def _eight_bits(values: np.ndarray, ceilings: tuple[int, ...], name: str) -> np.
         if -slack <= low and high <= ceiling + slack:
             return np.round(values.astype(np.float64) * (255 / ceiling)).clip(0, 255).astype(np.uint8)
     raise ImageError(
-        f"{name} has values from {low:g} to {high:g}, outside [0, {ceilings[-1]}]; "
-        "undo any normalisation, or convert it to uint8"
+        f"{name} has values from {low:g} to {high:g}, outside [0, {ceilings[-1]}]; undo any normalisation, or convert it to uint8"
     )
 
 
@@ -279,10 +279,8 @@ def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) ->
 
 
 def _hang_up(sock: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # closed by the other side
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket.shutdown: a reader in another thread needs its state
-    except OSError:
-        pass  # already closed by the other side
 
 
 def _is_public(address: str) -> bool:

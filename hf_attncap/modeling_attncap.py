@@ -222,9 +222,7 @@ class OpenCell(nn.LSTMCell):
         return CellWeights(word_in, region_in, self.weight_hh, self.bias_ih, self.bias_hh)
 
 
-def _lstm(
-    gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: CellWeights
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _lstm(gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: CellWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """One LSTM step from the input's share of the gates (R, 4S), its bias included."""
     gates = gates + F.linear(h, weights.state_in, weights.bias_state)  # (R, 4S)
     i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
@@ -327,6 +325,10 @@ class AttnCapDecoder(nn.Module):
 
         states = torch.stack(states, dim=1)  # (R, T, S)
         out = self._deep_output(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
+        if attention_mask is not None:
+            # Where padding follows a word, that word still says what comes next.
+            last = (attention_mask * torch.arange(length, device=e.device)).cummax(dim=1).values  # (R, T)
+            out = out.gather(1, last[..., None].expand_as(out))  # (R, T, .)
         if attention_mask is not None:
             out = self._repeat_at_padding(out, attention_mask)  # (R, T, E) or (R, T, S)
         return DecoderOutput(
@@ -619,7 +621,6 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         r"""Logits of the next words, and the loss where labels are given.
@@ -627,7 +628,6 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         Args:
             labels: (R, T) words and end token, -100 where there is none; R a multiple of B, the captions of an image adjacent.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
-            logits_to_keep: how many of the last positions get logits; 0 for all.
 
         The other arguments are those of [`AttnCapModel.forward`].
 
@@ -651,9 +651,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
-        logits = self.lm_head(self.dropout(out.last_hidden_state[:, kept]))  # (R, T, V)
+        logits = self.lm_head(self.dropout(out.last_hidden_state))  # (R, T, V)
         loss = None
         if labels is not None:
             loss = self.caption_loss(logits, labels, out.cross_attentions[0].squeeze(1), num_items_in_batch)

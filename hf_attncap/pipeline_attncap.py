@@ -167,10 +167,10 @@ def _pair(pictures: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str,
 def check_prompt(tokenizer: Any, prompt: str) -> None:
     """Refuses the beginning of a caption that cannot be continued: a ValueError names what is wrong with it."""
     if not isinstance(prompt, str):
-        raise ValueError(f"The beginning of a caption must be a string, got {prompt!r:.200}.")
+        raise ValueError(f"The beginning of a caption must be one string, got {prompt!r:.200}.")
     unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]
     if unknown:
-        raise ValueError(f"The model does not know these words of {prompt!r}: {', '.join(unknown)}. Use others.")
+        raise ValueError(f"The model does not know {', '.join(unknown)} in the prompt {prompt!r}: rephrase it.")
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def generate_captions(
     attention_mask: torch.Tensor | None = None,
     output_attentions: bool = False,
     **generate_kwargs: Any,
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, Any]:
     """`model.generate`, with the score and on request the attention of every caption, whatever the way of generating.
 
     Args:
@@ -279,7 +279,7 @@ class CaptionPieces:
                 tokens of a word give to its earlier ones is left out.
 
         Returns:
-            float32 (W, ...). With `over_words` (W, W), rows in sum 1: column 0 is the start token and column j word j - 1.
+            float32 (W, ...), rows in sum 1. With `over_words` (W, W): column 0 is the start token and column j word j - 1.
         """
         values = rows.float().cpu().numpy()  # (T, ...)
         mean = np.zeros((len(self.words), len(values)), dtype=np.float32)  # (W, T)
@@ -290,10 +290,9 @@ class CaptionPieces:
             total[position : position + 1, 1 + word] = 1  # the last token is no input, and beyond the rows
         mean /= mean.sum(axis=1, keepdims=True)
         merged = np.tensordot(mean, values, axes=1)  # (W, ...)
-        if not over_words:
-            return merged
-        before = np.tril(merged @ total[:, :-1])  # (W, W)
-        return before / before.sum(axis=1, keepdims=True)
+        if over_words:
+            merged = np.tril(merged @ total[:, :-1])  # (W, W)
+        return merged / merged.sum(axis=tuple(range(1, merged.ndim)), keepdims=True)
 
 
 __all__ = ["AttnCapPipeline", "CaptionPieces", "check_prompt", "generate_captions"]

@@ -22,7 +22,7 @@ class AttnCapProcessorKwargs(ProcessingKwargs, total=False):
 
     text_kwargs: AttnCapTextKwargs  # pyright: ignore[reportIncompatibleVariableOverride]
     # transformers 5.17 reads it and fails where it is missing.
-    _defaults = {}  # noqa: RUF012  # pyright: ignore[reportGeneralTypeIssues]
+    _defaults = {}  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class AttnCapProcessor(ProcessorMixin):

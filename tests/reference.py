@@ -34,7 +34,7 @@ class Trace:
 class Reference:
     """The decoder, the grid and the loss of a model, from its weights."""
 
-    def __init__(self, model: AttnCapForConditionalGeneration):
+    def __init__(self, model: Any):
         self.config = model.config
         parameters = model.named_parameters(remove_duplicate=False)
         self.weights = {name.removeprefix("model."): value.detach().double() for name, value in parameters}
@@ -221,7 +221,7 @@ def beam_search(
     return ended
 
 
-def tiny_model(seed: int = 0, **settings: Any) -> AttnCapForConditionalGeneration:
+def tiny_model(seed: int = 0, **settings: Any) -> Any:
     """A captioner of a few hundred decoder weights, all random and large enough to matter, in float64.
 
     What a weight is depends on its name and shape alone: models that differ in one switch share all others.
@@ -239,7 +239,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> AttnCapForConditionalGeneratio
         }
     )
     torch.manual_seed(seed)
-    model = AttnCapForConditionalGeneration(config).double().eval()
+    model: Any = AttnCapForConditionalGeneration(config).double().eval()
     for name, parameter in model.named_parameters():
         if "backbone" not in name:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -247,7 +247,11 @@ def tiny_model(seed: int = 0, **settings: Any) -> AttnCapForConditionalGeneratio
     return model
 
 
-def random_regions(images: int, grid: tuple[int, int] = (2, 3), channels: int = 4, seed: int = 1) -> GridEncoderOutput:
+def load(folder: Any, **kwargs: Any) -> Any:
+    return AttnCapForConditionalGeneration.from_pretrained(folder, **kwargs)
+
+
+def random_regions(images: int, grid: tuple[int, int] = (2, 3), channels: int = 4, seed: int = 1) -> Any:
     """What an encoder would have seen in that many images."""
     generator = torch.Generator().manual_seed(seed)
     regions = torch.randn(images, grid[0] * grid[1], channels, generator=generator, dtype=torch.float64)

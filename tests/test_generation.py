@@ -2,16 +2,17 @@
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from reference import BOS, EOS, PAD, UNK, Reference, beam_search, greedy, random_regions, tiny_model
+from reference import BOS, EOS, PAD, UNK, Reference, beam_search, greedy, load, random_regions, tiny_model
 from torch.testing import assert_close
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_attncap.cache_attncap import AttnCapCache
-from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration, GridEncoderOutput
+from hf_attncap.modeling_attncap import GridEncoderOutput
 
 WORDS = 7  # new words at most, end token included
 # Seeds and kinds whose captions end early, late and not at all.
@@ -20,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", CASES)
 
 
 @cache
-def talker(kind: str = "history", seed: int | None = None) -> AttnCapForConditionalGeneration:
+def talker(kind: str = "history", seed: int | None = None) -> Any:
     """A random captioner whose words depend on picture and state, with an end token that is likely enough."""
     model = tiny_model(CASES[kind] if seed is None else seed, word_attention=kind, hidden_size=8)
     with torch.no_grad():
@@ -34,7 +35,7 @@ def talker(kind: str = "history", seed: int | None = None) -> AttnCapForConditio
     return model
 
 
-def images(count: int = 4, kind: str = "history") -> GridEncoderOutput:
+def images(count: int = 4, kind: str = "history") -> Any:
     return random_regions(count, seed=CASES[kind])
 
 
@@ -408,7 +409,7 @@ def test_what_may_be_said_is_saved(tmp_path):
     for folder, tokens in (("default", [PAD, BOS, UNK]), ("own", [PAD, 7])):
         model.generation_config.suppress_tokens = tokens
         model.save_pretrained(tmp_path / folder)
-        loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path / folder)
+        loaded = load(tmp_path / folder)
         assert loaded.generation_config.suppress_tokens == tokens
     assert tiny_model().generation_config.suppress_tokens == [PAD, BOS, UNK]
     assert tiny_model(unk_token_id=None).generation_config.suppress_tokens == [PAD, BOS]

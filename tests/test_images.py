@@ -296,9 +296,7 @@ def test_no_image(tmp_path):
         load_image(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a dog", "data:image/png;base64,", "data:image/png;base64,a*b", "data:", "a\0b", "\udcff"]
-)
+@pytest.mark.parametrize("text", ["", "a dog", "data:image/png;base64,", "data:image/png;base64,a*b", "data:", "a\0b", "\udcff"])
 def test_text_that_is_nothing(text):
     with pytest.raises(ImageError, match="neither an existing file nor a URL"):
         load_image(text)

@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import BOS, EOS, PAD, tiny_model
+from reference import BOS, EOS, PAD, load, tiny_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -22,7 +23,7 @@ from hf_attncap.word_vectors_attncap import read_word_vectors
 # --- trunks ---
 
 
-def torchvision_classifier(name: str, **options) -> torch.nn.Module:
+def torchvision_classifier(name: str, **options) -> Any:
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False, **options}
     return torchvision.models.get_model(name, weights=None, **options).eval()
@@ -89,7 +90,7 @@ def test_saved_and_loaded_is_the_same(name, tmp_path):
     model = tiny_model(backbone=name)
     calibrate(model.model.encoder.backbone)
     model.save_pretrained(tmp_path)
-    loaded, info = AttnCapForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = load(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     state = loaded.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -119,7 +120,7 @@ def test_every_cnn_of_torchvision_ends_in_a_map():
 def test_the_full_model_in_bfloat16_by_device_map(tmp_path):
     pytest.importorskip("accelerate")
     AttnCapForConditionalGeneration(AttnCapConfig()).save_pretrained(tmp_path)
-    model = AttnCapForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="auto")
+    model = load(tmp_path, dtype=torch.bfloat16, device_map="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     pixel_values = torch.rand(1, 3, 224, 224, device=model.device)
     sequences = model.generate(pixel_values=pixel_values, max_new_tokens=4, num_beams=2)
@@ -131,7 +132,7 @@ def test_bfloat16_by_device_map(tmp_path):
     pytest.importorskip("accelerate")
     model = tiny_model().float()
     model.save_pretrained(tmp_path)
-    loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    loaded = load(tmp_path, dtype=torch.bfloat16, device_map="cpu")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     inputs = {"pixel_values": torch.rand(1, 3, 64, 64), "labels": torch.tensor([[5, EOS]])}
     with torch.no_grad():
@@ -212,7 +213,7 @@ def test_a_trunk_padded_like_tensorflow():
 def test_the_config_chooses_the_padding(tmp_path):
     model = tiny_model(backbone_padding="same").float()
     model.save_pretrained(tmp_path)
-    loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     picture = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert_close(loaded.model.encoder.features(picture), model.model.encoder.features(picture))
@@ -224,7 +225,7 @@ def test_the_config_chooses_the_padding(tmp_path):
 # --- backbone weights ---
 
 
-def new_model(backbone: str = "squeezenet1_1", **parts) -> AttnCapForConditionalGeneration:
+def new_model(backbone: str = "squeezenet1_1", **parts) -> Any:
     return AttnCapForConditionalGeneration.from_pretrained_parts(tiny_model(backbone=backbone).config, **parts)
 
 
@@ -243,7 +244,7 @@ def test_backbone_from_a_state_dict(form, tmp_path):
     assert model.config.image_mean == (0.485, 0.456, 0.406)
     path.unlink()
     model.save_pretrained(tmp_path / "model")
-    loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
     inputs = {"pixel_values": torch.rand(1, 3, 64, 64), "decoder_input_ids": torch.tensor([[BOS, 5]])}
     with torch.no_grad():
         assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
@@ -368,7 +369,7 @@ def test_a_new_model_from_word_vectors(freeze, tmp_path):
     assert embedding.requires_grad == (not freeze)
     path.unlink()
     model.save_pretrained(tmp_path / "model")
-    loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
     assert torch.equal(loaded.get_input_embeddings().weight, embedding)
     assert loaded.get_input_embeddings().weight.requires_grad == (not freeze)
 

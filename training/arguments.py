@@ -23,9 +23,7 @@ class ModelArguments:
     )
     model_config: str = field(
         default="{}",
-        metadata={
-            "help": "Fields of AttnCapConfig, as a mapping in YAML or JSON on the command line, which is merged over it."
-        },
+        metadata={"help": "Fields of AttnCapConfig, as a mapping in YAML or JSON on the command line, which is merged over it."},
     )
     backbone_weights: str | None = field(
         default=None, metadata={"help": "New captioner: torchvision weight name, or a state dict on disk."}

@@ -21,9 +21,7 @@ def load_split(path: str, arguments: DataArguments) -> Dataset:
     for column in (arguments.image_column, arguments.captions_column):
         if column not in dataset.column_names:
             raise SettingError(f"{path} has no column '{column}', only {', '.join(dataset.column_names)}.")
-    empty = [
-        str(row) for row, captions in enumerate(dataset[arguments.captions_column]) if not any(c.strip() for c in captions)
-    ]
+    empty = [str(row) for row, captions in enumerate(dataset[arguments.captions_column]) if not any(c.strip() for c in captions)]
     if empty:
         raise SettingError(f"{path}: {len(empty)} images have no caption, rows {', '.join(empty[:10])}.")
     dataset = dataset.select_columns([arguments.image_column, arguments.captions_column])
