@@ -273,8 +273,8 @@ def test_pieces_of_a_word_stay_together():
     tokens = ["▁", "d", "o", "g", "▁", "b", "a"]
     pieces = CaptionPieces(tokenizer, [1, *(vocabulary[token] for token in tokens), END])
     assert pieces.words == ["dog", "ba"]
-    steps = pieces.merge(torch.arange(8.0)[:, None])
-    assert steps[:, 0].tolist() == [np.mean([0, 1, 2, 3]), np.mean([4, 5, 6])]
+    looks = torch.eye(8)  # token t looks at region t alone
+    assert np.allclose(pieces.merge(looks), [[1 / 4] * 4 + [0] * 4, [0] * 4 + [1 / 3] * 3 + [0]])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_pieces_of_a_word_stay_together():
         ({"image": "a.jpg"}, {}, "'image'.*`images`.*dataset\\['image'\\]"),
         (["a.jpg", "b.jpg"], {"text": ["a dog"]}, "a list of 1 for 2 pictures"),
         ("a.jpg", {"text": ["a dog"]}, "for no list of pictures"),
-        ("a.jpg", {"text": 5}, "must be a string, got 5"),
+        ("a.jpg", {"text": 5}, "must be one string, got 5"),
         ("a.jpg", {"text": "a 犬 dog 猫"}, "犬, 猫"),
         ("a.jpg", {"text": "a", "prompt": "a"}, "`text` and `prompt`"),
         ("a.jpg", {"num_beams": 2, "generate_kwargs": {"num_beams": 2}}, "num_beams: given directly and in"),
