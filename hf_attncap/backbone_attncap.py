@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -97,9 +98,11 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
     if not os.path.exists(weights):
         return _load_torchvision_weights(trunk, name, str(weights))
     path = Path(weights)
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    )
     state = state.get("state_dict", state)
-    own = trunk.state_dict()
+    own: dict[str, Any] = dict(trunk.state_dict())
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(

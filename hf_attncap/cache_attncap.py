@@ -4,6 +4,8 @@ Three layers: the LSTM state, the words so far (for the attention over words) an
 All rows that caption one image are adjacent and share its regions, so that beams and samples never copy them.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -11,6 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class _Layer(CacheLayerMixin):
     """What the three layers have in common; tensors are rebound, never written in place, as autograd needs."""
 
+    keys: Any  # a tensor from the first update on
+    values: Any
     is_croppable = True
     supports_early_init = False
 
@@ -62,7 +66,7 @@ class StateLayer(_Layer):
         super().__init__()
         self.length = 0
         self.record_past = False
-        self.past: list[tuple[torch.Tensor, torch.Tensor]] = []  # the state before each position
+        self.past: list[tuple[torch.Tensor, ...]] = []  # the state before each position
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take h and c (R, S) after one more position."""
@@ -113,10 +117,10 @@ class WordLayer(_Layer):
     `all_words` says that no mask was ever given, which spares the attention the masking.
     """
 
-    mask: torch.Tensor | None = None
+    mask: Any = None  # a tensor from the first update on
     all_words = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: Any = None, **kwargs):
         """Append words: u (R, n, A), e (R, n, E), mask (R, n)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

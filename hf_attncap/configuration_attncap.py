@@ -101,11 +101,19 @@ class AttnCapConfig(PreTrainedConfig):
         return 1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.image_mean, float):
+        if isinstance(self.image_mean, (int, float)):
             self.image_mean = [self.image_mean] * 3
-        if isinstance(self.image_std, float):
+        if isinstance(self.image_std, (int, float)):
             self.image_std = [self.image_std] * 3
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved. The code that an exported Hub folder names stays with that folder, unless it was loaded from there."""
+        fields = super().to_dict()
+        if self._auto_class is None:
+            for name in ("auto_map", "custom_pipelines"):
+                fields.pop(name, None)
+        return fields
 
     def validate_architecture(self) -> None:
         """Called when the configuration is made; each message says what to change."""
@@ -138,7 +146,7 @@ class AttnCapConfig(PreTrainedConfig):
                 f"`{name}` is {values}, but it needs one value for each of the 3 colour channels.",
             )
         _check(
-            all(value > 0 for value in self.image_std),
+            isinstance(self.image_std, (int, float)) or all(value > 0 for value in self.image_std),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
         if self.tie_word_embeddings:

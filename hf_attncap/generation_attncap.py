@@ -21,13 +21,17 @@ GONE = {
 class AttnCapGenerationMixin(GenerationMixin):
     """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`."""
 
+    config: Any
+    device: Any
+    model: Any
+
     def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None):
         """Modes that left the core are refused instead of being fetched from the Hub."""
         if custom_generate is None and generation_mode in GONE:
             raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
         return None
 
-    def _prepare_decoder_input_ids_for_generation(
+    def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         batch_size: int,
         model_input_name: str,
@@ -65,7 +69,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         pad = self.config.pad_token_id if pad is None else pad
         return None if pad is None else (prompt != pad).long()
 
-    def _assisted_decoding(self, input_ids: torch.Tensor, inputs_tensor: torch.Tensor | None = None, **kwargs: Any):
+    def _assisted_decoding(self, input_ids: torch.Tensor, inputs_tensor: torch.Tensor | None = None, **kwargs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Assisted decoding whose attentions come from one forward over the finished caption.
 
         A step there covers several candidates; the library cuts its attentions apart as if word attention were (R, 1, T, T)
@@ -73,7 +77,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         """
         wanted = kwargs.pop("output_attentions", False)
         kwargs["generation_config"].output_attentions = False
-        result = super()._assisted_decoding(input_ids, inputs_tensor=inputs_tensor, **kwargs)
+        result = super()._assisted_decoding(input_ids, inputs_tensor=inputs_tensor, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if not wanted or isinstance(result, torch.Tensor):
             return result
         start, length = input_ids.shape[1], result.sequences.shape[1] - 1
@@ -96,7 +100,7 @@ class AttnCapGenerationMixin(GenerationMixin):
             result.decoder_attentions = tuple((words[:, :, step, :width],) for step, width in zip(steps, widths))
         return result
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -105,12 +109,12 @@ class AttnCapGenerationMixin(GenerationMixin):
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         """Rows are multiplied, images are not: the decoder shares an image's regions between its rows."""
         encoder_outputs = model_kwargs.pop("encoder_outputs", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, "encoder_outputs": encoder_outputs}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):

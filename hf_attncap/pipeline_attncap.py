@@ -151,7 +151,7 @@ class AttnCapPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-        if getattr(self.model.config, "custom_pipelines", None):
+        if self.model._auto_class is not None and getattr(self.model.config, "custom_pipelines", None):
             custom_object_save(self, save_directory)
 
 

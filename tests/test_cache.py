@@ -1,5 +1,7 @@
 """The cache goes on from where it stands, however its rows and words were moved about before."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +17,11 @@ REGIONS = random_regions(2)
 IDS = torch.tensor([[BOS, 5, 6], [BOS, 7, 8], [BOS, 9, PAD], [BOS, 10, 11]])  # two captions an image
 MASK = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
 NEXT = torch.tensor([[4], [5], [6], [7]])
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+EXACT: Any = {"rtol": 1e-10, "atol": 1e-10}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def fill(kind: str, ids=IDS, mask=MASK, recording: bool = False, regions=REGIONS) -> AttnCapCache:
+def fill(kind: str, ids=IDS, mask=MASK, recording: bool = False, regions=REGIONS) -> Any:
     cache = AttnCapCache()
     if recording:
         cache.activate_past_recording()
@@ -27,7 +29,7 @@ def fill(kind: str, ids=IDS, mask=MASK, recording: bool = False, regions=REGIONS
     return cache
 
 
-def go_on(kind: str, cache: AttnCapCache, ids: torch.Tensor) -> torch.Tensor:
+def go_on(kind: str, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     return MODELS[kind](decoder_input_ids=ids, past_key_values=cache).logits
 
 
@@ -158,7 +160,7 @@ def test_gradients_flow_through_cached_steps(kind):
 
 def test_a_reordered_cache_keeps_the_gradient():
     model, regions = MODELS["history"], random_regions(1).last_hidden_state.requires_grad_()
-    cache = AttnCapCache()
+    cache: Any = AttnCapCache()
     cache.activate_past_recording()
     encoded = GridEncoderOutput(last_hidden_state=regions)
     model(encoder_outputs=encoded, decoder_input_ids=IDS[:2], past_key_values=cache)

@@ -45,7 +45,7 @@ def pictures(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 64, 96, generator=generator) * 4.0 ** torch.arange(-1, count - 1)[:, None, None, None]
 
 
-def one_image(regions: GridEncoderOutput, index: int) -> GridEncoderOutput:
+def one_image(regions: Any, index: int) -> GridEncoderOutput:
     return GridEncoderOutput(last_hidden_state=regions.last_hidden_state[index : index + 1], grid_shape=regions.grid_shape)
 
 

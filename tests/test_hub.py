@@ -155,6 +155,11 @@ def test_the_live_classes_are_untouched(exported, checkpoint, tmp_path):
         assert "auto_map" not in file.read_text() and "custom_pipelines" not in file.read_text()
 
 
+def test_a_checkpoint_fine_tuned_from_an_export_names_no_code_that_it_lacks(exported, tmp_path):
+    AttnCapForConditionalGeneration.from_pretrained(exported).save_pretrained(tmp_path)
+    assert not {"auto_map", "custom_pipelines"} & set(json.loads((tmp_path / "config.json").read_text()))
+
+
 def test_an_export_can_be_exported_again(exported, tmp_path):
     again = export_to_hub(exported, tmp_path)  # there, but empty
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from hf_attncap.cache_attncap import AttnCapCache
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration, GridEncoderOutput
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+EXACT: Any = {"rtol": 1e-10, "atol": 1e-10}
 SWITCHES = [
     *(
         {"word_attention": kind, "gate": gate, "deep_output": deep}
@@ -366,6 +366,7 @@ def test_gradients(kind):
     assert torch.autograd.gradcheck(loss, (regions, *weights), fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # an alias of transformers' new name
 def test_gradient_checkpointing_changes_no_gradient():
     pictures, labels = torch.rand(2, 3, 64, 64), torch.tensor([[5, EOS], [6, EOS]])
     model = tiny_model(freeze_backbone=False, dropout=0.0).float().train()

@@ -146,7 +146,7 @@ def test_bfloat16_by_device_map(tmp_path):
 axis = st.tuples(st.integers(1, 11), st.integers(1, 5), st.integers(1, 4), st.integers(1, 2))  # size, kernel, stride, dilation
 
 
-def windows(size: int, kernel: int, stride: int, dilation: int) -> list[list[int]]:
+def windows(size: int, kernel: int, stride: int, dilation: int = 1) -> list[list[int]]:
     """The positions each output looks at under TensorFlow's SAME; those below 0 or beyond the size are padding."""
     outputs = (size + stride - 1) // stride
     reach = (kernel - 1) * dilation + 1
@@ -161,7 +161,7 @@ def test_same_padding_of_convolutions(rows, columns):
     torch.manual_seed(0)
     picture = torch.randn(rows[0], columns[0], dtype=torch.float64)
     conv = SameConv2d(1, 1, (rows[1], columns[1]), (rows[2], columns[2]), dilation=(rows[3], columns[3])).double()
-    kernel, bias = conv.weight.detach()[0, 0], conv.bias.detach()
+    kernel, bias = conv.weight.detach()[0, 0], conv.state_dict()["bias"]
     want = [
         [
             bias[0]
@@ -181,7 +181,7 @@ def test_same_padding_of_convolutions(rows, columns):
 @settings(max_examples=60, deadline=None)
 @given(rows=axis, columns=axis)
 def test_same_padding_of_pools(rows, columns):
-    rows, columns = (*rows[:3], 1), (*columns[:3], 1)
+    rows, columns = rows[:3], columns[:3]
     torch.manual_seed(0)
     picture = torch.randn(rows[0], columns[0], dtype=torch.float64) - 5.0  # negative: zeros in the padding would win
     pool = SameMaxPool2d((rows[1], columns[1]), (rows[2], columns[2]))
@@ -195,7 +195,8 @@ def test_same_padding_of_pools(rows, columns):
 def test_a_trunk_padded_like_tensorflow():
     """Same tensors, same sizes of the map; strided layers pad right and bottom first."""
     torch.manual_seed(0)
-    ours, theirs = build_trunk("resnet18", "same").eval(), build_trunk("resnet18").eval()
+    ours: Any = build_trunk("resnet18", "same").eval()
+    theirs = build_trunk("resnet18").eval()
     theirs.load_state_dict(ours.state_dict())
     picture = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

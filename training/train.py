@@ -47,7 +47,7 @@ def build_captioner(
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
     if arguments.model_name_or_path:
         path = arguments.model_name_or_path
-        model = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
+        model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
         return model, AttnCapProcessor.from_pretrained(path)
     sentences = [caption for row in captions for caption in row]
     tokenizer = build_tokenizer(sentences, arguments.tokenizer_kind, min_count=arguments.min_count)  # type: ignore[arg-type]
@@ -65,11 +65,11 @@ def build_captioner(
     )
     model.generation_config.update(max_new_tokens=MAX_NEW_TOKENS, num_beams=3, no_repeat_ngram_size=3)
     side = {"height": arguments.image_size, "width": arguments.image_size}
-    image_processor = AttnCapImageProcessor(size=side, image_mean=list(config.image_mean), image_std=list(config.image_std))
+    image_processor = AttnCapImageProcessor(size=side, image_mean=config.image_mean, image_std=config.image_std)
     return model, AttnCapProcessor(image_processor, tokenizer)
 
 
-def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, cache: str | None):
+def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, cache: str | None) -> Any:
     """What the Trainer iterates over: pictures, or the maps of a frozen backbone."""
     if cache is None:
         return dataset
@@ -82,6 +82,7 @@ def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: A
 def train(model_arguments: ModelArguments, data: DataArguments, training: CaptionTrainingArguments) -> dict[str, float]:
     """One run: data, captioner, Trainer, saved checkpoint; returns the metrics, which are also in `metrics.json`."""
     set_seed(training.seed)
+    output = Path(str(training.output_dir))
     train_split = load_split(data.train_file, data)
     validation = load_split(data.validation_file, data) if data.validation_file else None
     model, processor = build_captioner(model_arguments, train_split["captions"][:])
@@ -104,14 +105,14 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     )
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "last"):
-        resume = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        resume = get_last_checkpoint(str(output)) if output.is_dir() else None
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
     model.config.use_cache = True  # the Trainer switched it off, and would save that
     trainer.save_model()
-    processor.save_pretrained(training.output_dir)
-    trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
-    (Path(training.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    processor.save_pretrained(output)
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 

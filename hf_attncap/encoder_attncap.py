@@ -1,0 +1,94 @@
+"""Picture to regions: the grid that the decoder attends to.
+
+Letters as in docs/model.md: B images, N = H * W regions, D channels of the trunk, C region channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import ModelOutput
+
+from .backbone_attncap import build_trunk, run_checkpointed, trunk_channels
+from .configuration_attncap import AttnCapConfig
+
+
+@dataclass
+class GridEncoderOutput(ModelOutput):
+    """What the encoder saw.
+
+    Attributes:
+        last_hidden_state: the regions a, (B, N, C), row by row of the grid.
+        grid_shape: (H, W) with N = H * W.
+        hidden_states: with `output_hidden_states`, the windows before and after pooling, (B, h * w, C) and (B, N, C).
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    grid_shape: tuple[int, int] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class GridEncoder(nn.Module):
+    """Picture to regions: torchvision trunk, 1x1 convolution of C windows, optional pooling to a fixed grid."""
+
+    main_input_name = "pixel_values"
+    _gradient_checkpointing_func: Any
+
+    def __init__(self, config: AttnCapConfig):
+        super().__init__()
+        self.backbone = build_trunk(config.backbone, config.backbone_padding)
+        for module in self.backbone.modules():
+            module.keep_torchvision_init = True  # type: ignore[assignment]
+        self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
+        grid = config.grid_size
+        self.pool = nn.Identity() if grid is None else nn.AdaptiveAvgPool2d(grid if isinstance(grid, int) else tuple(grid))
+        self.frozen = config.freeze_backbone
+        self.batch_norm_frozen = config.freeze_batch_norm
+        self.gradient_checkpointing = False
+        self.train()  # modules begin in training mode, frozen ones must not
+
+    def train(self, mode: bool = True):
+        """A frozen backbone stays in evaluation mode, frozen batch norm too: their statistics do not move."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if self.frozen or (self.batch_norm_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+                module.training = False
+        return self
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The trunk's map (B, D, h, w) of pictures (B, 3, height, width): what a cache for a frozen encoder keeps."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` must be (B, 3, height, width), but its shape is {tuple(pixel_values.shape)}.")
+        x = pixel_values.to(self.windows.weight.dtype)  # (B, 3, height, width)
+        for child in self.backbone:
+            stages = child if isinstance(child, nn.Sequential) else [child]
+            for stage in stages:
+                is_block = next(stage.children(), None) is not None
+                if self.gradient_checkpointing and self.training and is_block and x.requires_grad:
+                    x = run_checkpointed(stage, x, self._gradient_checkpointing_func)
+                else:
+                    x = stage(x)
+        return x  # (B, D, h, w)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        backbone_features: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> GridEncoderOutput:
+        """Regions of pictures (B, 3, height, width), or of their `features` (B, D, h, w) computed before."""
+        if backbone_features is None:
+            if pixel_values is None:
+                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w).")
+            backbone_features = self.features(pixel_values)
+        f = backbone_features.to(self.windows.weight.dtype)  # (B, D, h, w)
+        windows = self.windows(f).flatten(2).mT  # (B, h * w, C)
+        grid = self.pool(windows.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
+        a = grid.flatten(2).mT  # (B, N, C)
+        hidden_states = (windows, a) if output_hidden_states else None
+        return GridEncoderOutput(last_hidden_state=a, grid_shape=tuple(grid.shape[-2:]), hidden_states=hidden_states)
+
+
+__all__ = ["GridEncoder", "GridEncoderOutput"]
