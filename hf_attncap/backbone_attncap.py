@@ -64,18 +64,20 @@ def trunk_channels(trunk: nn.Module) -> int:
 
 def run_checkpointed(stage: nn.Module, x: torch.Tensor, checkpoint: Callable) -> torch.Tensor:
     """`checkpoint(stage, x)` whose recomputation does not move the stage's batch norm statistics a second time."""
-    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     runs = itertools.count()
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        is_first = next(runs) == 0
+        if next(runs) == 0:
+            return stage(x)
         for norm in norms:
-            norm.track_running_stats = is_first
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             return stage(x)
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, (momentum, batches) in zip(norms, settings):
+                norm.momentum, norm.num_batches_tracked = momentum, batches
 
     return checkpoint(run, x)
 

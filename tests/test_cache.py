@@ -89,8 +89,8 @@ def test_crop_after_rows_moved(kind, move):
         cache.reorder_cache(rows) if move == "reorder" else cache.batch_select_indices(rows)
     with pytest.raises(ValueError, match="activate_past_recording"):
         plain.crop(-1)
-    recorded.crop(-2)
-    assert_close(go_on(kind, recorded, NEXT), from_scratch(kind, IDS[rows, :1], MASK[rows, :1], NEXT), **EXACT)
+    recorded.crop(-1)
+    assert_close(go_on(kind, recorded, NEXT), from_scratch(kind, IDS[rows, :2], MASK[rows, :2], NEXT), **EXACT)
 
 
 def test_steps_after_rows_moved_can_be_cropped_without_recording():
