@@ -306,11 +306,15 @@ def test_an_empty_prompt_is_none():
 
 def test_a_caption_goes_on_from_its_cache():
     """Words already in a given cache are not run again."""
-    model, regions = talker(seed=3), images()
-    ask = {"encoder_outputs": regions, "suppress_tokens": [EOS], "return_dict_in_generate": True, "output_logits": True}
+    model, regions, run = talker(seed=3), images(), []
+    ask = {"encoder_outputs": regions, "return_dict_in_generate": True, "output_logits": True}
+    ask["suppress_tokens"] = [PAD, BOS, UNK, EOS]
     whole = model.generate(max_new_tokens=6, **ask)
     half = model.generate(max_new_tokens=3, **ask)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: run.append(args[0].shape[1]))
     rest = model.generate(decoder_input_ids=half.sequences, past_key_values=half.past_key_values, max_new_tokens=3, **ask)
+    hook.remove()
+    assert run == [1, 1, 1]
     assert rest.sequences.tolist() == whole.sequences.tolist()
     assert_close(torch.stack(rest.logits), torch.stack(whole.logits[3:]))
 
