@@ -97,7 +97,7 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     if args.beams is not None and args.n_best > args.beams:
-        args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best} or leave it out")
+        args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best}, or leave --beams out")
     if args.attention:
         _make_folder(args.attention)
     if isinstance(sys.stdout, io.TextIOWrapper):

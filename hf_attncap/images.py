@@ -261,7 +261,7 @@ def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) ->
     if private and not allow_private:
         raise ImageError(
             f"{name} is refused: {parts.hostname} is {private[0]}, not a public address; "
-            "set allow_private_urls=True if you trust the URL"
+            "set allow_private_urls=True (on the command line --allow-private-urls) if you trust the URL"
         )
     failure = OSError("no address")
     for address in addresses:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from datasets import Dataset
 from PIL import Image
 
@@ -36,6 +38,8 @@ def folder(tmp_path_factory):
     rows = {"image": [{"bytes": data, "path": None}] * 4, "captions": [["a dog runs", "the dog is running"] * 3] * 4}
     for split in ("train", "validation"):
         Dataset.from_dict(rows).to_parquet(str(path / f"{split}.parquet"))
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), path / "mobilenet_v3_small.pth")
+    (path / "vectors.txt").write_text("".join(f"{word} {'0.5 ' * 50}\n" for word in ("a", "dog", "runs", "the")))
     for name in ("training", "hf_attncap"):
         (path / name).symlink_to(ROOT / name)
     return path
