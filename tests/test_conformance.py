@@ -240,7 +240,9 @@ def compare_checkpointed(model: AttnCapForConditionalGeneration, reentrant: bool
         torch.manual_seed(0)
         one(**batch(side=96)).loss.backward()
     assert_same(gradients(checkpointed), gradients(plain), **tolerance)
-    assert_same(dict(checkpointed.named_buffers()), dict(plain.named_buffers()))
+    buffers = dict(plain.named_buffers())
+    if buffers:  # not in AlexNet, ConvNeXt, SqueezeNet and VGG
+        assert_same(dict(checkpointed.named_buffers()), buffers)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "efficientnet_b0", "shufflenet_v2_x0_5"])
