@@ -95,15 +95,12 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
         Mean and std a channel that the weights expect, where torchvision knows them, else `None`.
 
     Raises:
-        ValueError: if the file does not fit the trunk, or torchvision has no such weights.
+        ValueError: if the file cannot be read, holds no state dict or does not fit the trunk, or torchvision has no such weights.
     """
     if not os.path.exists(weights):
         return _load_torchvision_weights(trunk, name, str(weights))
     path = Path(weights)
-    state: dict[str, Any] = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
-    state = state.get("state_dict", state)
+    state = _read_state_dict(path, name)
     own: dict[str, Any] = dict(trunk.state_dict())
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
@@ -118,6 +115,20 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
         )
     trunk.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
     return None
+
+
+def _read_state_dict(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file by their names."""
+    expected = f"expected torchvision's {name} as a .safetensors file, or its state dict saved by `torch.save`"
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of another format lead the unpickler to errors of any class
+        raise ValueError(f"'{path}' cannot be read as weights ({type(error).__name__}): {expected}.") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise ValueError(f"'{path}' holds no weights by name but a {type(state).__name__}: {expected}.")
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _load_torchvision_weights(trunk: nn.Module, name: str, weights: str) -> tuple[list[float], list[float]]:

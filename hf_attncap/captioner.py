@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+NAMING = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for which it found nothing
 
 PANELS_A_ROW = 6
@@ -166,6 +169,9 @@ class Captioner:
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError("This installation has no checkpoint of its own: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
+        is_folder = os.path.isdir(source)
+        if not is_folder:
+            _check_hub_name(source)
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         try:
@@ -174,9 +180,14 @@ class Captioner:
                 raise ValueError(f"it is of type '{config.model_type}', not 'attncap'.")
             model: Any = AttnCapForConditionalGeneration.from_pretrained(source, config=config, **chosen)
             processor = AttnCapProcessor.from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            what = f"The folder '{source}'" if os.path.isdir(source) else f"'{source}' is no folder, and as a Hub repository it"
-            raise OSError(f"{what} cannot be loaded as a captioner: {error}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            if is_folder:
+                raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
+            # Behind the first line the library's own hints follow, which do not fit here.
+            reason = str(error).partition("\n")[0] if isinstance(error, OSError) else str(error)
+            raise OSError(
+                f"'{source}' is no folder, and cannot be loaded from the Hub as a captioner ({reason.rstrip('.')}): {NAMING}."
+            ) from error
         return cls(model.to(device), processor)
 
     @overload
@@ -264,6 +275,13 @@ class Captioner:
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
             results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture))
         return results
+
+
+def _check_hub_name(source: str) -> None:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise FileNotFoundError(f"'{source}' is no folder: {NAMING}.") from None
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -42,10 +42,13 @@ class AttnCapConfig(PreTrainedConfig):
         dropout: dropout before the output layer, in training.
         alpha_c: weight of the doubly stochastic regulariser (ibid., equation 14).
         label_smoothing: of the cross-entropy, in [0, 1).
+        pad_token_id, decoder_start_token_id: what fills up short captions, and what every caption begins with; both are needed.
+        bos_token_id, eos_token_id: the first word of a caption and its end, the end also as a list; `None` if there is none.
         unk_token_id: the unknown word, which generation leaves out by default; `None` if there is none.
 
     Raises:
-        ValueError: for contradictory or impossible settings, with what to change.
+        huggingface_hub.errors.StrictDataclassError: for contradictory or impossible settings, with what to change. It is no
+            `ValueError`, but has one (or, for a value of the wrong type, a `TypeError`) as its cause.
     """
 
     model_type = "attncap"
@@ -149,8 +152,25 @@ class AttnCapConfig(PreTrainedConfig):
             isinstance(self.image_std, (int, float)) or all(value > 0 for value in self.image_std),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
+        self._validate_tokens()
         if self.tie_word_embeddings:
             self._validate_tying()
+
+    def _validate_tokens(self) -> None:
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            _check(
+                getattr(self, name) is not None,
+                f"`{name}` is None, but training and generation need it: set it to the tokenizer's "
+                f"`{'pad_token_id' if name == 'pad_token_id' else 'bos_token_id'}`.",
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "unk_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            _check(
+                all(0 <= token < self.vocab_size for token in ids),
+                f"`{name}` is {value}, but the vocabulary has the ids 0 to {self.vocab_size - 1} (`vocab_size` is "
+                f"{self.vocab_size}): set both as in the tokenizer.",
+            )
 
     def _validate_tying(self) -> None:
         _check(

@@ -17,12 +17,14 @@ def read_word_vectors(path: str | os.PathLike, vocabulary: dict[str, int], dim: 
         dim: the dimension wanted.
 
     Returns:
-        Ids (n) and vectors (n, dim) of the words found. Words are looked up as they are, then in lower case; the first wins.
+        Ids (n) and vectors (n, dim) of the words found. A word of the file that the vocabulary lacks counts in lower case,
+        unless the file has that spelling too; of lines with equal claim the first wins.
 
     Raises:
         ValueError: if the file has another dimension, is not such a file or has none of the words.
     """
     found: dict[int, list[float]] = {}
+    exact: set[int] = set()  # found in their own spelling
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             pieces = line.rstrip().split(" ") if " " in line.strip() else line.split()
@@ -32,11 +34,14 @@ def read_word_vectors(path: str | os.PathLike, vocabulary: dict[str, int], dim: 
             if len(pieces) < 2:
                 continue
             word = " ".join(pieces[: len(pieces) - dim]) if len(pieces) > dim + 1 else pieces[0]
-            index = vocabulary.get(word, vocabulary.get(word.lower()))
+            is_exact = word in vocabulary
+            index = vocabulary[word] if is_exact else vocabulary.get(word.lower())
             if number <= 2:
                 _check_dimension(path, len(pieces) - 1, dim)
-            if index is not None and index not in found:
+            if index is not None and index not in (exact if is_exact else found):
                 found[index] = _numbers(path, number, pieces[-dim:] if len(pieces) > dim else pieces, dim)
+                if is_exact:
+                    exact.add(index)
     if not found:
         raise ValueError(f"'{path}' has none of the {len(vocabulary)} words of the vocabulary: is it of the same language?")
     logger.warning("word vectors: %d of %d words found in %s", len(found), len(vocabulary), path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_folder_that_cannot_be_written_to(tiny_checkpoint, pictures, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "./nowhere"], "'./nowhere' is no folder"),
+        (["--model", "./nowhere"], "'./nowhere' is no folder: name a folder with a config.json, or a captioner on the Hub"),
         (["--device", "toaster"], "device 'toaster' cannot be used"),
         (["--prompt", "two zebra"], "does not know zebra"),
     ],
@@ -136,6 +137,25 @@ def test_what_cannot_be_done_is_one_sentence(tiny_checkpoint, pictures, argument
     assert captions(tiny_checkpoint, pictures[0], *arguments) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("attncap: ") and message in err and err.count("\n") == 1
+
+
+def test_a_model_that_is_no_folder_and_cannot_be_fetched(pictures, monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["caption", "--model", "missing/folder", str(pictures[0])]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("attncap: 'missing/folder' is no folder, and cannot be loaded from the Hub")
+    assert "We couldn't connect" in err, "the cause"
+    assert err.endswith("name a folder with a config.json, or a captioner on the Hub as owner/name.\n") and len(err) < 320
+
+
+def test_a_spoilt_config_is_one_sentence(tiny_checkpoint, pictures, tmp_path, capfd):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    assert captions(folder, pictures[0]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"attncap: The folder '{folder}' cannot be loaded") and "`pad_token_id` is" in err
 
 
 @pytest.mark.parametrize(

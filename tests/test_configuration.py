@@ -55,6 +55,15 @@ def test_defaults():
         ({"image_std": [0.5] * 4}, "`image_std`.*3 colour channels"),
         ({"image_std": [0.5, 0.0, 0.5]}, "`image_std`.*must be positive"),
         ({"hidden_size": "large"}, "hidden_size.*expected int"),
+        ({"pad_token_id": None}, "`pad_token_id` is None.*set it to the tokenizer's `pad_token_id`"),
+        ({"decoder_start_token_id": None}, "`decoder_start_token_id` is None.*set it to the tokenizer's `bos_token_id`"),
+        *(
+            ({"vocab_size": 50, name: value}, f"`{name}` is {shown}, but the vocabulary has the ids 0 to 49.*as in the tokenizer")
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "unk_token_id")
+            for value, shown in ((50, "50"), (-1, "-1"))
+        ),
+        ({"eos_token_id": [2, 10_000]}, r"`eos_token_id` is \[2, 10000\], but the vocabulary has the ids 0 to 9999"),
+        ({"vocab_size": 3}, r"`unk_token_id` is 3, .*\(`vocab_size` is 3\)"),
         (
             {"tie_word_embeddings": True, "freeze_word_embeddings": True},
             "set `freeze_word_embeddings=False` or `tie_word_embeddings=False`",
@@ -71,6 +80,13 @@ def test_settings_that_cannot_work_are_refused(settings, sentence):
         AttnCapConfig(**settings)
 
 
+@pytest.mark.parametrize("settings, cause", [({"vocab_size": 0}, ValueError), ({"vocab_size": "many"}, TypeError)])
+def test_the_refusal_is_no_value_error_but_has_its_cause(settings, cause):
+    with pytest.raises(StrictDataclassError) as caught:
+        AttnCapConfig(**settings)
+    assert not isinstance(caught.value, ValueError) and type(caught.value.__cause__) is cause
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -81,7 +97,9 @@ def test_settings_that_cannot_work_are_refused(settings, sentence):
         {"alpha_c": 0},
         {"tie_word_embeddings": True},
         {"tie_word_embeddings": True, "deep_output": False, "hidden_size": 256},
-        {"unk_token_id": None},
+        {"unk_token_id": None, "bos_token_id": None, "eos_token_id": None},
+        {"eos_token_id": [2, 9_999], "pad_token_id": 9_999},
+        {"vocab_size": 4},
         {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
     ],
     ids=str,

@@ -48,6 +48,14 @@ found["ids"] = model.generate(**inputs).tolist()
 with torch.no_grad():
     found["logits"] = model(**inputs).logits[0, -1].tolist()
     found["features"] = AutoModel.from_pretrained(folder, **trusted)(**inputs).last_hidden_state[0, -1].tolist()
+again = scratch + '/again'
+for part in (model, captioner.processor):
+    part.save_pretrained(again)
+resaved = AutoModelForImageTextToText.from_pretrained(again, **trusted)
+with torch.no_grad():
+    found["logits of parts saved again"] = resaved(**inputs).logits[0, -1].tolist()
+parts = [resaved, *(auto.from_pretrained(again, **trusted) for auto in (AutoModel, AutoConfig, AutoProcessor, AutoImageProcessor))]
+found["homes of parts saved again"] = [type(part).__module__ for part in parts]
 loaded = [AutoConfig, AutoImageProcessor, AutoTokenizer]
 found["classes"] = [type(auto.from_pretrained(folder, **trusted)).__name__ for auto in loaded]
 found["homes"] = sorted({type(part).__module__.split(".")[0] for part in (captioner, model, captioner.processor)})
@@ -133,6 +141,12 @@ def test_its_own_code_is_what_ran_and_only_with_trust(elsewhere):
     assert elsewhere["homes"] == ["transformers_modules"]
     assert elsewhere["classes"][:2] == ["AttnCapConfig", "AttnCapImageProcessor"]
     assert "trust_remote_code=True" in elsewhere["without trust"]
+
+
+def test_model_and_processor_that_are_saved_there_take_their_code_along(elsewhere):
+    assert elsewhere["logits of parts saved again"] == elsewhere["logits"]
+    for home in elsewhere["homes of parts saved again"]:
+        assert home.startswith("transformers_modules.again.")
 
 
 def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, monkeypatch, tmp_path):

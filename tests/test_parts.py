@@ -1,5 +1,6 @@
 """A new model takes torchvision's trunks and text files of word vectors as they are; what it saves needs neither again."""
 
+import itertools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_trunk, trunk_channels
+from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_trunk, load_backbone_weights, trunk_channels
 from hf_attncap.configuration_attncap import AttnCapConfig
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
 from hf_attncap.word_vectors_attncap import read_word_vectors
@@ -269,6 +270,38 @@ def test_files_that_do_not_fit_name_the_tensor(tmp_path):
         new_model(backbone_weights=path)
 
 
+def unreadable_files(folder) -> dict[str, str]:
+    """Files that hold no weights, each with what its message says of it."""
+    whole = folder / "whole.pth"
+    torch.save(torchvision_classifier("squeezenet1_1").state_dict(), whole)
+    (folder / "cut.pth").write_bytes(whole.read_bytes()[:100_000])
+    (folder / "page.pth").write_text("<!DOCTYPE html><html></html>")
+    (folder / "hello.pth").write_text("hello")
+    (folder / "empty.pth").touch()
+    (folder / "renamed.safetensors").write_bytes(whole.read_bytes())
+    (folder / "empty.safetensors").touch()
+    (folder / "folder").mkdir()
+    torch.save([torch.zeros(3)], folder / "list.pth")
+    torch.save({"state_dict": torch.zeros(3)}, folder / "nested.pth")
+    unreadable = ("cut.pth", "page.pth", "hello.pth", "empty.pth", "renamed.safetensors", "empty.safetensors", "folder")
+    return {
+        **dict.fromkeys(unreadable, "cannot be read as weights"),
+        "list.pth": "holds no weights by name but a list",
+        "nested.pth": "holds no weights by name but a Tensor",
+    }
+
+
+def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
+    trunk = build_trunk("squeezenet1_1")
+    for name, said in unreadable_files(tmp_path).items():
+        with pytest.raises(ValueError, match=f"{name}' {said}.*: expected torchvision's squeezenet1_1 as a .safetensors file, or"):
+            load_backbone_weights(trunk, "squeezenet1_1", tmp_path / name)
+    numbers = dict.fromkeys(trunk.state_dict(), 1.0)
+    torch.save(numbers, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="numbers.pth' lacks 50 of the 50 tensors of squeezenet1_1"):
+        load_backbone_weights(trunk, "squeezenet1_1", tmp_path / "numbers.pth")
+
+
 def test_unknown_weights_name_the_known_ones():
     with pytest.raises(ValueError, match="'IMAGENET1K_V9': no such file, and torchvision's weights of resnet18 are IMAGENET1K_V1"):
         new_model("resnet18", backbone_weights="IMAGENET1K_V9")
@@ -331,6 +364,15 @@ def test_words_with_spaces_are_not_taken_for_their_first_piece(tmp_path):
 def test_capitals_help_where_nothing_else_does(tmp_path):
     ids, _ = read_word_vectors(write(tmp_path / "vectors.txt", *BODY, "RUNS 1 1 1 1 1"), VOCABULARY, 5)
     assert VOCABULARY["runs"] in ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(["DOG 7 7 7 7 7", "Dog 8 8 8 8 8", "dog 1 1 1 1 1", "dog 9 9 9 9 9"]))
+)
+def test_the_spelling_of_the_vocabulary_wins_wherever_it_stands(order, tmp_path):
+    ids, vectors = read_word_vectors(write(tmp_path / "vectors.txt", *order), VOCABULARY, 5)
+    first = next(line for line in order if line.startswith("dog"))
+    assert ids.tolist() == [VOCABULARY["dog"]] and vectors[0].tolist() == [float(first.split()[1])] * 5
 
 
 @pytest.mark.parametrize("header", [[], ["5 5"]])
