@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .captioner import Captioner, CaptionResult
+    from .metrics import CaptionScores
+    from .metrics.significance import Comparison
 
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
@@ -74,6 +77,26 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--allow-private-urls", action="store_true", help="also fetch URLs from the local network")
     caption.set_defaults(command=_caption, usage_error=caption.error)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score captions against references",
+        description="Prints BLEU, ROUGE-L, CIDEr and measures of variety, as pycocoevalcap gives them, without Java. Files are "
+        "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id. What is odd in them, or is "
+        "left out, is named on stderr.",
+    )
+    evaluate.add_argument("--predictions", metavar="FILE", required=True, help="a caption an image")
+    evaluate.add_argument("--references", metavar="FILE", required=True, help="one or more captions an image")
+    evaluate.add_argument("--split", metavar="NAME", help="of Karpathy's references: test, val, train or several, joined by +")
+    evaluate.add_argument("--training", metavar="FILE", help="captions that the model learned from, to count the novel ones")
+    evaluate.add_argument("--compare", metavar="FILE", help="captions of another system: is the gain over it luck?")
+    evaluate.add_argument("--meteor", action="store_true", help="also METEOR, through pycocoevalcap and Java")
+    evaluate.add_argument("--spice", action="store_true", help="also SPICE, through pycocoevalcap and Java")
+    evaluate.add_argument("--output", metavar="FILE", type=Path, help="also write the scores as JSON")
+    evaluate.add_argument(
+        "--per-image", metavar="FILE", type=Path, help="also write a line of JSON an image; - prints these instead of the table"
+    )
+    evaluate.set_defaults(command=_evaluate)
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -93,6 +116,68 @@ def _export_hub(args: argparse.Namespace) -> int:
 
     export_to_hub(args.checkpoint, args.out)
     return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .metrics import CaptionMetrics, compare
+    from .metrics.files import read_predictions, read_references
+    from .metrics.matching import match
+    from .metrics.report import comparison_table, score_table
+
+    references = read_references(args.references, args.split)
+    matched = [match(references, read_predictions(file)) for file in (args.predictions, args.compare) if file]
+    notes = list(dict.fromkeys(note for system in matched for note in system.notes))
+    shared = [image_id for image_id in matched[0].references if image_id in matched[-1].references]
+    lost = sum(len(system.references) - len(shared) for system in matched)
+    if lost:
+        notes.append(f"{lost} images have a caption in only one of {args.predictions} and {args.compare}, left out")
+    training = read_references(args.training) if args.training else None
+    learned = None if training is None else [caption for captions in training.captions.values() for caption in captions]
+    metrics = CaptionMetrics({image_id: references.captions[image_id] for image_id in shared}, training=learned)
+    scores = [
+        metrics.score({image_id: system.predictions[image_id] for image_id in shared}, meteor=args.meteor, spice=args.spice)
+        for system in matched
+    ]
+    comparison = compare(scores[1], scores[0]) if args.compare else {}
+    for note in notes:
+        print("attncap:", note, file=sys.stderr)
+    per_image = "".join(json.dumps(row) + "\n" for row in scores[0].rows()) if args.per_image else ""
+    if args.per_image == Path("-"):
+        print(per_image, end="")
+    else:
+        print(score_table(scores[0]))
+        if comparison:
+            print("", comparison_table(comparison), sep="\n")
+    if args.per_image and args.per_image != Path("-"):
+        _write(args.per_image, per_image)
+    if args.output:
+        _write(args.output, json.dumps(_result(args, scores, comparison, notes), indent=1) + "\n")
+    return 0
+
+
+def _result(
+    args: argparse.Namespace, scores: "list[CaptionScores]", comparison: "dict[str, Comparison]", notes: list[str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "predictions": args.predictions,
+        "references": args.references,
+        "images": len(scores[0].ids),
+        "scores": scores[0].corpus,
+        "notes": notes,
+    }
+    if comparison:
+        result |= {"compared_with": args.compare, "comparison": {name: asdict(found) for name, found in comparison.items()}}
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def _caption(args: argparse.Namespace) -> int:

@@ -39,7 +39,16 @@ FLOORS = [
     {"configuration_attncap"},
     {"metrics"},
 ]
+METRICS_FLOORS = [
+    {"__init__"},
+    {"report", "trainer"},
+    {"score"},
+    {"matching"},
+    {"bleu", "cider", "diversity", "files", "java", "modules", "ptb", "rouge", "significance"},
+    {"ngrams", "ptb_rules"},
+]
 FLOOR = {name: -height for height, names in enumerate(FLOORS) for name in names}
+METRICS_FLOOR = {name: -height for height, names in enumerate(METRICS_FLOORS) for name in names}
 ALWAYS_THERE = {"torch", "torchvision", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL"}
 
 
@@ -58,17 +67,26 @@ def imports(tree: ast.AST) -> list[tuple[int, str, str]]:
     return found
 
 
-def neighbours(path: Path) -> set[str]:
-    """The files of the package that a file of the package imports."""
+def imported_files(path: Path) -> set[tuple[str, ...]]:
+    """The files of the package that a file of the package imports, as parts of their paths in it."""
     used = set()
+    folder = path.relative_to(PACKAGE).parts[:-1]
     for dots, module, name in imports(ast.parse(path.read_text(encoding="utf-8"))):
         if dots == 0 and module.split(".")[0] != "hf_attncap":
             continue
-        inside = module if dots else module.partition(".")[2]
-        first = inside.split(".")[0] if inside else hf_attncap._HOMES.get(name, name)
-        if first and not first.startswith("__"):
-            used.add(first)
+        inside = tuple(part for part in (module if dots else module.partition(".")[2]).split(".") if part)
+        start = folder[: len(folder) - dots + 1] if dots else ()
+        parts = (*start, *inside) or (hf_attncap._HOMES.get(name, name),)
+        if parts == start:
+            parts = (*start, name)  # from . import name
+        if not parts[0].startswith("__"):
+            used.add(parts)
     return used
+
+
+def neighbours(path: Path) -> set[str]:
+    """What on the floors of the house a file imports."""
+    return {parts[0] for parts in imported_files(path)}
 
 
 def floor_of(path: Path) -> str:
@@ -83,6 +101,13 @@ def test_imports_run_one_way():
         assert own in FLOOR, f"{path.name} has no floor in {Path(__file__).name}"
         for other in neighbours(path) - {own, "training", "model_card"}:
             assert FLOOR[other] < FLOOR[own], f"{path.name} imports {other}, which is not below it"
+
+
+def test_imports_run_one_way_among_the_metrics():
+    for path in sorted((PACKAGE / "metrics").glob("*.py")):
+        assert path.stem in METRICS_FLOOR, f"{path.name} has no floor in {Path(__file__).name}"
+        for parts in imported_files(path):
+            assert parts[0] == "metrics" and METRICS_FLOOR[parts[1]] < METRICS_FLOOR[path.stem], f"{path.name} imports {parts}"
 
 
 def test_only_the_command_line_reaches_training_and_the_card():

@@ -1,5 +1,6 @@
-"""Every command and every Python snippet of the README runs, on generated data."""
+"""Every command and every Python snippet of the README and of docs/metrics.md runs, on generated data."""
 
+import json
 import os
 import re
 import shlex
@@ -18,13 +19,13 @@ BIN = Path(sys.executable).parent
 INSTALL = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q (-e )?\"\.\[\w+\]\" && ")
 
 
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language: str, page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
 
 
-def shell_commands() -> list[str]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+def shell_commands(page: str = "README.md") -> list[str]:
+    joined = "\n".join(blocks("bash", page)).replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
@@ -40,6 +41,15 @@ def folder(tmp_path_factory):
         Dataset.from_dict(rows).to_parquet(str(path / f"{split}.parquet"))
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), path / "mobilenet_v3_small.pth")
     (path / "vectors.txt").write_text("".join(f"{word} {'0.5 ' * 50}\n" for word in ("a", "dog", "runs", "the")))
+    captions = {f"{name}.jpg": ["a dog runs", "the dog is running"] for name in ("photo", "dog", "beach")}
+    (path / "captions.jsonl").write_text("".join(json.dumps({"path": k, "captions": v}) + "\n" for k, v in captions.items()))
+    (path / "captions.json").write_text(json.dumps(captions))
+    karpathy = [
+        {"filename": k, "imgid": n, "split": "test", "sentences": [{"raw": v[0]}]} for n, (k, v) in enumerate(captions.items())
+    ]
+    (path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    for name in ("results", "other"):
+        (path / f"{name}.json").write_text(json.dumps([{"image_id": k, "caption": f"a {name} dog"} for k in captions]))
     for name in ("training", "hf_attncap"):
         (path / name).symlink_to(ROOT / name)
     return path
@@ -81,7 +91,14 @@ def test_shell_commands_in_their_order(folder):
     assert (folder / "hub_folder" / "modeling_attncap.py").exists()
 
 
-@pytest.mark.parametrize("snippet", blocks("python"))
+def test_shell_commands_of_the_metrics(folder):
+    for command in shell_commands("docs/metrics.md"):
+        result = run(command, folder)
+        assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+    assert "cider" in json.loads((folder / "scores.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("snippet", blocks("python", "README.md") + blocks("python", "docs/metrics.md"))
 def test_python_snippet(snippet, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(snippet, "snippet", "exec"), {"__name__": "readme"})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from hf_attncap.metrics import CaptionMetrics
 from training.arguments import DataArguments, parse_arguments
 from training.collator import CaptionCollator
 from training.data import augmented, load_split
@@ -106,6 +107,55 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
     assert trained.generation_config.num_beams == 3 and trained.generation_config.max_new_tokens == 21
 
 
+def scores_by_hand(folder, parquet, **settings) -> dict:
+    """Scores of what a saved captioner says of each picture, one by one, against all raw captions of each."""
+    model, processor = AttnCapForConditionalGeneration.from_pretrained(folder), AttnCapProcessor.from_pretrained(folder)
+    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    said = {}
+    for index, image in enumerate(rows["image"]):
+        ids = model.generate(**processor(images=image, return_tensors="pt"), **settings)
+        said[index] = processor.batch_decode(ids, skip_special_tokens=True)[0]
+    return dict(CaptionMetrics(dict(enumerate(rows["captions"]))).score(said))
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached features", "pictures"])
+def test_best_checkpoint_is_chosen_by_the_scores_of_generated_captions(parquet, tmp_path, cached):
+    output, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(
+        "predict_with_generate: true\ngeneration_num_beams: 2\ngeneration_max_length: 4\nper_device_eval_batch_size: 3\n"
+        "eval_strategy: steps\neval_steps: 4\nsave_strategy: steps\nsave_steps: 4\n"
+        "load_best_model_at_end: true\nmetric_for_best_model: cider\n"
+        # Labels of one cut caption an image: the references must be the three whole ones all the same.
+        "captions_per_image: 1\nmax_words: 4\nlr_scheduler_type: constant\n"
+    )
+    more = {"feature_cache": tmp_path / "cache"} if cached else {}
+    argv = options(parquet, output, num_train_epochs=12, learning_rate=0.03, **more)
+    at = argv.index("--captions_per_image")
+    assert main(["--config", str(config), *argv[:at], *argv[at + 2 :]]) == 0
+
+    metrics, state = metrics_of(output), json.loads((output / "trainer_state.json").read_text())
+    history = {entry["step"]: entry for entry in state["log_history"] if "eval_cider" in entry}
+    best = max(history, key=lambda step: history[step]["eval_cider"])
+    assert len(history) == 6 and len({entry["eval_cider"] for entry in history.values()}) > 1
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{best}") and metrics["eval_cider"] == history[best]["eval_cider"]
+    assert metrics["eval_cider"] > 0 and metrics["eval_mean_length"] <= 3  # the start token is one of the four
+
+    by_hand = scores_by_hand(output, parquet, num_beams=2, max_new_tokens=3)
+    assert {name: metrics[f"eval_{name}"] for name in by_hand} == pytest.approx(by_hand, abs=1e-6)
+    for folder in (output, output / f"checkpoint-{best}"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert (saved["num_beams"], saved["max_new_tokens"], saved.get("max_length")) == (3, 21, None)
+        assert saved["suppress_tokens"] == [0, 1, 3]
+
+
+def test_captions_are_generated_as_the_model_itself_would(parquet, tmp_path):
+    """Without settings of their own, evaluations take the model's: three beams, up to 21 tokens, no `<unk>`."""
+    assert main(options(parquet, tmp_path, predict_with_generate=True, num_train_epochs=4)) == 0
+    by_hand, metrics = scores_by_hand(tmp_path, parquet), metrics_of(tmp_path)
+    assert {name: metrics[f"eval_{name}"] for name in by_hand} == pytest.approx(by_hand, abs=1e-6)
+    assert metrics["eval_loss"] > 0
+
+
 def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_path):
     config = AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
     model = AttnCapForConditionalGeneration(config).eval()
@@ -168,6 +218,7 @@ def test_yaml_first_command_line_over_it(tmp_path):
         ([], "No training images"),
         (["--train_file", "nowhere.parquet", "--label_smoothing_factor", "0.1"], "`label_smoothing` in `model_config`"),
         (["--train_file", "nowhere.parquet"], "No such data file: nowhere.parquet"),
+        (["--train_file", "nowhere.parquet", "--predict_with_generate"], "give `--validation_file`"),
     ],
 )
 def test_wrong_settings_end_in_one_sentence(argv, message, capsys, tmp_path):

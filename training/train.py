@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from hf_attncap.metrics import caption_compute_metrics
 
 from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
 from .collator import CaptionCollator
@@ -79,8 +81,15 @@ def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: A
     return FeatureRows(features, dataset["captions"][:])
 
 
+def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
+    """The Trainer's `compute_metrics`: generated captions against all captions of each image."""
+    return caption_compute_metrics(images["captions"][:], lambda ids: processor.batch_decode(ids, skip_special_tokens=True))
+
+
 def train(model_arguments: ModelArguments, data: DataArguments, training: CaptionTrainingArguments) -> dict[str, float]:
     """One run: data, captioner, Trainer, saved checkpoint; returns the metrics, which are also in `metrics.json`."""
+    if training.predict_with_generate and not data.validation_file:
+        raise SettingError("`predict_with_generate` captions the validation images: give `--validation_file`.")
     set_seed(training.seed)
     output = Path(str(training.output_dir))
     train_split = load_split(data.train_file, data)
@@ -94,7 +103,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if data.augment:
         train_split = augmented(train_split, processor.image_processor.size["height"])
     training.remove_unused_columns = False
-    training.prediction_loss_only = True
+    training.prediction_loss_only = not training.predict_with_generate
     trainer = CaptionTrainer(
         model=model,
         args=training,
@@ -102,6 +111,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         eval_dataset=_rows(validation, model, processor, data.feature_cache) if validation else None,
         data_collator=CaptionCollator(processor, data.captions_per_image, data.max_words),
         processing_class=processor,
+        compute_metrics=_caption_scores(validation, processor) if validation and training.predict_with_generate else None,
     )
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "last"):

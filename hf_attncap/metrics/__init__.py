@@ -1,0 +1,18 @@
+"""What captions are worth: the field's scores, their significance and the files they come from, without torch."""
+
+from .cider import CiderReward, DocumentFrequencies
+from .modules import evaluate_module
+from .ptb import tokenize
+from .score import CaptionMetrics, CaptionScores, compare
+from .trainer import caption_compute_metrics
+
+__all__ = [
+    "CaptionMetrics",
+    "CaptionScores",
+    "CiderReward",
+    "DocumentFrequencies",
+    "caption_compute_metrics",
+    "compare",
+    "evaluate_module",
+    "tokenize",
+]

@@ -1,0 +1,85 @@
+"""BLEU-1 to BLEU-4 with the closest reference length, as pycocoevalcap computes them.
+
+Papineni, Roukos, Ward and Zhu (2002), "BLEU: a method for automatic evaluation of machine translation".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .ngrams import LONGEST, Floats, Matches, References, Tokens
+
+# Added to matches and guesses by pycocoevalcap: a caption too short for any n-gram scores (1e-15 / 1e-9)^(1/n), not 0 / 0.
+TINY, SMALL = 1e-15, 1e-9
+
+
+@dataclass(frozen=True)
+class BleuScores:
+    """BLEU-1 to BLEU-4, 0 to 1, and what they are computed from."""
+
+    corpus: Floats  # (4,)
+    per_image: Floats  # (I, 4)
+    statistics: Floats  # (I, 10): clipped matches for n = 1..4, n-grams for n = 1..4, prediction's and closest reference's length
+
+
+class Bleu:
+    """Scores predictions against the references of I images, counted once.
+
+    Args:
+        references: for each image, one or more lists of tokens; or these as `References`.
+
+    Raises:
+        TypeError: a caption is a string.
+        ValueError: no image, or an image without a reference.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]] | References):
+        self.references = references if isinstance(references, References) else References(references)
+
+    def score(self, predictions: Sequence[Tokens] | Matches) -> BleuScores:
+        """BLEU of one prediction for each image, in the images' order.
+
+        Each n-gram counts as often as the reference with most of it has it ("clipped"); of the reference lengths, the closest
+        to the prediction's counts, the shorter of two as close. An image alone is smoothed only by pycocoevalcap's tiny
+        constants: without a matching 4-gram, its BLEU-4 is close to 0. An empty prediction scores 0.
+
+        Args:
+            predictions: I lists of tokens; or these as `References.match` gives them.
+
+        Raises:
+            TypeError: a prediction is a string.
+            ValueError: there are not as many predictions as images.
+        """
+        matches = self.references.match(predictions)
+        found, inside, images = matches.found, matches.groups >= 0, len(self.references)
+        clipped = np.minimum(found.counts[inside], self.references.most[matches.groups[inside]])
+        correct = np.bincount(found.slots[inside], weights=clipped, minlength=images * LONGEST).reshape(images, LONGEST)
+        guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (I, 4)
+        lengths = np.stack([found.lengths, self._closest(found.lengths)], axis=1)  # (I, 2)
+        statistics = np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)
+        return BleuScores(corpus_bleu(statistics.sum(axis=0)), corpus_bleu(statistics), statistics)
+
+    def _closest(self, lengths: np.ndarray) -> np.ndarray:
+        """(I,): of each image's reference lengths, the closest to the prediction's."""
+        own = self.references.lengths  # (C,)
+        scale = own.max() + 1
+        distance = np.abs(own - np.repeat(lengths, self.references.per_image))
+        return np.minimum.reduceat(distance * scale + own, self.references.starts) % scale
+
+
+def corpus_bleu(totals: ArrayLike) -> Floats:
+    """BLEU-1 to BLEU-4 from counts: geometric mean of the n-gram precisions times the brevity penalty.
+
+    Args:
+        totals: (..., 10) columns of `BleuScores.statistics`, summed over the images of a corpus.
+
+    Returns:
+        (..., 4), 0 to 1.
+    """
+    totals = np.asarray(totals, dtype=np.float64)
+    correct, guesses, length, closest = totals[..., :4], totals[..., 4:8], totals[..., 8:9], totals[..., 9:10]
+    precisions = np.cumprod((correct + TINY) / (guesses + SMALL), axis=-1) ** (1 / np.arange(1, LONGEST + 1))
+    brevity = np.exp(np.minimum(1 - (closest + SMALL) / (length + TINY), 0))
+    return precisions * brevity

@@ -1,0 +1,261 @@
+"""CIDEr-D as pycocoevalcap computes it (under the name CIDEr), and the same as a reward for training.
+
+Vedantam, Zitnick and Parikh (2015), "CIDEr: consensus-based image description evaluation". The reward: Rennie et al. (2017),
+"Self-critical sequence training for image captioning".
+"""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .ngrams import (
+    LONGEST,
+    LOW,
+    Floats,
+    Ints,
+    Matches,
+    NgramIndex,
+    References,
+    Tokens,
+    check_references,
+    check_tokens,
+)
+
+SIGMA = 6.0  # of the Gaussian over the difference of lengths
+SCALE = 10.0
+END = "<end of caption>"  # no tokenizer gives a token with spaces
+FORMAT = "attncap document frequencies 1"
+
+
+@dataclass(frozen=True)
+class DocumentFrequencies:
+    """How many images have each n-gram in some reference: fixed by a training set, and kept in one small file."""
+
+    index: NgramIndex
+    counts: Ints  # (len(index),) 1 to `images`
+    images: int
+    end_token: bool = False  # the end of a caption was counted as a word
+
+    @classmethod
+    def from_references(cls, references: Sequence[Sequence[Tokens]], *, end_token: bool = False) -> "DocumentFrequencies":
+        """Count the n-grams of references.
+
+        Args:
+            references: for each image, one or more lists of tokens.
+            end_token: count the end of each reference as one more word. For rewards: without it, captions learn to stop at
+                "with a", since leaving out the last word costs nothing.
+
+        Raises:
+            TypeError: a caption is a string.
+            ValueError: no image, or an image without a reference.
+        """
+        prepared = References(_ending(references) if end_token else references)
+        return cls(prepared.index, prepared.images_with(), len(prepared), end_token)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one compressed file (numpy's .npz, whatever the name), whole or not at all."""
+        path = Path(path)
+        keys = self.index.keys[np.argsort(self.index.ids)]
+        # Neighbouring keys share their prefix, and differences of neighbours pack well.
+        arrays = {
+            "format": np.array(FORMAT),
+            "images": np.array(self.images),
+            "end_token": np.array(self.end_token),
+            "words": np.frombuffer(json.dumps(list(self.index.words), ensure_ascii=False).encode(), np.uint8),
+            "prefixes": np.diff(keys >> 32, prepend=0).astype(np.int32),
+            "last_words": (keys & LOW).astype(np.int32),
+            "counts": self.counts.astype(np.int32),
+        }
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            whole = Path(scratch) / "frequencies"
+            with whole.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            whole.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DocumentFrequencies":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds something else, or is damaged.
+        """
+        content = io.BytesIO(Path(path).read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as file:
+                if str(file["format"]) != FORMAT:
+                    raise ValueError(f"its format is '{file['format']}'")
+                words = json.loads(file["words"].tobytes())
+                keys = np.cumsum(file["prefixes"], dtype=np.int64) << 32 | file["last_words"]
+                counts, images = file["counts"].astype(np.int64), int(file["images"])
+                end_token = bool(file["end_token"])
+        except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{path}' holds no document frequencies: name a file that DocumentFrequencies.save wrote.") from error
+        index = NgramIndex({word: i for i, word in enumerate(words)}, keys, np.arange(len(words), len(words) + len(keys)))
+        return cls(index, counts, images, end_token)
+
+
+class CiderD:
+    """Scores predictions against the references of I images, counted once.
+
+    Args:
+        references: for each image, one or more lists of tokens; or these as `References`.
+        frequencies: how rare each n-gram is; None: counted from these references, as published scores are. Whether the
+            frequencies know an end of captions does not matter here.
+
+    Raises:
+        TypeError: a caption is a string.
+        ValueError: no image, or an image without a reference.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]] | References, frequencies: DocumentFrequencies | None = None):
+        captions = references.captions if isinstance(references, References) else references
+        if frequencies is not None:
+            self.references = References(captions, frequencies.index)
+            counts, images = frequencies.counts, frequencies.images
+        else:
+            self.references = references if isinstance(references, References) else References(references)
+            counts, images = self.references.images_with(), len(self.references)
+        # One weight more, for all n-grams that the frequencies do not know.
+        self._idf = np.log(images) - np.log(np.maximum(np.append(counts, 0), 1))
+        self._norms = self._reference_norms()  # (C, 4)
+
+    def score(self, predictions: Sequence[Tokens] | Matches) -> Floats:
+        """CIDEr-D of one prediction for each image, in the images' order.
+
+        The mean over n = 1..4 and over the references of: the cosine between the counts of n-grams weighted by
+        log(images / images with the n-gram), a prediction's counts clipped to the reference's, times
+        exp(-(difference of lengths)^2 / 72), times 10. (pycocoevalcap's length is the number of bigrams, not of words: the
+        difference is the same wherever there is anything in common.) An n-gram that every image has weighs nothing; so with a
+        single image everything scores 0, where the frequencies come from it alone.
+        An empty prediction scores 0, and so do references without a word, where pycocoevalcap fails.
+
+        Args:
+            predictions: I lists of tokens; or these as `References.match` gives them.
+
+        Returns:
+            (I,), 0 to 10; the corpus' CIDEr is the mean.
+
+        Raises:
+            TypeError: a prediction is a string.
+            ValueError: there are not as many predictions as images.
+        """
+        return self.score_matches(self.references.match(predictions))
+
+    def score_matches(self, matches: Matches) -> Floats:
+        """CIDEr-D of P predictions, any number for an image: (P,)."""
+        references, found, images = self.references, matches.found, matches.images
+        pairs = references.per_image[images]  # (P,) references each prediction is compared with
+        starts = np.cumsum(pairs) - pairs  # (P,)
+        rows = np.repeat(np.arange(len(images)), pairs)  # (Q,) prediction of each pair
+        own = np.arange(len(rows)) + np.repeat(references.starts[images] - starts, pairs)  # (Q,) reference of each pair
+        weights = self._weights(found.grams)  # (K,)
+        norms = _norms(found.slots, found.counts * weights, len(images))  # (P, 4)
+        dots = self._dots(matches, weights, starts, len(rows))  # (Q, 4)
+        scale = norms[rows] * self._norms[own]
+        cosines = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+        longer = found.lengths[rows] - references.lengths[own]  # (Q,)
+        similar = cosines.mean(axis=1) * np.exp(-(longer**2) / (2 * SIGMA**2))  # (Q,)
+        return SCALE * np.bincount(rows, weights=similar, minlength=len(images)) / pairs
+
+    def _dots(self, matches: Matches, weights: Floats, starts: Ints, pairs: int) -> Floats:
+        """(Q, 4): clipped inner products of each prediction with each reference of its image, for each n."""
+        references, found = self.references, matches.found
+        inside = np.flatnonzero(matches.groups >= 0)
+        groups = matches.groups[inside]
+        sizes = references.group_sizes[groups]
+        match = np.repeat(inside, sizes)  # (S,) one for each n-gram that a prediction shares with a reference
+        first = references.group_starts[groups] - (np.cumsum(sizes) - sizes)
+        entries = np.arange(len(match)) + np.repeat(first, sizes)  # (S,)
+        counts = references.counts[entries]
+        products = np.minimum(found.counts[match], counts) * counts * weights[match] ** 2
+        rows, n = found.slots[match] // LONGEST, found.slots[match] % LONGEST
+        pair = starts[rows] + references.rows[entries] - references.starts[matches.images[rows]]
+        return _sums(pair * LONGEST + n, products, pairs)
+
+    def _reference_norms(self) -> Floats:
+        """(C, 4): length of each reference's vector for each n."""
+        references = self.references
+        keys = np.repeat(references.group_keys, references.group_sizes)
+        slots = references.rows.astype(np.int64) * LONGEST + (keys >> 32) % LONGEST
+        return _norms(slots, references.counts * self._weights(keys & LOW), len(references.lengths))
+
+    def _weights(self, grams: Ints) -> Floats:
+        return self._idf[np.minimum(grams, len(self._idf) - 1)]
+
+
+class CiderReward:
+    """CIDEr-D of sampled captions with fixed document frequencies, for self-critical training; references are counted once.
+
+    Args:
+        references: for each image's id, one or more lists of tokens.
+        frequencies: of the training references. Made with `end_token=True`, each reference ends with an end token here as well.
+
+    Raises:
+        TypeError: a caption is a string.
+        ValueError: no image, or an image without a reference.
+    """
+
+    def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies):
+        self._end_token = frequencies.end_token
+        self._place = {name: i for i, name in enumerate(references)}
+        captions = list(references.values())
+        self._cider = CiderD(_ending(captions) if self._end_token else captions, frequencies)
+
+    def reward(self, ids: Sequence[str], samples: Sequence[Tokens], ended: Sequence[bool] | None = None) -> Floats:
+        """CIDEr-D of P samples, any number for an image.
+
+        Args:
+            ids: the image of each sample.
+            samples: P lists of tokens, without an end token.
+            ended: whether each sample came to its end by itself; one cut off at the longest length earns less. Given with
+                frequencies that count the end of captions, and only then.
+
+        Returns:
+            (P,), 0 to 10.
+
+        Raises:
+            TypeError: a sample is a string.
+            ValueError: an id is unknown, the numbers differ, or `ended` does not go with the frequencies.
+        """
+        unknown = [name for name in ids if name not in self._place]
+        if unknown:
+            raise ValueError(f"There are no references for the image '{unknown[0]}': give the reward those of every image.")
+        if self._end_token != (ended is not None):
+            need = "count the end of captions: say which samples `ended`" if self._end_token else "know no end: leave `ended` out"
+            raise ValueError(f"The document frequencies {need}, or make them with end_token={not self._end_token}.")
+        if ended is not None:
+            if len(ended) != len(samples):
+                raise ValueError(f"{len(ended)} values of `ended` for {len(samples)} samples: give one for each.")
+            check_tokens(samples, "a sample")
+            samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
+        if len(ids) != len(samples):
+            raise ValueError(f"{len(ids)} ids for {len(samples)} samples: give the id of each sample's image.")
+        check_tokens(samples, "a sample")
+        images = np.array([self._place[name] for name in ids], dtype=np.int64)
+        return self._cider.score_matches(self._cider.references.match(samples, images))
+
+
+def _ending(references: Sequence[Sequence[Tokens]]) -> list[list[list[str]]]:
+    """The references, each with an end token."""
+    check_references(references)
+    return [[[*caption, END] for caption in captions] for captions in references]
+
+
+def _norms(slots: Ints, values: Floats, captions: int) -> Floats:
+    """(captions, 4): square roots of the sums of squares in each slot."""
+    return np.sqrt(_sums(slots, values**2, captions))
+
+
+def _sums(slots: Ints, values: Floats, rows: int) -> Floats:
+    """(rows, 4): sums of the values in each slot."""
+    sums = np.bincount(slots, weights=values, minlength=rows * LONGEST).reshape(rows, LONGEST)
+    return sums.astype(np.float64)  # numpy counts nothing in integers, whatever the weights

@@ -1,0 +1,209 @@
+"""N-grams of one to four words as integers, counted once for every metric that compares them.
+
+Captions are lists of tokens. I images have C references between them, `row` counts captions, and a `slot` is
+row * 4 + (n - 1), so that one `bincount` over slots sums every caption and every n at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, filterfalse
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = Sequence[str]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+LONGEST = 4
+LOW = (1 << 32) - 1  # the bits of an n-gram's or a word's id inside a key
+
+
+@dataclass(frozen=True)
+class NgramCounts:
+    """How often each n-gram occurs in each caption: K pairs of a caption and an n-gram, sorted by slot, then by id."""
+
+    slots: Ints  # (K,) row * 4 + (n - 1)
+    grams: Ints  # (K,) ids; those the index does not know follow on its own
+    counts: Ints  # (K,) at least 1
+    lengths: Ints  # (captions,) tokens
+    fresh_words: dict[str, int]  # not in the index, with their ids
+    fresh_keys: Ints  # (F,) not in the index either; their ids follow on those of the fresh words
+
+
+class NgramIndex:
+    """Gives each word and each n-gram an id of its own: a trie, whose nodes are the n-grams.
+
+    An n-gram's key is the id of its first n - 1 words, shifted left by 32 bits, and the id of its last word. Ids stay below 2^31
+    (there are fewer of them than bytes of memory), so keys of different n-grams differ, however many words there are.
+
+    Args:
+        words: id of each word.
+        keys: (M,) key of each longer n-gram, in any order.
+        ids: (M,) their ids. Together with those of the words: 0 to len(index) - 1.
+    """
+
+    def __init__(self, words: dict[str, int], keys: Ints, ids: Ints):
+        order = np.argsort(keys, kind="stable")  # quick on what is nearly sorted
+        self.words, self.keys, self.ids = words, keys[order], ids[order]
+
+    @classmethod
+    def empty(cls) -> "NgramIndex":
+        """An index that knows nothing yet."""
+        return cls({}, np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.words) + len(self.keys)
+
+    def count(self, captions: Sequence[Tokens]) -> NgramCounts:
+        """Count the n-grams of captions; ones unknown here are told apart, too."""
+        flat = list(chain.from_iterable(captions))
+        lengths = np.fromiter(map(len, captions), np.int64, len(captions))
+        strange = dict.fromkeys(filterfalse(self.words.__contains__, flat))
+        fresh_words = {word: len(self) + i for i, word in enumerate(strange)}
+        words = self.words | fresh_words if fresh_words else self.words
+        ids = np.fromiter(map(words.__getitem__, flat), np.int64, len(flat))  # (T,)
+        rows = np.repeat(np.arange(len(captions)), lengths)  # (T,)
+        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # (T,) words from here to the caption's end
+        prefix, found, fresh = ids.copy(), [(rows * LONGEST) << 32 | ids], []
+        for n in range(2, LONGEST + 1):
+            starts = np.flatnonzero(left >= n)
+            keys = prefix[starts] << 32 | ids[starts + n - 1]
+            grams = self._find(keys)
+            unknown = np.flatnonzero(grams < 0)
+            new, inverse = np.unique(keys[unknown], return_inverse=True)
+            grams[unknown] = len(self) + len(fresh_words) + sum(map(len, fresh)) + inverse
+            fresh.append(new)
+            prefix[starts] = grams
+            found.append((rows[starts] * LONGEST + n - 1) << 32 | grams)
+        pairs, counts = np.unique(np.concatenate(found), return_counts=True)
+        return NgramCounts(pairs >> 32, pairs & LOW, counts, lengths, fresh_words, np.concatenate(fresh))
+
+    def grown(self, counts: NgramCounts) -> "NgramIndex":
+        """This index and, with the ids they have in `counts`, the words and n-grams it met as unknown."""
+        first = len(self) + len(counts.fresh_words)
+        ids = np.arange(first, first + len(counts.fresh_keys))
+        return NgramIndex(
+            self.words | counts.fresh_words, np.concatenate([self.keys, counts.fresh_keys]), np.concatenate([self.ids, ids])
+        )
+
+    def _find(self, keys: Ints) -> Ints:
+        """Ids of keys, -1 where unknown."""
+        where = positions(self.keys, keys)
+        where[where >= 0] = self.ids[where[where >= 0]]
+        return where
+
+
+class References:
+    """The references of I images, counted once; `Bleu` and `CiderD` take them in place of the references themselves.
+
+    Args:
+        references: for each image, one or more lists of tokens.
+        index: ids to keep for n-grams known already.
+
+    Raises:
+        TypeError: a caption is a string.
+        ValueError: no image, or an image without a reference.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]], index: NgramIndex | None = None):
+        check_references(references)
+        self.captions = references
+        index = index or NgramIndex.empty()
+        counts = index.count(list(chain.from_iterable(references)))
+        self.index = index.grown(counts)
+        self.per_image = np.fromiter(map(len, references), np.int64, len(references))  # (I,)
+        self.starts = np.cumsum(self.per_image) - self.per_image  # (I,) row of each image's first reference
+        self.lengths = counts.lengths  # (C,)
+        rows, image_of = counts.slots // LONGEST, np.repeat(np.arange(len(references)), self.per_image)
+        keys = (image_of[rows] * LONGEST + counts.slots % LONGEST) << 32 | counts.grams
+        order = np.argsort(keys, kind="stable")
+        # Entries: n-grams of captions, (E,). Those of one n-gram in one image are neighbours: a group, (G,).
+        keys, self.rows, self.counts = keys[order], rows[order].astype(np.int32), counts.counts[order].astype(np.int32)
+        self.group_starts = np.flatnonzero(np.diff(keys, prepend=-1))  # (G,)
+        self.group_keys = keys[self.group_starts]  # (G,) slot of the image and id of the n-gram
+
+    def __len__(self) -> int:
+        return len(self.per_image)
+
+    @cached_property
+    def group_sizes(self) -> Ints:
+        """(G,): how many of an image's references hold the n-gram."""
+        return np.diff(self.group_starts, append=len(self.rows))
+
+    @cached_property
+    def most(self) -> NDArray[np.int32]:
+        """(G,): how often the n-gram occurs in the reference that has most of it."""
+        return np.maximum.reduceat(self.counts, self.group_starts) if len(self.rows) else self.counts
+
+    def images_with(self) -> Ints:
+        """(len(index),): the number of images that have each n-gram in some reference."""
+        return np.bincount(self.group_keys & LOW, minlength=len(self.index))
+
+    def match(self, predictions: "Sequence[Tokens] | Matches", images: Ints | None = None) -> "Matches":
+        """Count predictions and find their n-grams among the references of their image.
+
+        Args:
+            predictions: one list of tokens for each image; what this method gave before is taken as it is.
+            images: (predictions,) the image of each prediction; None: one prediction for each image, in their order.
+
+        Raises:
+            TypeError: a prediction is a string.
+            ValueError: there are not as many predictions as images.
+        """
+        if isinstance(predictions, Matches):
+            if predictions.references is self:
+                return predictions
+            predictions, images = predictions.captions, predictions.images
+        if images is None:
+            check_predictions(predictions, len(self))
+            images = np.arange(len(self))
+        found = self.index.count(predictions)
+        slots = images[found.slots // LONGEST] * LONGEST + found.slots % LONGEST
+        return Matches(self, predictions, images, found, positions(self.group_keys, slots << 32 | found.grams))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Predictions and the groups of `references` their n-grams belong to; `Bleu.score` and `CiderD.score` share them."""
+
+    references: References
+    captions: Sequence[Tokens]
+    images: Ints  # (predictions,)
+    found: NgramCounts
+    groups: Ints  # (K,) -1: in no reference of the image
+
+
+def positions(sorted_keys: Ints, keys: Ints) -> Ints:
+    """Where each of `keys` stands in `sorted_keys`, -1 where nowhere."""
+    if not len(sorted_keys):
+        return np.full(len(keys), -1)
+    where = np.searchsorted(sorted_keys, keys)
+    where[where == len(sorted_keys)] = 0
+    return np.where(sorted_keys[where] == keys, where, -1)
+
+
+def check_references(references: Sequence[Sequence[Tokens]]) -> None:
+    """Raises if there is no image, an image has no reference, or a caption is no list of tokens."""
+    if not len(references):
+        raise ValueError("There are no images: give at least one, with its references.")
+    for image, captions in enumerate(references):
+        if not len(captions):
+            raise ValueError(f"Image {image} has no reference: give it at least one, or leave it out.")
+    check_tokens(references, "references")
+    check_tokens(chain.from_iterable(references), "a reference")
+
+
+def check_predictions(predictions: Sequence[Tokens], images: int) -> None:
+    """Raises if there are not as many predictions as images, or one is no list of tokens."""
+    if len(predictions) != images:
+        raise ValueError(f"{len(predictions)} predictions for {images} images: give each image one, an empty list for no words.")
+    check_tokens(predictions, "a prediction")
+
+
+def check_tokens(captions: Iterable[object], what: str) -> None:
+    """Raises if one of these is a string, whose letters would pass for words."""
+    for caption in captions:
+        if isinstance(caption, str):
+            raise TypeError(f"{caption!r}: {what} must be a list of tokens, not a string: tokenize it first.")

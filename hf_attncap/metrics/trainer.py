@@ -1,0 +1,53 @@
+"""The scores of generated captions as transformers' Trainer asks for them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .score import CaptionMetrics
+
+PADDING = -100  # what the Trainer fills rows of ids up with
+
+
+def caption_compute_metrics(
+    references: Sequence[Sequence[str]], decode: Callable[[list[list[int]]], list[str]]
+) -> Callable[[Any], dict[str, float]]:
+    """`compute_metrics` for a `Seq2SeqTrainer` with `predict_with_generate=True`.
+
+    Args:
+        references: all captions of each image, I of them, in the order of the evaluation dataset, which has one row an image.
+        decode: rows of generated ids, without padding, to captions without special tokens: a `lambda` over
+            `processor.batch_decode(ids, skip_special_tokens=True)`.
+
+    Returns:
+        A function of an `EvalPrediction`, whose `predictions` are (R, T) ids, to the scores of `CaptionMetrics`, to which the
+        Trainer puts `eval_` in front: `metric_for_best_model="cider"`. Rows behind the dataset's end, with which the last batch
+        of several processes is filled up, are left out. It raises ValueError where there are fewer rows than images, or no ids.
+
+    Raises:
+        ValueError, TypeError: as `CaptionMetrics`, for images without references; they go by their row.
+    """
+    metrics = CaptionMetrics({f"row {row}": captions for row, captions in enumerate(references)})
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # (R, T)
+        _check_ids(ids, len(metrics.ids))
+        captions = decode([row[row != PADDING].tolist() for row in ids[: len(metrics.ids)]])
+        return metrics.score(dict(zip(metrics.ids, captions))).corpus
+
+    return compute_metrics
+
+
+def _check_ids(ids: Any, images: int) -> None:
+    if not (isinstance(ids, np.ndarray) and ids.ndim == 2 and np.issubdtype(ids.dtype, np.integer)):
+        found = f"of shape {ids.shape} and type {ids.dtype}" if isinstance(ids, np.ndarray) else f"a {type(ids).__name__}"
+        raise ValueError(
+            f"Captions are scored from generated ids, (rows, length) integers, but the predictions are {found}: set "
+            "`predict_with_generate=True` in Seq2SeqTrainingArguments, and leave `eval_do_concat_batches` as it is."
+        )
+    if len(ids) < images:
+        raise ValueError(
+            f"There are captions for {len(ids)} images but references for {images}: give the references of exactly the images "
+            "of the evaluation dataset, one entry a row."
+        )

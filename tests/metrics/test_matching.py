@@ -1,0 +1,82 @@
+"""Images that two files name alike or otherwise, brought together."""
+
+import pytest
+from caption_files import COCO, KARPATHY
+
+from hf_attncap.metrics.files import CaptionFileError, read_predictions, read_references
+from hf_attncap.metrics.matching import match
+
+NAMES = {
+    "cocoid": ({"391895": "a", "7": "b"}, None),
+    "imgid": ({"0": "a", "1": "b"}, "matched by imgid in the references and key in the predictions"),
+    "filename": ({"COCO_val2014_000000391895.jpg": "a", "seven.jpg": "b"}, "matched by filename"),
+    "path": ({"photos/COCO_val2014_000000391895.jpg": "a", "C:\\photos\\seven.jpg": "b"}, "matched by name without folders in"),
+    "stem": ({"COCO_val2014_000000391895": "a", "seven": "b"}, "matched by name without folders and ending"),
+    "converted": ({"x/COCO_val2014_000000391895.png": "a", "y/seven.webp": "b"}, "matched by name without folders and ending"),
+}
+
+
+@pytest.mark.parametrize(("captions", "note"), NAMES.values(), ids=NAMES)
+def test_karpathy_matches_by_any_of_its_names(write, captions, note):
+    references = read_references(write(KARPATHY, name="karpathy.json"))
+    matched = match(references, read_predictions(write(captions)))
+    assert matched.references == {"391895": ["A man on a bike.", "a bike"], "7": ["A cat."]}
+    assert matched.predictions == {"391895": "a", "7": "b"}
+    assert [other for other in matched.notes if "matched by" in other and (note or "") in other] or note is None
+    assert any('1 images without a prediction, left out ("8")' in other for other in matched.notes)
+
+
+def test_coco_matches_by_file_name(write):
+    references = read_references(write(COCO, name="coco.json"))
+    matched = match(
+        references, read_predictions(write({"path": "val/one.jpg", "caption": "x"}, {"path": "val/two.jpg", "caption": "y"}))
+    )
+    assert matched.references == {"1": ["A cat.", "Cat."], "2": ["A dog."]}
+    assert matched.predictions == {"1": "x", "2": "y"}
+
+
+def test_ids_written_otherwise_match_and_are_noted(write):
+    references = read_references(write([{"image_id": 1, "caption": "A cat."}], name="references.json"))
+    matched = match(references, read_predictions(write([{"image_id": "1", "caption": "A cat."}])))
+    assert matched.references == {"1": ["A cat."]}
+    assert matched.notes == [
+        "image_id is written as numbers in the references, image_id as text in the predictions; compared as text"
+    ]
+    assert match(references, read_predictions(write({"1": "A cat."}))).notes == []  # a key has no choice
+
+
+def test_what_has_no_partner_is_named(write):
+    references = read_references(write({"a": "x", "b": "y"}, name="references.json"))
+    matched = match(references, read_predictions(write({"b": "y", "c": "z"})))
+    assert (matched.references, matched.predictions) == ({"b": ["y"]}, {"b": "y"})
+    assert matched.notes == [
+        'predictions: 1 images without references, left out ("c")',
+        'references: 1 images without a prediction, left out ("a")',
+    ]
+
+
+def test_no_partner_at_all(write):
+    references = read_references(write(KARPATHY, "", name="references.json"), "test")
+    with pytest.raises(CaptionFileError, match='by key \\("other"\\).*references by cocoid \\("391895"\\) or imgid'):
+        match(references, read_predictions(write({"other": "x"})))
+
+
+def test_file_names_that_are_numbers_are_not_taken_for_ids(write):
+    images = [{"imgid": n, "filename": f"{n + 1}.jpg", "sentences": [{"raw": f"number {n}"}]} for n in range(3)]
+    references = read_references(write({"images": images}, name="references.json"))
+    for name in ("{}.jpg", "photos/{}.jpg"):
+        matched = match(references, read_predictions(write({name.format(1): "x", name.format(2): "y"})))
+        assert list(matched.references.values()) == [["number 0"], ["number 1"]]
+
+
+def test_ids_that_could_be_either_are_an_error(write):
+    images = [{"cocoid": n, "imgid": 2 - n, "sentences": [{"raw": "x"}]} for n in range(3)]
+    references = read_references(write({"images": images}, name="references.json"))
+    with pytest.raises(CaptionFileError, match="fit references by cocoid .* as well as by imgid"):
+        match(references, read_predictions(write({"0": "x", "2": "y"})))
+
+
+def test_short_names_that_two_images_share_are_not_used(write):
+    references = read_references(write({"a/1.jpg": "x", "b/1.jpg": "y"}, name="references.json"))
+    with pytest.raises(CaptionFileError, match="no prediction has a reference"):
+        match(references, read_predictions(write({"1.jpg": "x"})))

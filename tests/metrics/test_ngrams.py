@@ -1,0 +1,84 @@
+"""N-grams as integers: none lost, none taken for another, however many words there are."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_scores import N, images, ngrams, split, tokens
+
+from hf_attncap.metrics.bleu import Bleu
+from hf_attncap.metrics.cider import CiderD
+from hf_attncap.metrics.ngrams import NgramIndex, References
+from hf_attncap.metrics.rouge import RougeL
+
+captions = st.lists(tokens, max_size=5)
+
+
+def names(index: NgramIndex) -> dict[int, tuple[str, ...]]:
+    """What each id of an index stands for."""
+    known = {i: (word,) for word, i in index.words.items()}
+    for i, key in sorted(zip(index.ids.tolist(), index.keys.tolist())):
+        known[i] = known[key >> 32] + known[key & (2**32 - 1)]
+    return known
+
+
+@given(captions, captions)
+def test_counts_are_those_of_the_tokens_whatever_the_index_knew_before(before, now):
+    index = NgramIndex.empty()
+    index = index.grown(index.count(before))
+    earlier = names(index)
+    found = index.count(now)
+    grown = index.grown(found)
+    assert names(grown).items() >= earlier.items()
+    assert sorted(names(grown)) == list(range(len(grown)))
+    counted = {
+        (slot // 4, slot % 4 + 1, names(grown)[gram]): count
+        for slot, gram, count in zip(found.slots.tolist(), found.grams.tolist(), found.counts.tolist())
+    }
+    assert counted == {
+        (row, n, gram): count for row, caption in enumerate(now) for n in N for gram, count in ngrams(caption, n).items()
+    }
+    assert found.lengths.tolist() == [len(caption) for caption in now]
+
+
+def test_no_two_ngrams_share_an_id_where_four_words_of_the_vocabulary_exceed_64_bits():
+    words = 100_000
+    assert words**4 > 2**64
+    random = np.random.default_rng(0)
+    numbers = np.concatenate([np.arange(words), random.choice([0, 1, 50_000, words - 1], 4000)]).reshape(-1, 10)
+    captions = [[f"w{i}" for i in row] for row in numbers.tolist()]
+    index = NgramIndex.empty()
+    found = index.count(captions)
+    ids = Counter(dict(zip(*(x.tolist() for x in np.unique(found.grams, return_counts=True)))))
+    seen = Counter(gram for caption in captions for n in N for gram in ngrams(caption, n))
+    assert len(ids) == len(seen) == len(index.grown(found))
+
+
+@given(images)
+def test_scorers_share_what_was_counted_once(corpus):
+    predictions, references = split(corpus)
+    prepared = References(references)
+    matches = prepared.match(predictions)
+    np.testing.assert_array_equal(Bleu(prepared).score(matches).statistics, Bleu(references).score(predictions).statistics)
+    np.testing.assert_array_equal(CiderD(prepared).score(matches), CiderD(references).score(predictions))
+    # What was matched with other references is matched again.
+    np.testing.assert_array_equal(CiderD(references).score(matches), CiderD(references).score(predictions))
+
+
+@pytest.mark.parametrize("scorer", [Bleu, CiderD, RougeL])
+def test_bad_input_is_named(scorer):
+    with pytest.raises(ValueError, match="There are no images"):
+        scorer([])
+    with pytest.raises(ValueError, match="Image 1 has no reference"):
+        scorer([[["a"]], []])
+    with pytest.raises(TypeError, match="'a dog'.*tokenize it first"):
+        scorer([["a dog"]])
+    with pytest.raises(TypeError, match="'a dog'.*tokenize it first"):
+        scorer(["a dog"])
+    ready = scorer([[["a", "dog"]], [["a", "cat"]]])
+    with pytest.raises(ValueError, match="1 predictions for 2 images"):
+        ready.score([["a", "dog"]])
+    with pytest.raises(TypeError, match="'a cat'.*tokenize it first"):
+        ready.score([["a", "dog"], "a cat"])

@@ -1,0 +1,147 @@
+"""`attncap evaluate`: files in, a table, JSON and lines of JSON out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_attncap.cli import main
+from hf_attncap.metrics import CaptionMetrics
+
+CAPTIONS = {1: ["A man rides a bike.", "A man is on his bike!"], 2: ["Two dogs play.", "Dogs run in the snow."], 3: ["A cat."]}
+COCO = {
+    "images": [{"id": n, "file_name": f"{n}.jpg"} for n in CAPTIONS],
+    "annotations": [
+        {"image_id": n, "id": 10 * n + k, "caption": text} for n, texts in CAPTIONS.items() for k, text in enumerate(texts)
+    ],
+}
+RESULTS = [
+    {"image_id": 1, "caption": "a man on a bike"},
+    {"image_id": 2, "caption": "dogs in snow"},
+    {"image_id": 3, "caption": "a cat"},
+]
+EXPECTED = CaptionMetrics({str(n): texts for n, texts in CAPTIONS.items()}).score(
+    {str(r["image_id"]): r["caption"] for r in RESULTS}
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    karpathy = [
+        {"filename": f"{n}.jpg", "imgid": n, "split": "test" if n < 3 else "train", "sentences": [{"raw": text} for text in texts]}
+        for n, texts in CAPTIONS.items()
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps(COCO), encoding="utf-8")
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}), encoding="utf-8")
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS), encoding="utf-8")
+    lines = [json.dumps({"path": f"photos/{r['image_id']}.jpg", "caption": r["caption"]}) for r in RESULTS]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def evaluate(folder: Path, *options: str | Path, predictions: str = "results.json", references: str = "captions.json") -> int:
+    return main(
+        ["evaluate", "--predictions", str(folder / predictions), "--references", str(folder / references), *map(str, options)]
+    )
+
+
+@pytest.mark.parametrize("predictions", ["results.json", "results.jsonl"])
+@pytest.mark.parametrize("references", ["captions.json", "karpathy.json"])
+def test_a_table_and_json(folder, capsys, predictions, references):
+    assert evaluate(folder, "--output", folder / "scores.json", predictions=predictions, references=references) == 0
+    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert table["images"] == "3" and table["cider"] == f"{100 * EXPECTED['cider']:.2f}" and table["vocabulary"] == "8"
+    written = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert written["scores"] == dict(EXPECTED) and written["images"] == 3
+    assert not list(folder.glob(".*"))
+
+
+def test_a_split_of_karpathy_s_file(folder, capsys):
+    assert evaluate(folder, "--split", "test", references="karpathy.json") == 0
+    shown = capsys.readouterr()
+    assert "images                   2" in shown.out
+    assert '1 images without references, left out ("3")' in shown.err
+    assert evaluate(folder, "--split", "dev", references="karpathy.json") == 1
+    assert "has no split dev; it has test (2 images), train (1 images)" in capsys.readouterr().err
+
+
+def test_lines_for_each_image(folder, capsys):
+    assert evaluate(folder, "--per-image", "-") == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == list(EXPECTED.rows())
+    assert evaluate(folder, "--per-image", folder / "images.jsonl") == 0
+    assert [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()] == printed
+
+
+def test_another_system(folder, capsys):
+    other = [{"image_id": 1, "caption": "a man"}, {"image_id": 3, "caption": "dogs"}, {"image_id": 4, "caption": "what"}]
+    (folder / "other.json").write_text(json.dumps(other), encoding="utf-8")
+    assert evaluate(folder, "--compare", folder / "other.json", "--output", folder / "scores.json") == 0
+    shown = capsys.readouterr()
+    assert "95 % interval" in shown.out and "images                   2" in shown.out
+    assert "1 images have a caption in only one of" in shown.err and 'without references, left out ("4")' in shown.err
+    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    gain = found["comparison"]["rouge_l"]
+    assert gain["second"] == pytest.approx(found["scores"]["rouge_l"]) and gain["difference"] > 0 and 0 < gain["p"] <= 1
+
+
+def test_training_captions(folder, capsys):
+    (folder / "training.json").write_text(json.dumps({"x": ["A cat.", "Dogs in snow"]}), encoding="utf-8")
+    assert evaluate(folder, "--training", folder / "training.json") == 0
+    assert "novel                33.33" in capsys.readouterr().out
+
+
+def test_empty_captions_are_counted(folder, capsys):
+    (folder / "results.json").write_text(json.dumps({"1": "", "2": "dogs", "3": " "}), encoding="utf-8")
+    assert evaluate(folder) == 0
+    shown = capsys.readouterr()
+    assert '2 empty captions ("1", "3")' in shown.err and "empty                66.67" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', 'different captions for one image: "1"'),
+        ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]', "compared as text"),
+        ('[{"image_id": 9, "caption": "a"}]', "no prediction has a reference"),
+        ('[{"image_id": 1}]', 'row 1 has no "caption"'),
+        ("{", "not well-formed JSON"),
+        ("[]", "holds no captions"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(folder, capsys, content, message):
+    (folder / "results.json").write_text(content, encoding="utf-8")
+    assert evaluate(folder, "--output", folder / "scores.json") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and message in shown.err
+    assert not (folder / "scores.json").exists()
+
+
+def test_a_missing_file_and_a_place_that_cannot_be_written(folder, capsys):
+    assert evaluate(folder, predictions="none.json") == 1
+    assert "none.json cannot be read" in capsys.readouterr().err
+    assert evaluate(folder, "--output", folder / "nowhere" / "scores.json") == 1
+    assert "scores.json cannot be written" in capsys.readouterr().err
+
+
+def test_meteor_without_java(folder, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+    assert evaluate(folder, "--meteor") == 1
+    assert "METEOR needs" in capsys.readouterr().err
+
+
+def test_the_program_itself_does_not_wait_for_torch(folder):
+    shown = subprocess.run(
+        [sys.executable, "-m", "hf_attncap", "evaluate", "--predictions", "results.json", "--references", "captions.json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "cider" in shown.stdout and "numpy" in imported and not imported & {"torch", "transformers", "datasets"}
