@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from .captioner import Captioner, CaptionResult
     from .metrics import CaptionScores
+    from .metrics.files import References
+    from .metrics.matching import Matched
     from .metrics.significance import Comparison
 
+FEW = 100  # images, below which a bootstrap takes luck for gain too often
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -84,16 +87,20 @@ def _parser() -> argparse.ArgumentParser:
         "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id. What is odd in them, or is "
         "left out, is named on stderr.",
     )
-    evaluate.add_argument("--predictions", metavar="FILE", required=True, help="a caption an image")
-    evaluate.add_argument("--references", metavar="FILE", required=True, help="one or more captions an image")
+    evaluate.add_argument("--predictions", metavar="FILE", type=_file, required=True, help="a caption an image; - reads stdin")
+    evaluate.add_argument("--references", metavar="FILE", type=_file, required=True, help="one or more captions an image")
     evaluate.add_argument("--split", metavar="NAME", help="of Karpathy's references: test, val, train or several, joined by +")
-    evaluate.add_argument("--training", metavar="FILE", help="captions that the model learned from, to count the novel ones")
-    evaluate.add_argument("--compare", metavar="FILE", help="captions of another system: is the gain over it luck?")
+    evaluate.add_argument(
+        "--training", metavar="FILE", type=_file, help="captions that the model learned from, to count the novel ones"
+    )
+    evaluate.add_argument("--compare", metavar="FILE", type=_file, help="captions of another system: is the gain over it luck?")
     evaluate.add_argument("--meteor", action="store_true", help="also METEOR, through pycocoevalcap and Java")
     evaluate.add_argument("--spice", action="store_true", help="also SPICE, through pycocoevalcap and Java")
-    evaluate.add_argument("--output", metavar="FILE", type=Path, help="also write the scores as JSON")
     evaluate.add_argument(
-        "--per-image", metavar="FILE", type=Path, help="also write a line of JSON an image; - prints these instead of the table"
+        "--output", metavar="FILE", type=_file, help="also write the scores as JSON; - prints them instead of the table"
+    )
+    evaluate.add_argument(
+        "--per-image", metavar="FILE", type=_file, help="also write a line of JSON an image; - prints these instead of the table"
     )
     evaluate.set_defaults(command=_evaluate)
 
@@ -102,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="the folder to write")
     export.set_defaults(command=_export_hub)
     return parser
+
+
+def _file(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return text
 
 
 def _count(text: str) -> int:
@@ -120,19 +133,16 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from .metrics import CaptionMetrics, compare
-    from .metrics.files import read_predictions, read_references
+    from .metrics.files import read_predictions, read_references, read_training
     from .metrics.matching import match
     from .metrics.report import comparison_table, score_table
 
+    _check_files(args)
     references = read_references(args.references, args.split)
     matched = [match(references, read_predictions(file)) for file in (args.predictions, args.compare) if file]
-    notes = list(dict.fromkeys(note for system in matched for note in system.notes))
     shared = [image_id for image_id in matched[0].references if image_id in matched[-1].references]
-    lost = sum(len(system.references) - len(shared) for system in matched)
-    if lost:
-        notes.append(f"{lost} images have a caption in only one of {args.predictions} and {args.compare}, left out")
-    training = read_references(args.training) if args.training else None
-    learned = None if training is None else [caption for captions in training.captions.values() for caption in captions]
+    notes = _notes(args, references, matched, shared)
+    learned = read_training(args.training) if args.training else None
     metrics = CaptionMetrics({image_id: references.captions[image_id] for image_id in shared}, training=learned)
     scores = [
         metrics.score({image_id: system.predictions[image_id] for image_id in shared}, meteor=args.meteor, spice=args.spice)
@@ -141,18 +151,45 @@ def _evaluate(args: argparse.Namespace) -> int:
     comparison = compare(scores[1], scores[0]) if args.compare else {}
     for note in notes:
         print("attncap:", note, file=sys.stderr)
-    per_image = "".join(json.dumps(row) + "\n" for row in scores[0].rows()) if args.per_image else ""
-    if args.per_image == Path("-"):
-        print(per_image, end="")
-    else:
-        print(score_table(scores[0]))
-        if comparison:
-            print("", comparison_table(comparison), sep="\n")
-    if args.per_image and args.per_image != Path("-"):
-        _write(args.per_image, per_image)
-    if args.output:
-        _write(args.output, json.dumps(_result(args, scores, comparison, notes), indent=1) + "\n")
+    tables = [score_table(scores[0]), *([comparison_table(comparison)] if comparison else [])]
+    outputs = {
+        args.per_image: "".join(json.dumps(row) + "\n" for row in scores[0].rows()) if args.per_image else "",
+        args.output: json.dumps(_result(args, scores, comparison, notes), indent=1) + "\n",
+    }
+    print("\n\n".join(tables), file=sys.stderr if "-" in outputs else sys.stdout)
+    for path, text in outputs.items():
+        if path == "-":
+            print(text, end="")
+        elif path:
+            _write(Path(path), text)
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """What is to be written can be, and is none of the files that are read."""
+    read = [file for file in (args.predictions, args.references, args.compare, args.training) if file]
+    written = [file for file in (args.output, args.per_image) if file]
+    if os.path.realpath(args.predictions) == os.path.realpath(args.references):
+        raise ValueError(f"{args.predictions} is given as predictions and as references")
+    for number, file in enumerate(written):
+        if os.path.realpath(file) in map(os.path.realpath, [*read, *written[:number]]):
+            raise ValueError(f"{file} is given twice, and would be overwritten: give another --output or --per-image")
+        if file != "-" and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a folder: name a file in it")
+
+
+def _notes(args: argparse.Namespace, references: "References", matched: "list[Matched]", shared: list[str]) -> list[str]:
+    notes = list(dict.fromkeys(note for system in matched for note in system.notes))
+    lost = sum(len(system.references) - len(shared) for system in matched)
+    if lost:
+        notes.append(f"images with a caption in only one of {args.predictions} and {args.compare}, left out: {lost}")
+    if all(len(captions) == 1 for captions in references.captions.values()):
+        notes.append(f"{args.references} has one reference an image; scores are higher, and surer, with several")
+    if args.compare and len(shared) < FEW:
+        notes.append(f"{len(shared)} images are few: the interval and p of the comparison promise too much")
+    return notes
 
 
 def _result(

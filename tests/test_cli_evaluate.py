@@ -63,7 +63,7 @@ def test_a_split_of_karpathy_s_file(folder, capsys):
     assert evaluate(folder, "--split", "test", references="karpathy.json") == 0
     shown = capsys.readouterr()
     assert "images                   2" in shown.out
-    assert '1 images without references, left out ("3")' in shown.err
+    assert 'images without references, left out: 1 ("3")' in shown.err
     assert evaluate(folder, "--split", "dev", references="karpathy.json") == 1
     assert "has no split dev; it has test (2 images), train (1 images)" in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_another_system(folder, capsys):
     assert evaluate(folder, "--compare", folder / "other.json", "--output", folder / "scores.json") == 0
     shown = capsys.readouterr()
     assert "95 % interval" in shown.out and "images                   2" in shown.out
-    assert "1 images have a caption in only one of" in shown.err and 'without references, left out ("4")' in shown.err
+    assert "images with a caption in only one of" in shown.err and 'without references, left out: 1 ("4")' in shown.err
     found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     gain = found["comparison"]["rouge_l"]
     assert gain["second"] == pytest.approx(found["scores"]["rouge_l"]) and gain["difference"] > 0 and 0 < gain["p"] <= 1
@@ -98,7 +98,7 @@ def test_empty_captions_are_counted(folder, capsys):
     (folder / "results.json").write_text(json.dumps({"1": "", "2": "dogs", "3": " "}), encoding="utf-8")
     assert evaluate(folder) == 0
     shown = capsys.readouterr()
-    assert '2 empty captions ("1", "3")' in shown.err and "empty                66.67" in shown.out
+    assert 'captions without a word: 2 ("1", "3")' in shown.err and "empty                66.67" in shown.out
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_empty_captions_are_counted(folder, capsys):
     [
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', 'different captions for one image: "1"'),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]', "compared as text"),
-        ('[{"image_id": 9, "caption": "a"}]', "no prediction has a reference"),
+        ('[{"image_id": 9, "caption": "a"}]', "results.json has a reference"),
         ('[{"image_id": 1}]', 'row 1 has no "caption"'),
         ("{", "not well-formed JSON"),
         ("[]", "holds no captions"),
@@ -145,3 +145,46 @@ def test_the_program_itself_does_not_wait_for_torch(folder):
     )
     imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
     assert "cider" in shown.stdout and "numpy" in imported and not imported & {"torch", "transformers", "datasets"}
+
+
+def test_inputs_are_not_overwritten(folder, capsys):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for options in (
+        ["--output", folder / "captions.json"],
+        ["--per-image", folder / "results.json"],
+        ["--output", folder / "x", "--per-image", folder / "x"],
+        ["--output", folder],
+    ):
+        assert evaluate(folder, *options) == 1
+        assert "would be overwritten" in (said := capsys.readouterr().err) or "is a folder" in said
+    assert evaluate(folder, references="results.json") == 1
+    assert "given as predictions and as references" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_empty_name_is_a_wrong_use(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(folder, "--compare", "")
+    assert "the name of the file is empty" in capsys.readouterr().err
+
+
+def test_a_dash_is_stdin_and_stdout(folder, capsys, monkeypatch):
+    assert evaluate(folder, "--output", "-") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["scores"] == dict(EXPECTED) and "cider" in shown.err
+    piped = subprocess.run(
+        [sys.executable, "-m", "hf_attncap", "evaluate", "--predictions", "-", "--references", str(folder / "captions.json")],
+        cwd=Path(__file__).parents[1],
+        input=(folder / "results.json").read_bytes(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert b"images                   3" in piped.stdout
+
+
+def test_few_images_and_single_references_are_noted(folder, capsys):
+    (folder / "single.json").write_text(json.dumps({n: texts[0] for n, texts in CAPTIONS.items()}), encoding="utf-8")
+    assert evaluate(folder, "--compare", folder / "results.jsonl", references="single.json") == 0
+    said = capsys.readouterr().err
+    assert "has one reference an image" in said and "3 images are few" in said

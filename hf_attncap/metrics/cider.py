@@ -63,6 +63,8 @@ class DocumentFrequencies:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one compressed file (numpy's .npz, whatever the name), whole or not at all."""
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder '{path.parent}' to write '{path}' to: make it first.")
         keys = self.index.keys[np.argsort(self.index.ids)]
         # Neighbouring keys share their prefix, and differences of neighbours pack well.
         arrays = {

@@ -24,7 +24,9 @@ _ROW = 'an object with "image_id" (or "path") and "caption" (or "captions")'
 _KINDS = "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id"
 _KEY = "key"  # of a JSON object: text, whatever was meant
 _SPLIT_NAMES = {"validation": "val"}
+TRAINING = "train+restval"
 SHORT = ("name without folders", "name without folders and ending")  # ways of naming made up from those in a file
+_WORD = re.compile(r"\w")
 _ENDING = re.compile(r"\.[A-Za-z]\w{1,4}$")  # .jpg, .jpeg, .webp; not the .5 of an id 12.5
 _JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
@@ -51,11 +53,13 @@ class Predictions:
     """One caption an image.
 
     Attributes:
+        path: the file.
         captions: id -> caption, in the order of the file; an empty caption stays one.
         names: what a way of naming images is called -> the names, the file's own ids first.
         notes: what was odd.
     """
 
+    path: str
     captions: dict[str, str]
     names: dict[str, Naming]
     notes: list[str]
@@ -65,6 +69,7 @@ class Predictions:
 class References:
     """The captions that people wrote, at least one an image; attributes as in `Predictions`."""
 
+    path: str
     captions: dict[str, list[str]]
     names: dict[str, Naming]
     notes: list[str]
@@ -101,11 +106,12 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
             (again if captions[id] == row.captions[0] else different).append(id)
     if different:
         raise CaptionFileError(
-            f"{name} has different captions for one image: {some([*dict.fromkeys(different)])}; keep one caption an image"
+            f"{name} has different captions for one image: {some([*dict.fromkeys(different)])}; keep one caption an image (or is "
+            "this the file of references?)"
         )
     notes += note(name, "images with the same caption more than once", [*dict.fromkeys(again)])
-    notes += note(name, "empty captions", [id for id, caption in captions.items() if not caption.strip()])
-    return Predictions(captions, _namings(rows, ids), notes)
+    notes += note(name, "captions without a word", [id for id, caption in captions.items() if not _WORD.search(caption)])
+    return Predictions(name, captions, _namings(rows, ids), notes)
 
 
 def read_references(path: str | os.PathLike[str], split: str | None = None) -> References:
@@ -130,7 +136,17 @@ def read_references(path: str | os.PathLike[str], split: str | None = None) -> R
         captions.setdefault(id, []).extend(row.captions)
     notes += note(name, "images without a caption, left out", [id for id in bare if id not in captions])
     notes += note(name, "images with an empty caption", [id for id in captions if not all(map(str.strip, captions[id]))])
-    return References(captions, _namings(rows, ids), notes)
+    return References(name, captions, _namings(rows, ids), notes)
+
+
+def read_training(path: str | os.PathLike[str]) -> list[str]:
+    """The captions that a model learned from: of Karpathy's file those of `train` and `restval`, of others all.
+
+    Raises:
+        CaptionFileError: as `read_references`.
+    """
+    captions = read_references(path, TRAINING).captions
+    return [caption for several in captions.values() for caption in several]
 
 
 def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
@@ -140,7 +156,7 @@ def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
     is_object = isinstance(content, dict)
     if is_object and "images" in content and "annotations" not in content:
         rows, notes = _from_karpathy(path, content["images"], split)
-    elif split is not None:
+    elif split not in (None, TRAINING):
         raise CaptionFileError(f"{path} has no splits to take {split!r} from, only Karpathy's files have; leave the split out")
     elif is_object and "annotations" in content:
         rows = _from_coco(path, content)
@@ -167,12 +183,16 @@ class _Lines(list[tuple[int, Any]]):
 def _content(path: str) -> Any:
     """The JSON in a file, or its `_Lines`."""
     text = _text(path)
+    if not text.strip():
+        raise CaptionFileError(f"{path} is empty; expected {_KINDS}")
     try:
         return _parse(text)
     except ValueError as error:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if len(lines) < 2 or not _is_json(lines[0][1]):
-            raise CaptionFileError(f"{path} is not well-formed JSON: {error}; expected {_KINDS}") from error
+            raise CaptionFileError(
+                f"{path} is not well-formed JSON: {error}; expected {_KINDS} (`attncap caption` prints lines of JSON with --json)"
+            ) from error
     values = _Lines()
     for number, line in lines:
         try:
@@ -184,10 +204,12 @@ def _content(path: str) -> Any:
 
 def _text(path: str) -> str:
     try:
-        with open(path, "rb") as stream:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             data = stream.read()
     except OSError as error:
         raise CaptionFileError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if data.startswith(b"\x1f\x8b"):
+        raise CaptionFileError(f"{path} is compressed; give the file as gunzip makes it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -247,6 +269,8 @@ def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row
         notes = [f"{path}: all splits are read, {_splits(counts)}"]
     elif split is not None:
         wanted = {_SPLIT_NAMES.get(name, name) for name in split.split("+")}
+        if split == TRAINING and wanted & counts.keys():
+            wanted &= counts.keys()  # not every such file has both
         if missing := wanted - counts.keys():
             raise CaptionFileError(f"{path} has no split {' and '.join(sorted(missing))}; it has {_splits(counts)}")
         places = [(where, image) for where, image in places if _split(image) in wanted]
@@ -291,7 +315,8 @@ def _row(where: str, row: Any) -> _Row:
     if missing := {id_key, caption_key} - row.keys():
         wanted = '"image_id" (or "path")' if id_key in missing else '"caption" (or "captions")'
         raise CaptionFileError(f"{where} has no {wanted}, only {some(list(row))}; expected {_ROW}")
-    return _Row(where, {id_key: _name(where, row, id_key)}, _captions(f'{where}, "{caption_key}"', row[caption_key]))
+    names = {key: _name(where, row, key) for key in ("image_id", "path") if key in row}
+    return _Row(where, names, _captions(f'{where}, "{caption_key}"', row[caption_key]))
 
 
 def _captions(where: str, value: Any) -> list[str]:
@@ -306,6 +331,7 @@ def _name(where: str, holder: dict[str, Any], key: str) -> int | str:
     name = holder.get(key)
     if isinstance(name, bool) or not isinstance(name, (int, str)):
         found = f'"{key}" is {_kind(name)}' if key in holder else f'there is no "{key}"'
+        found += f", {name}" if isinstance(name, float) else ""
         raise CaptionFileError(f"{where}: {found}; expected a whole number or text")
     return name
 
@@ -357,7 +383,7 @@ def _type(names: Iterable[int | str]) -> str | None:
 
 def note(where: str, what: str, ids: Sequence[str]) -> list[str]:
     """A sentence about some images; none if there are none."""
-    return [f"{where}: {len(ids)} {what} ({some(ids)})"] if ids else []
+    return [f"{where}: {what}: {len(ids)} ({some(ids)})"] if ids else []
 
 
 def some(names: Sequence[str]) -> str:

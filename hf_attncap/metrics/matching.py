@@ -40,8 +40,8 @@ def match(references: References, predictions: Predictions) -> Matched:
     theirs, ours = chosen
     if not best:
         raise CaptionFileError(
-            f"no prediction has a reference; predictions name their images by {_samples(predictions.names)}, "
-            f"references by {_samples(references.names)}; give each prediction one of the references' names"
+            f"no caption of {predictions.path} has a reference; it names its images by {_samples(predictions.names)}, "
+            f"{references.path} by {_samples(references.names)}; give each prediction one of the references' names"
         )
     if rival:
         raise CaptionFileError(
@@ -57,8 +57,12 @@ def match(references: References, predictions: Predictions) -> Matched:
             f"{theirs} is written as {types[0]} in the references, {ours} as {types[1]} in the predictions; compared as text"
         )
     unpaired = references.captions.keys() - best.values()
-    notes += note("predictions", "images without references, left out", [id for id in predictions.captions if id not in best])
-    notes += note("references", "images without a prediction, left out", [id for id in references.captions if id in unpaired])
+    notes += note(predictions.path, "images without references, left out", [id for id in predictions.captions if id not in best])
+    notes += note(
+        references.path,
+        f"images without a caption in {predictions.path}, left out",
+        [id for id in references.captions if id in unpaired],
+    )
     captions = {best[id]: caption for id, caption in predictions.captions.items() if id in best}
     return Matched({id: references.captions[id] for id in captions}, captions, notes)
 
@@ -70,4 +74,4 @@ def _distance(pair: tuple[str, str]) -> int:
 
 
 def _samples(names: dict[str, Naming]) -> str:
-    return " or ".join(f"{kind} ({some(list(naming.ids)[:2])})" for kind, naming in names.items())
+    return " or ".join(f"{kind} ({some(list(naming.ids)[:2])})" for kind, naming in names.items() if kind not in SHORT)

@@ -69,6 +69,7 @@ class CaptionMetrics:
     """
 
     def __init__(self, references: Mapping[Any, Sequence[str]], *, training: Iterable[str] | None = None):
+        _check_mapping(references, "references")
         texts = _by_text(references)
         wrong = [image_id for image_id, captions in texts.items() if isinstance(captions, str)]
         if wrong:
@@ -95,6 +96,7 @@ class CaptionMetrics:
             ValueError: an image has no prediction, or one has no references; both are named.
             hf_attncap.metrics.java.JavaMetricError: METEOR or SPICE cannot run here.
         """
+        _check_mapping(predictions, "predictions")
         texts = _by_text(predictions)
         self._check(texts)
         tokens = [tokenize(texts[image_id]) for image_id in self.ids]
@@ -124,6 +126,8 @@ class CaptionMetrics:
 def compare(first: CaptionScores, second: CaptionScores, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Comparison]:
     """Is the second better than the first? BLEU, ROUGE-L and CIDEr of two systems, scored by the same `CaptionMetrics`.
 
+    The interval and p need many images, a hundred or more: of a few images they promise too much.
+
     Returns:
         For each score both values, their difference, its 95 % interval and p; see `significance.paired_bootstrap`.
 
@@ -133,6 +137,11 @@ def compare(first: CaptionScores, second: CaptionScores, *, resamples: int = 10_
     if first.ids != second.ids:
         raise ValueError("The two systems are scored on different images: score both with the same CaptionMetrics.")
     return paired_bootstrap(first.statistics, second.statistics, resamples=resamples, seed=seed)
+
+
+def _check_mapping(captions: Any, what: str) -> None:
+    if not isinstance(captions, Mapping):
+        raise TypeError(f"The {what} are a {type(captions).__name__}: give a dict of image ids; `attncap evaluate` reads files.")
 
 
 def _by_text(captions: Mapping[Any, Caption]) -> dict[str, Caption]:

@@ -33,10 +33,21 @@ def caption_compute_metrics(
     def compute_metrics(prediction: Any) -> dict[str, float]:
         ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # (R, T)
         _check_ids(ids, len(metrics.ids))
+        _check_surplus(ids, len(metrics.ids))
         captions = decode([row[row != PADDING].tolist() for row in ids[: len(metrics.ids)]])
         return metrics.score(dict(zip(metrics.ids, captions))).corpus
 
     return compute_metrics
+
+
+def _check_surplus(ids: np.ndarray, images: int) -> None:
+    """What several processes fill the last batch up with are the first rows again; much else is another dataset."""
+    again = np.resize(np.arange(images), len(ids))  # 0 to images - 1, over and over
+    if len(ids) >= 2 * images and not (ids[images:] == ids[again[images:]]).all():
+        raise ValueError(
+            f"There are captions for {len(ids)} rows but references for {images} images: evaluate on one row an image, with all "
+            "its references, not on one row a caption."
+        )
 
 
 def _check_ids(ids: Any, images: int) -> None:

@@ -1,5 +1,6 @@
 """Caption files of every kind people have, whole and broken."""
 
+import gzip
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from caption_files import COCO, KARPATHY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_attncap.metrics.files import CaptionFileError, read_predictions, read_references
+from hf_attncap.metrics.files import CaptionFileError, read_predictions, read_references, read_training
 
 PREDICTIONS = {"12": "A dog.", "x/y.jpg": ""}
 PREDICTION_FILES = {
@@ -31,7 +32,7 @@ def test_predictions_of_every_kind(write, values):
     assert predictions.captions == PREDICTIONS
     assert list(predictions.captions) == list(PREDICTIONS)
     assert len(predictions.notes) == 1
-    assert '1 empty captions ("x/y.jpg")' in predictions.notes[0]
+    assert 'captions without a word: 1 ("x/y.jpg")' in predictions.notes[0]
 
 
 def test_one_line_is_a_row_too(write):
@@ -82,20 +83,20 @@ def test_nothing_is_dropped_in_silence(write):
     references = read_references(write({**COCO, "annotations": [*COCO["annotations"], {"image_id": 2, "caption": " "}]}))
     assert references.captions["2"] == ["A dog.", " "]
     assert "3" not in references.captions
-    assert '1 images without a caption, left out ("3")' in references.notes[0]
-    assert '1 images with an empty caption ("2")' in references.notes[1]
+    assert 'images without a caption, left out: 1 ("3")' in references.notes[0]
+    assert 'images with an empty caption: 1 ("2")' in references.notes[1]
 
 
 def test_the_same_caption_twice_is_noted(write):
     rows = [{"image_id": 1, "caption": "A cat."}, {"image_id": 1, "caption": "A cat."}]
     predictions = read_predictions(write(*rows))
     assert predictions.captions == {"1": "A cat."}
-    assert 'the same caption more than once ("1")' in predictions.notes[0]
+    assert 'the same caption more than once: 1 ("1")' in predictions.notes[0]
 
 
 def test_long_lists_of_ids_are_cut(write):
     notes = read_predictions(write({str(number): "" for number in range(9)})).notes
-    assert notes[0].endswith('9 empty captions ("0", "1", "2", "3", "4" and 4 more)')
+    assert notes[0].endswith('captions without a word: 9 ("0", "1", "2", "3", "4" and 4 more)')
 
 
 BROKEN = {
@@ -115,7 +116,7 @@ BROKEN = {
     "no caption": ([[{"image_id": 1, "text": "a"}]], r'row 1 has no "caption" \(or "captions"\), only "image_id", "text"'),
     "no id": ([[{"caption": "a"}]], r'row 1 has no "image_id" \(or "path"\)'),
     "id a list": ([[{"image_id": [1], "caption": "a"}]], 'row 1: "image_id" is a list; expected a whole number or text'),
-    "id a fraction": ([[{"image_id": 1.0, "caption": "a"}]], '"image_id" is a number; expected a whole number'),
+    "id a fraction": ([[{"image_id": 1.0, "caption": "a"}]], '"image_id" is a number, 1.0; expected a whole number'),
     "id a truth": ([[{"image_id": True, "caption": "a"}]], '"image_id" is true or false'),
     "row a text": ([["a dog"]], "row 1 is text; expected an object"),
     "a number": (["5"], "holds a number; expected COCO results"),
@@ -125,7 +126,7 @@ BROKEN = {
     ),
     "broken file": (['[{"image_id": 1,\n "caption": "a"'], "not well-formed JSON: .*line 2 column"),
     "plain text": (["a dog runs\na cat sits"], "not well-formed JSON"),
-    "empty": ([""], "not well-formed JSON"),
+    "empty": ([""], "is empty; expected"),
     "empty list": ([[]], "holds no captions"),
     "key twice": (['{"1": "a", "1": "b"}'], 'one object has a key more than once: "1"'),
     "too deep": (["[" * 200_000], "not well-formed JSON"),
@@ -201,3 +202,23 @@ def test_any_json_is_read_or_refused_by_name(write, value):
             read(path)
         except CaptionFileError as error:
             assert str(path) in str(error)
+
+
+def test_training_captions_of_karpathy_s_file_are_those_of_its_training_splits(write):
+    images = [{"imgid": n, "split": s, "sentences": [{"raw": s}]} for n, s in enumerate(["train", "restval", "val", "test"])]
+    assert read_training(write({"images": images}, name="all.json")) == ["train", "restval"]
+    assert read_training(write({"images": images[:1] + images[2:]}, name="some.json")) == ["train"]
+    assert read_training(write({"a": ["x", "y"], "b": "z"}, name="plain.json")) == ["x", "y", "z"]
+    with pytest.raises(CaptionFileError, match=r"no split restval and train; it has val \(1 images\)"):
+        read_training(write({"images": images[2:3]}, name="none.json"))
+
+
+def test_a_compressed_file_is_named_so(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(CaptionFileError, match=r"a.json.gz is compressed; give the file as gunzip makes it"):
+        read_predictions(tmp_path / "a.json.gz")
+
+
+def test_a_row_may_have_an_id_and_a_path(write):
+    predictions = read_predictions(write([{"image_id": 7, "path": "photos/1.jpg", "caption": "a dog"}]))
+    assert predictions.captions == {"7": "a dog"} and predictions.names["path"].ids == {"photos/1.jpg": "7"}

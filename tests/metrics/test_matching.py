@@ -23,7 +23,7 @@ def test_karpathy_matches_by_any_of_its_names(write, captions, note):
     assert matched.references == {"391895": ["A man on a bike.", "a bike"], "7": ["A cat."]}
     assert matched.predictions == {"391895": "a", "7": "b"}
     assert [other for other in matched.notes if "matched by" in other and (note or "") in other] or note is None
-    assert any('1 images without a prediction, left out ("8")' in other for other in matched.notes)
+    assert any(other.startswith(references.path) and other.endswith('left out: 1 ("8")') for other in matched.notes)
 
 
 def test_coco_matches_by_file_name(write):
@@ -47,17 +47,18 @@ def test_ids_written_otherwise_match_and_are_noted(write):
 
 def test_what_has_no_partner_is_named(write):
     references = read_references(write({"a": "x", "b": "y"}, name="references.json"))
-    matched = match(references, read_predictions(write({"b": "y", "c": "z"})))
+    predictions = read_predictions(write({"b": "y", "c": "z"}))
+    matched, matched_files = match(references, predictions), (predictions.path, references.path)
     assert (matched.references, matched.predictions) == ({"b": ["y"]}, {"b": "y"})
     assert matched.notes == [
-        'predictions: 1 images without references, left out ("c")',
-        'references: 1 images without a prediction, left out ("a")',
+        f'{matched_files[0]}: images without references, left out: 1 ("c")',
+        f'{matched_files[1]}: images without a caption in {matched_files[0]}, left out: 1 ("a")',
     ]
 
 
 def test_no_partner_at_all(write):
     references = read_references(write(KARPATHY, "", name="references.json"), "test")
-    with pytest.raises(CaptionFileError, match='by key \\("other"\\).*references by cocoid \\("391895"\\) or imgid'):
+    with pytest.raises(CaptionFileError, match='by key \\("other"\\).*references.json by cocoid \\("391895"\\) or imgid'):
         match(references, read_predictions(write({"other": "x"})))
 
 
@@ -78,5 +79,5 @@ def test_ids_that_could_be_either_are_an_error(write):
 
 def test_short_names_that_two_images_share_are_not_used(write):
     references = read_references(write({"a/1.jpg": "x", "b/1.jpg": "y"}, name="references.json"))
-    with pytest.raises(CaptionFileError, match="no prediction has a reference"):
+    with pytest.raises(CaptionFileError, match="no caption of .* has a reference"):
         match(references, read_predictions(write({"1.jpg": "x"})))

@@ -84,3 +84,11 @@ def test_what_cannot_be_scored_is_refused(compute, predictions, message):
 def test_image_without_references_is_named():
     with pytest.raises(ValueError, match="'row 1' has no references"):
         caption_compute_metrics([["a dog"], []], decode)
+
+
+def test_a_row_a_caption_is_refused():
+    compute = caption_compute_metrics([["a"], ["b"]], lambda ids: ["a"] * len(ids))
+    again = np.array([[1, 2], [3, 4]] * 3)  # what several processes fill up with
+    assert compute(SimpleNamespace(predictions=again[:5]))["mean_length"] == 1
+    with pytest.raises(ValueError, match="captions for 4 rows but references for 2 images: evaluate on one row an image"):
+        compute(SimpleNamespace(predictions=np.array([[1, 2], [3, 4], [5, 6], [7, 8]])))
