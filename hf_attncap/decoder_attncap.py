@@ -39,7 +39,7 @@ class DualAttention(GradientCheckpointingLayer):
 
     def forward(
         self,
-        h: torch.Tensor,
+        q: torch.Tensor,
         keys: torch.Tensor,
         regions: torch.Tensor,
         e: torch.Tensor,
@@ -48,9 +48,10 @@ class DualAttention(GradientCheckpointingLayer):
         memory_u: Any = None,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One step: the state h (R, S) asks the regions and the words.
+        """One step: the state asks the regions and the words.
 
         Args:
+            q: the state's projection W_q h, (R, A).
             keys, regions: K (B, N, A) and a (B, N, C).
             e, u: the previous word, (R, E) and (R, A).
             memory_e, memory_u, mask: the words so far, as in `reread`; for `"history"` alone.
@@ -58,7 +59,6 @@ class DualAttention(GradientCheckpointingLayer):
         Returns:
             z (R, C), alpha (R, N), x (R, E) and beta, (R, t) or (R, E), or None where x is e.
         """
-        q = self.query_proj(h)  # (R, A)
         query = q if self.kind == "none" else q + u  # (R, A)
         z, alpha = self.look(query, keys, regions)  # (R, C), (R, N)
         if self.kind == "channel":
@@ -223,7 +223,8 @@ class AttnCapDecoder(nn.Module):
         for t in range(length):
             end = earlier + t + 1
             memory = [None if x is None else x[:, :end] for x in (memory_e, memory_u, memory_mask)]  # (R, t, .)
-            z, alpha, x, beta = self.attention(h, keys, regions, e_t[t], u_t[t], *memory)  # (R, C), (R, N), (R, E), (R, .)
+            q = attend.query_proj(h)  # (R, A)
+            z, alpha, x, beta = attend(q, keys, regions, e_t[t], u_t[t], *memory)  # (R, C), (R, N), (R, E), (R, .)
             if self.gate is not None:
                 z = torch.sigmoid(self.gate(h)) * z  # (R, C)
             gates = word_gates[t] if beta is None else F.linear(x, weights.word_in, weights.bias_in)  # (R, 4S)
@@ -242,7 +243,7 @@ class AttnCapDecoder(nn.Module):
             betas.append(beta)
 
         states = torch.stack(states, dim=1)  # (R, T, S)
-        out = self._deep_output(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
+        out = self.deepen(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
         if attention_mask is not None:
             out = self._repeat_at_padding(out, attention_mask)  # (R, T, E) or (R, T, S)
         return DecoderOutput(
@@ -265,8 +266,9 @@ class AttnCapDecoder(nn.Module):
         past.words.all_words = not some_padding
         return past.words.keys, past.words.values, past.words.mask if some_padding else None
 
-    def _deep_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return self.word_out(e) + self.state_out(h) + self.region_out(z)  # (R, T, E)
+    def deepen(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What the output layer sees, (..., E), from word e, state h and glimpse z."""
+        return self.word_out(e) + self.state_out(h) + self.region_out(z)  # (..., E)
 
     def _repeat_at_padding(self, out: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
         """Behind padding comes what comes behind the last word before it: a prompt may end in padding."""

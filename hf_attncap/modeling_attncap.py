@@ -22,6 +22,7 @@ from .configuration_attncap import AttnCapConfig
 from .decoder_attncap import AttnCapDecoder, DualAttention
 from .encoder_attncap import GridEncoder, GridEncoderOutput
 from .generation_attncap import AttnCapGenerationMixin
+from .packed_attncap import unroll_packed
 from .word_vectors_attncap import read_word_vectors
 
 
@@ -289,13 +290,19 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         The other arguments are those of [`AttnCapModel.forward`].
 
         Returns:
-            `loss` = cross-entropy + alpha_c * regulariser; `logits` (R, T, V); the attentions as in [`AttnCapModel.forward`].
+            `loss` = cross-entropy + alpha_c * regulariser; `logits` (R, T, V), in training 0 behind the last label of a caption;
+            the attentions as in [`AttnCapModel.forward`].
         """
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         want_attention = self.config.output_attentions if output_attentions is None else output_attentions
+        asked = (want_attention, output_hidden_states, use_cache, decoder_attention_mask, past_key_values)
+        if labels is not None and self.training and not any(item is not None and item is not False for item in asked):
+            if encoder_outputs is None:
+                encoder_outputs = self.model.encoder(pixel_values, backbone_features)
+            return self._learn(encoder_outputs[0], decoder_input_ids, labels, num_items_in_batch)
         out = self.model(
             pixel_values,
             decoder_input_ids,
@@ -322,6 +329,21 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             encoder_last_hidden_state=out.encoder_last_hidden_state,
             encoder_hidden_states=out.encoder_hidden_states,
         )
+
+    def _learn(
+        self, regions: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> Seq2SeqLMOutput:
+        """The loss from regions (B, N, C) on the way for training: no step behind the end of a caption; logits there are 0."""
+        _check_rows(input_ids, regions)
+        place = torch.arange(1, labels.shape[1] + 1, device=labels.device)  # (T)
+        lengths = ((labels != -100) * place).amax(dim=1).clamp(min=1)  # (R)
+        states = unroll_packed(self.model.decoder, input_ids, regions, lengths)
+        logits = self.lm_head(self.dropout(states.hidden))  # (P, V)
+        where = states.rows, states.steps
+        logits = logits.new_zeros(*labels.shape, logits.shape[-1]).index_put(where, logits)  # (R, T, V)
+        alpha = states.alpha.new_zeros(*labels.shape, regions.shape[1]).index_put(where, states.alpha)  # (R, T, N)
+        loss = self.caption_loss(logits, labels, alpha, num_items)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=regions)
 
     def caption_loss(
         self,

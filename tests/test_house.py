@@ -34,7 +34,7 @@ FLOORS = [
     {"processing_attncap"},
     {"image_processing_attncap"},
     {"modeling_attncap"},
-    {"decoder_attncap", "encoder_attncap", "generation_attncap"},
+    {"decoder_attncap", "encoder_attncap", "generation_attncap", "packed_attncap"},
     {"cache_attncap", "backbone_attncap", "word_vectors_attncap"},
     {"configuration_attncap"},
     {"metrics"},

@@ -1,0 +1,110 @@
+"""The way through training, without steps behind the end of a caption, has the loss, logits and gradients of the plain way."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
+from hf_attncap.packed_attncap import SharedLinear
+
+KINDS = ["none", "score", "channel", "history"]
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def tiny(**settings) -> AttnCapForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"encoder_channels": 8, "hidden_size": 10, "attention_dim": 7, "word_embed_dim": 6, "vocab_size": 21, "dropout": 0.0}
+    return AttnCapForConditionalGeneration(AttnCapConfig(backbone="squeezenet1_1", **{**sizes, **settings})).double().train()
+
+
+def captions(lengths: list[int], seed: int = 1) -> torch.Tensor:
+    labels = torch.randint(4, 21, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    return labels.masked_fill(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None], -100)
+
+
+def learn(model, images: int, labels: torch.Tensor, **plainly) -> tuple:
+    """Loss, logits at the labels and all gradients; asking for attention takes the plain way."""
+    features = torch.randn(images, 512, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    model.zero_grad()
+    out = model(backbone_features=features, labels=labels, **plainly)
+    out.loss.backward()
+    return (
+        out.loss,
+        out.logits[labels != -100],
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("gate", "deep_output"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("images", "lengths"),
+    [(3, [3, 7, 2, 5, 5, 1]), (4, [1, 9, 4, 4]), (1, [2, 6, 3]), (2, [5, 5]), (2, [1, 1])],
+)
+def test_equal_to_the_plain_way(kind, gate, deep_output, images, lengths):
+    model = tiny(word_attention=kind, gate=gate, deep_output=deep_output, label_smoothing=0.1, alpha_c=1.5)
+    labels = captions(lengths)
+    assert_close(learn(model, images, labels), learn(model, images, labels, output_attentions=True), **EXACT)
+
+
+def test_ignored_labels_inside_a_caption():
+    model, labels = tiny(), captions([6, 4])
+    labels[0, 2] = labels[1, 0] = -100
+    assert_close(learn(model, 2, labels), learn(model, 2, labels, output_attentions=True), **EXACT)
+
+
+def test_rows_without_a_label():
+    model, labels = tiny(), captions([3, 1])
+    labels[1] = -100
+    assert_close(learn(model, 2, labels), learn(model, 2, labels, output_attentions=True), **EXACT)
+
+
+def test_nothing_is_said_behind_the_end():
+    model, labels = tiny(), captions([2, 5])
+    logits = model(backbone_features=torch.randn(2, 512, 2, 2).double(), labels=labels).logits
+    assert logits.shape == (2, 5, 21) and not logits[0, 2:].any() and logits[1].all()
+
+
+def test_padding_costs_nothing(monkeypatch):
+    """Steps of an image whose captions are over are not computed: the attention sees as many captions as go on."""
+    model, seen = tiny(), []
+    attention = model.model.decoder.attention
+    monkeypatch.setattr(attention, "forward", lambda q, *rest: seen.append(len(q)) or type(attention).forward(attention, q, *rest))
+    learn(model, 3, captions([2, 1, 4, 3, 1, 1]))
+    assert seen == [6, 4, 2, 2]
+
+
+def test_gradient_checkpointing():
+    model, labels = tiny(), captions([3, 7, 2, 5])
+    expected = learn(model, 2, labels)
+    model.gradient_checkpointing_enable()
+    assert_close(learn(model, 2, labels), expected, **EXACT)
+
+
+def test_half_precision_by_autocast():
+    model, labels = tiny().float(), captions([3, 7, 2, 5])
+    features = torch.randn(2, 512, 2, 2)
+    whole = model(backbone_features=features, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(backbone_features=features, labels=labels).loss
+    half.backward()
+    assert_close(half.float(), whole, rtol=0.02, atol=0.02)
+    assert model.model.decoder.cell.weight_hh.grad.dtype == torch.float32
+
+
+def test_a_shared_product_has_the_gradients_of_plain_ones():
+    torch.manual_seed(0)
+    weight, bias = (
+        torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+    )
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def twice(linear):
+        y = linear(x)
+        return linear(torch.tanh(y[:2, :3])).square().sum() + y.sin().sum()
+
+    def gradients(linear):
+        return torch.autograd.grad(twice(linear), (weight, bias, x))
+
+    assert_close(gradients(SharedLinear(weight, bias)), gradients(lambda x: torch.nn.functional.linear(x, weight, bias)), **EXACT)
