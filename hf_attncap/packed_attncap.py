@@ -35,7 +35,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not ctx.uses:
             return None, None, None
         inputs, gradients = (torch.cat(parts) for parts in zip(*ctx.uses))  # (all rows, in), (all rows, out)
@@ -55,7 +55,7 @@ class _Use(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         ctx.uses.append((x, gradients[0]))
         return gradients[0] @ weight, None, None, None
@@ -101,7 +101,8 @@ def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, 
     h, c, keys = decoder.begin(regions, input_ids.shape[0])  # (R, S), (R, S), (B, N, A)
     memory = (e, u) if attend.kind == "history" else (None, None)  # (R, T, .)
     from_state, from_input, word_gates, sizes = _products(decoder, e)
-    e_t, u_t = e.unbind(1), (None,) * len(still) if u is None else u.unbind(1)  # T of (R, E), T of (R, A)
+    e_t: Any = e.unbind(1)  # T of (R, E)
+    u_t: Any = None if u is None else u.unbind(1)  # T of (R, A)
     states, glimpses, alphas = [], [], []
     for t, count in enumerate(still):
         if not count:
@@ -110,7 +111,7 @@ def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, 
         if n < h.shape[0]:
             h, c, keys, regions = h[:n], c[:n], keys[:count], regions[:count]
         q, gate, gates = from_state(h).split(sizes, dim=-1)  # (n, A), (n, C or 0), (n, 4S)
-        u_now = None if u is None else u_t[t][:n]  # (n, A)
+        u_now = None if u_t is None else u_t[t][:n]  # (n, A)
         so_far = [None if x is None else x[:n, : t + 1] for x in memory]  # (n, t + 1, .)
         z, alpha, x, _ = attend(q, keys, regions, e_t[t][:n], u_now, *so_far)  # (n, C), (n, N), (n, E)
         if decoder.gate is not None:
