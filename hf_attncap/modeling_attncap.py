@@ -299,7 +299,12 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         want_attention = self.config.output_attentions if output_attentions is None else output_attentions
         asked = (want_attention, output_hidden_states, use_cache, decoder_attention_mask, past_key_values)
-        if labels is not None and self.training and not any(item is not None and item is not False for item in asked):
+        if (
+            labels is not None
+            and decoder_input_ids is not None
+            and self.training
+            and not any(item is not None and item is not False for item in asked)
+        ):
             if encoder_outputs is None:
                 encoder_outputs = self.model.encoder(pixel_values, backbone_features)
             return self._learn(encoder_outputs[0], decoder_input_ids, labels, num_items_in_batch)
