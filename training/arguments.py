@@ -28,7 +28,13 @@ class ModelArguments:
     backbone_weights: str | None = field(
         default=None, metadata={"help": "New captioner: torchvision weight name, or a state dict on disk."}
     )
-    word_vectors: str | None = field(default=None, metadata={"help": "New captioner: word2vec, GloVe or fastText text file."})
+    word_vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "New captioner: word2vec, GloVe or fastText text file; or `captions`: vectors learned from the training "
+            "captions, kept as word_vectors.txt in `output_dir`. `freeze_word_embeddings: false` in `model_config` trains them on."
+        },
+    )
     tokenizer_kind: str = field(default="word", metadata={"help": "New captioner: 'word' or 'bpe'."})
     min_count: int = field(default=5, metadata={"help": "New captioner: how often a word must occur to get an id."})
     image_size: int = field(default=224, metadata={"help": "New captioner: side of the square that pictures are scaled to."})
@@ -38,10 +44,58 @@ class ModelArguments:
 class DataArguments:
     """The captioned pictures: a row an image, with all its captions."""
 
-    train_file: str = field(default="", metadata={"help": "Parquet file of the training images."})
-    validation_file: str | None = field(default=None, metadata={"help": "Parquet file of the validation images."})
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
-    captions_column: str = field(default="captions", metadata={"help": "Column of the captions, a list of strings an image."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Captioned pictures: a dataset on the Hub, or a folder written by `save_to_disk`."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, if it has several."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Captioned pictures: a folder of them with metadata.jsonl, or of such folders `train` and `validation`."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Captioned pictures: a Parquet, CSV or JSON lines file, Karpathy's splits or COCO's annotations as JSON, or "
+            "WebDataset shards ('shards/*.tar')."
+        },
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same for validation; Karpathy's file holds that as well."}
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Where paths of pictures begin; default: the folder of the file that has them."}
+    )
+    validation_image_dir: str | None = field(
+        default=None, metadata={"help": "The same for the validation images; default: `image_dir`."}
+    )
+    train_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a dataset or Karpathy's file, several joined by '+'; default: train, and restval if there."},
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "The same for validation; default: validation or val, if it is there."}
+    )
+    validation_share: float = field(
+        default=0.0, metadata={"help": "Share of the training images that is split off for validation, drawn with `seed`."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of their paths."})
+    captions_column: str = field(
+        default="captions",
+        metadata={"help": "Column of the captions, a list of strings an image, or one string (rows of an image are put together)."},
+    )
+    image_id_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that tells images apart; default: image_id, if it is there. Empty: none, their files do."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training images as they come, from shards, Parquet or a dataset; needs `max_steps`."}
+    )
+    skip_broken_images: bool = field(
+        default=False, metadata={"help": "Leave out and name images without readable picture or caption, instead of stopping."}
+    )
+    inspect: bool = field(
+        default=False, metadata={"help": "Only look through all data and tell what is in them and what is wrong; no training."}
+    )
     captions_per_image: int = field(default=5, metadata={"help": "How many captions of an image a training step takes."})
     max_words: int = field(default=20, metadata={"help": "Words of a caption that are learned from."})
     feature_cache: str | None = field(
@@ -58,6 +112,28 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone; default: that of the rest."}
     )
+    scheduled_sampling: float = field(
+        default=0.0, metadata={"help": "Share, at last, of the model's own words among those that captions go on from."}
+    )
+    scheduled_sampling_steps: int | None = field(
+        default=None, metadata={"help": "Steps over which `scheduled_sampling` rises from 0; default: the whole run."}
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save the exponential average of the weights with this decay; default: the weights."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`; default: never."},
+    )
+    self_critical: bool = field(
+        default=False, metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."}
+    )
+    samples_per_image: int = field(default=5, metadata={"help": "Self-critical: captions drawn of an image, at least 2."})
+    cross_entropy_weight: float = field(
+        default=0.0,
+        metadata={"help": "Self-critical: share of the cross-entropy (by word) in the loss; the rest goes by caption."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +142,44 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
                 "`label_smoothing` in `model_config` instead."
             )
+        metric = self.metric_for_best_model
+        if metric not in (None, "loss", "eval_loss") and not self.predict_with_generate:
+            raise SettingError(f"`metric_for_best_model: {metric}` is a score of generated captions: set `predict_with_generate`.")
+        if not 0 <= self.scheduled_sampling <= 1:
+            raise SettingError(f"`scheduled_sampling` is {self.scheduled_sampling}: it is a share, 0 to 1.")
+        if self.scheduled_sampling_steps is not None and not self.scheduled_sampling:
+            raise SettingError("`scheduled_sampling_steps` goes with `scheduled_sampling`: set that, or leave it out.")
+        if self.scheduled_sampling_steps is not None and self.scheduled_sampling_steps < 1:
+            raise SettingError(f"`scheduled_sampling_steps` is {self.scheduled_sampling_steps}: it must be at least 1.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
+        self._check_early_stopping()
+        self._check_self_critical()
+
+    def _check_early_stopping(self) -> None:
+        if self.early_stopping_patience is None:
+            return
+        if self.early_stopping_patience < 1:
+            raise SettingError(f"`early_stopping_patience` is {self.early_stopping_patience}: it must be at least 1.")
+        if self.metric_for_best_model is None:
+            raise SettingError("`early_stopping_patience` needs `metric_for_best_model`: `cider` or `loss`.")
+        if self.eval_strategy == "no":
+            raise SettingError("`early_stopping_patience` needs evaluations: set `eval_strategy` to `epoch` or `steps`.")
+
+    def _check_self_critical(self) -> None:
+        if not self.self_critical:
+            if self.cross_entropy_weight:
+                raise SettingError("`cross_entropy_weight` goes with `self_critical`, without which all is cross-entropy.")
+            return
+        if self.samples_per_image < 2:
+            raise SettingError(
+                f"`samples_per_image` is {self.samples_per_image}: a sample is judged against the others of its image, so it must "
+                "be at least 2."
+            )
+        if not 0 <= self.cross_entropy_weight <= 1:
+            raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
+        if self.scheduled_sampling and not self.cross_entropy_weight:
+            raise SettingError("`scheduled_sampling` is for the cross-entropy: set `cross_entropy_weight` or leave it out.")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, CaptionTrainingArguments]:
@@ -90,9 +204,42 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     parser.set_defaults(**settings)
     model, data, training = parser.parse_args_into_dataclasses(args=rest)
     model.model_config = {**in_file, **json.loads(model.model_config)}
-    if not data.train_file:
-        raise SettingError("No training images: give `--train_file`.")
+    _check_data(data, training)
     return model, data, training
+
+
+def refuse_without_validation(training: CaptionTrainingArguments) -> None:
+    """Raises a SettingError if there is anything to do with validation images."""
+    wants = {"predict_with_generate": training.predict_with_generate, "eval_strategy": training.eval_strategy != "no"}
+    for setting, wanted in wants.items():
+        if wanted:
+            raise SettingError(
+                f"`{setting}` wants validation images and there are none: give `--validation_file`, `--validation_split` or "
+                f"`--validation_share 0.05`, or set `{setting}` to {'no' if setting == 'eval_strategy' else 'false'}."
+            )
+
+
+def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None:
+    given = [name for name in ("dataset_name", "data_dir", "train_file") if getattr(data, name)]
+    if not given:
+        raise SettingError("No training images: give `--train_file`, `--dataset_name` or `--data_dir`.")
+    if len(given) > 1:
+        raise SettingError(f"`{given[0]}` and `{given[1]}` both name the training images: give one of them.")
+    if data.validation_file and not data.train_file:
+        raise SettingError(f"`validation_file` goes with `train_file`; of `{given[0]}` set `validation_split`.")
+    if data.validation_file and data.validation_share:
+        raise SettingError("`validation_file` and `validation_share` both say what to validate on: give one of them.")
+    if not 0 <= data.validation_share < 1:
+        raise SettingError(f"`validation_share` is {data.validation_share:g}: it must be at least 0 and below 1.")
+    if data.train_file and not (data.inspect or data.validation_file or data.validation_share or data.train_file.endswith(".json")):
+        refuse_without_validation(training)
+    if data.dataset_config_name and not data.dataset_name:
+        raise SettingError("`dataset_config_name` goes with `dataset_name`, which is not given.")
+    if data.streaming and training.max_steps <= 0 and not data.inspect:
+        raise SettingError("A stream has no end that is known: with `streaming` give `--max_steps`.")
+    for other, on in (("feature_cache", data.feature_cache), ("self_critical", training.self_critical)):
+        if data.streaming and on:
+            raise SettingError(f"`{other}` needs all training images at hand: leave out `streaming` or `{other}`.")
 
 
 def _read_config(path: str) -> dict[str, Any]:

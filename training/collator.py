@@ -15,15 +15,17 @@ class CaptionCollator:
     """Rows of `image` (or `backbone_features`) and `captions` to a batch of B images.
 
     Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B * k, T) int64 with words,
-    end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer.
+    end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer. With
+    `with_image_ids` also the images' own `image_id`s, as a list `image_ids`.
     """
 
     processor: AttnCapProcessor
     captions_per_image: int = 5
     max_words: int = 20
+    with_image_ids: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = {}
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
         if "backbone_features" in rows[0]:
             features = np.stack([row["backbone_features"] for row in rows])
             batch["backbone_features"] = torch.from_numpy(features).float()  # (B, D, h, w)
@@ -33,6 +35,8 @@ class CaptionCollator:
         captions = [caption for row in rows for caption in self._draw(row["captions"])]
         labels = self.processor(text_target=captions, max_target_length=self.max_words, return_tensors="pt")["labels"]
         batch["labels"] = labels  # (B * k, T)
+        if self.with_image_ids:
+            batch["image_ids"] = [row["image_id"] for row in rows]
         return batch
 
     def _draw(self, captions: list[str]) -> list[str]:

@@ -2,31 +2,75 @@
 
 import hashlib
 import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-BATCH = 32
+from .arguments import SettingError
+from .processes import on_main_process, together
+
+logger = logging.getLogger(__name__)
+
+BATCH = 32  # images in a pass through the backbone
+BLOCK = 4 * BATCH  # images between two records of what is done
 
 
-def cached_features(encoder, image_processor, dataset: Dataset, folder: str) -> np.ndarray:
-    """The backbone's maps of all images, (images, D, h, w) float16, memory-mapped.
+def cached_features(encoder, image_processor, dataset: Dataset, folder: str, workers: int = 0) -> np.ndarray:
+    """The backbone's maps of all images, (images, D, h, w) float16, memory-mapped, read-only.
 
-    Kept under a name made of the backbone's weights, the image processing and the dataset, so that another of these never
-    finds a stale file. A file appears under its name only when it is whole.
+    One map an image, whatever the number of its captions, as it is before the C windows. Computed on the device of the process,
+    to which the encoder moves for that time; under several processes each computes its share, and all must call this together
+    and see `folder` as one.
+
+    The file's name is made of the backbone's weights, the image processing and the dataset's fingerprint, so that another of
+    these never finds a stale file; picture files that change under unchanged names are not noticed. It appears under its name
+    only when it is whole. Until then it is a `.partial` beside a record of its finished blocks of 128 images, and a later call
+    goes on from there, with any number of processes. A call that finds another one at work on the same file waits for it.
+
+    Args:
+        encoder: a `GridEncoder`.
+        dataset: rows with an `image`, and an `image_id` to name those that cannot be read.
+        folder: is made if need be.
+        workers: processes that read pictures ahead, for each process.
 
     Raises:
-        ValueError: if a map does not fit half precision.
+        SettingError: on all processes, if one of them lacks disk space, cannot read a picture, has a map that does not fit half
+            precision, or sees other pictures or weights than the first. What was computed is kept. A process that dies without
+            a word ends the others at the latest after the time-out of their process group (`ddp_timeout`).
     """
-    path = Path(folder) / f"{_fingerprint(encoder.backbone, image_processor, dataset)}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        _compute(encoder, image_processor, dataset, partial)
-        partial.replace(path)
+    state = PartialState()
+    names = together(lambda: _fingerprint(encoder.backbone, image_processor, dataset))
+    if len(set(names)) > 1:
+        raise SettingError(
+            "`feature_cache`: the processes of this run see different pictures or backbone weights: give all of them the same "
+            "files, on a file system that they share, and the same `seed`."
+        )
+    path = Path(folder) / f"{names[0]}.npy"
+    with _alone(path), _on_device(encoder, state.device):
+
+        def missing_blocks() -> list[int]:
+            return [] if path.exists() else _begin(encoder, image_processor, dataset, path)
+
+        def compute_share() -> None:
+            share = missing[state.process_index :: state.num_processes]
+            _compute(encoder, image_processor, dataset, path, share, workers)
+
+        missing = on_main_process(missing_blocks)
+        together(compute_share)
+        on_main_process(lambda: _finish(path))
     return np.load(path, mmap_mode="r")
 
 
@@ -35,28 +79,197 @@ def _fingerprint(backbone: torch.nn.Module, image_processor, dataset: Dataset) -
     digest.update(dataset._fingerprint.encode())
     digest.update(str(backbone).encode())  # padding is not among the weights
     for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, since numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
-@torch.inference_mode()
-def _compute(encoder, image_processor, dataset: Dataset, path: Path) -> None:
-    maps = None
-    encoder.eval()
-    device = next(encoder.parameters()).device
-    for start in tqdm(range(0, len(dataset), BATCH), desc="backbone features", mininterval=10):
-        images = dataset[start : start + BATCH]["image"]
-        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(device)  # (B, 3, height, width)
-        features = encoder.features(pixel_values)  # (B, D, h, w)
-        if not features.abs().max() < torch.finfo(torch.float16).max:
-            raise ValueError(
-                f"The backbone's map of images {start} to {start + len(images) - 1} does not fit half precision: train "
-                "without `feature_cache`."
-            )
-        if maps is None:
-            shape = (len(dataset), *features.shape[1:])
-            maps = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        maps[start : start + len(images)] = features.half().cpu().numpy()
-    if maps is not None:
-        maps.flush()
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other runs away from the file while this one makes it; the main process holds the lock for all."""
+    lock = FileLock(path.with_suffix(".lock"))
+
+    def acquire() -> None:
+        if path.exists():
+            return
+        with _writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.warning("feature cache: waiting for another run that makes %s", path)
+                lock.acquire()
+
+    on_main_process(acquire)
+    try:
+        yield
+        if lock.is_locked:
+            # The file is there by now: a run that still takes the lock under its old name finds nothing left to do.
+            Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _on_device(encoder, device: torch.device | None) -> Iterator[None]:
+    """The encoder in evaluation mode on the device, and afterwards as it was."""
+    home, mode = next(encoder.parameters()).device, encoder.training
+    encoder.to(device).eval()
+    try:
+        yield
+    finally:
+        encoder.to(home).train(mode)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(
+            f"`feature_cache`: {folder} takes no more: {error}. Make room or give another folder; what is there already is kept."
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _record(path: Path, process: int) -> Path:
+    """Where a process writes down which blocks it brought to the disk."""
+    return path.with_suffix(f".done-{process}.json")
+
+
+def _write_record(record: Path, done: list[int]) -> None:
+    """Whole or not at all."""
+    new = record.with_suffix(".new")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump({"images_per_block": BLOCK, "done": sorted(done)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(record)
+
+
+def _read_records(path: Path) -> set[int] | None:
+    """The blocks that earlier processes brought to the disk; None if there is nothing to go on from."""
+    records = [json.loads(record.read_text(encoding="utf-8")) for record in path.parent.glob(f"{path.stem}.done-*.json")]
+    if not records or not _partial(path).exists() or any(record["images_per_block"] != BLOCK for record in records):
+        return None
+    return {block for record in records for block in record["done"]}
+
+
+def _block_rows(block: int, images: int) -> range:
+    return range(block * BLOCK, min((block + 1) * BLOCK, images))
+
+
+def _begin(encoder, image_processor, dataset: Dataset, path: Path) -> list[int]:
+    """Makes the partial file, or finds it; returns the blocks that it lacks."""
+    images, done = len(dataset), _read_records(path)
+    if done is None:
+        shape = (images, *_maps(encoder, _Batches(dataset, image_processor, 1)[0], "image 0").shape[1:])
+    else:
+        shape = np.load(_partial(path), mmap_mode="r").shape
+    missing = [block for block in range(-(-images // BLOCK)) if done is None or block not in done]
+    lacking = sum(len(_block_rows(block, images)) for block in missing)
+    _check_space(path.parent, 2 * lacking * math.prod(shape[1:]))
+    with _writing(path.parent):
+        if done is None:
+            # Records of another file go before the new one comes; its own come after it.
+            _remove(path.parent.glob(f"{path.stem}.done-*"))
+            np.lib.format.open_memmap(_partial(path), mode="w+", dtype=np.float16, shape=shape).flush()
+        else:
+            logger.warning("feature cache: %d of %d images are there already", images - lacking, images)
+        _write_record(_record(path, 0), sorted(done or []))
+        _remove(record for record in path.parent.glob(f"{path.stem}.done-*") if record != _record(path, 0))
+    return missing
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SettingError(
+            f"`feature_cache`: the backbone's maps need {needed / 1e9:.3g} GB more in {folder}, where {free / 1e9:.3g} GB are "
+            "free: make room, give another folder, or train without the cache. What is there already is kept."
+        )
+
+
+def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: list[int], workers: int) -> None:
+    """Brings blocks of images into the partial file, each written down once it is on the disk."""
+    if not blocks:
+        return
+    state, images = PartialState(), len(dataset)
+    record = _record(path, state.process_index)
+    done = json.loads(record.read_text(encoding="utf-8"))["done"] if record.exists() else []
+    mapped: Any = np.load(_partial(path), mmap_mode="r")
+    starts = [start for block in blocks for start in _block_rows(block, images)[::BATCH]]
+    # A generator of its own: the run that computes the maps draws the same random numbers afterwards as one that finds them.
+    batches = DataLoader(
+        _Batches(dataset, image_processor, BATCH),
+        batch_size=None,
+        sampler=starts,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    share = sum(len(_block_rows(block, images)) for block in blocks)
+    bar = tqdm(total=share, desc="backbone features", unit="images", mininterval=10, disable=not state.is_main_process)
+    # Written, not mapped: a disk that fills up is then an error instead of the end of the process, and blocks of two machines
+    # share no pages.
+    with open(_partial(path), "r+b") as file, bar:
+        for start, pixel_values in zip(starts, batches):
+            maps = _maps(encoder, pixel_values, f"images {start} to {min(start + BATCH, images) - 1}")  # (B, D, h, w)
+            with _writing(path.parent):
+                file.seek(mapped.offset + start * maps[0].nbytes)
+                file.write(maps.tobytes())
+                if start + len(maps) == _block_rows(start // BLOCK, images).stop:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    done.append(start // BLOCK)
+                    _write_record(record, done)
+            bar.update(len(maps))
+
+
+def _finish(path: Path) -> None:
+    if not path.exists():
+        _partial(path).replace(path)
+        _remove(path.parent.glob(f"{path.stem}.done-*"))
+
+
+class _Batches(torch.utils.data.Dataset):
+    """By the number of its first row, a batch of pictures as `pixel_values` (B, 3, height, width), or why there is none."""
+
+    def __init__(self, dataset: Dataset, image_processor, size: int):
+        self.dataset, self.image_processor, self.size = dataset, image_processor, size
+
+    def __getitem__(self, start: int) -> torch.Tensor | str:
+        images = []
+        for row in range(start, min(start + self.size, len(self.dataset))):
+            try:
+                image = self.dataset[row]["image"]
+                if image is None:
+                    raise ValueError("there is none")
+                images.append(image)
+            except Exception as error:  # decoders of broken files raise whatever comes
+                return f"The picture of row {row}{self._name(row)} cannot be read: {error}. Replace it or leave the row out."
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _name(self, row: int) -> str:
+        if "image_id" not in self.dataset.column_names:
+            return ""
+        return f", image_id '{self.dataset.select_columns('image_id')[row]['image_id']}',"
+
+
+def _maps(encoder, pixel_values: torch.Tensor | str, images: str) -> np.ndarray:
+    """The maps (B, D, h, w) float16 of pictures (B, 3, height, width)."""
+    if isinstance(pixel_values, str):
+        raise SettingError(pixel_values)
+    with torch.inference_mode():
+        features = encoder.features(pixel_values.to(next(encoder.parameters()).device))  # (B, D, h, w)
+    if not features.abs().max() < torch.finfo(torch.float16).max:
+        raise SettingError(f"The backbone's map of {images} does not fit half precision: train without `feature_cache`.")
+    return features.half().cpu().contiguous().numpy()

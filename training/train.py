@@ -4,24 +4,37 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import caption_compute_metrics
 
-from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
+from .arguments import (
+    CaptionTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    SettingError,
+    parse_arguments,
+    refuse_without_validation,
+)
 from .collator import CaptionCollator
-from .data import augmented, load_split
+from .data import CaptionData, augmented, load_data
 from .features import cached_features
+from .inspection import inspect_data
+from .processes import on_main_process
+from .self_critical import SelfCriticalTrainer
+from .streaming import load_stream
 from .trainer import CaptionTrainer
 from .vocabulary import build_tokenizer, word_coverage
+from .word_vectors import write_word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -30,24 +43,26 @@ MAX_NEW_TOKENS = 21
 
 
 class FeatureRows(torch.utils.data.Dataset):
-    """Cached maps with the captions of their images."""
+    """Cached maps with the captions and ids of their images."""
 
-    def __init__(self, features, captions: list[list[str]]):
-        self.features, self.captions = features, captions
+    def __init__(self, features, captions: list[list[str]], image_ids: list[str]):
+        self.features, self.captions, self.image_ids = features, captions, image_ids
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"backbone_features": self.features[row], "captions": self.captions[row]}
+        return {"backbone_features": self.features[row], "captions": self.captions[row], "image_id": self.image_ids[row]}
 
 
 def build_captioner(
-    arguments: ModelArguments, captions: list[list[str]]
+    arguments: ModelArguments, captions: list[list[str]], output: Path
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The captioner to start from, and its processor; a new one gets its vocabulary from the training captions."""
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
     if arguments.model_name_or_path:
+        if arguments.word_vectors:
+            raise SettingError("`word_vectors` are for a new captioner, `model_name_or_path` has its own: leave one of them out.")
         path = arguments.model_name_or_path
         model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
         return model, AttnCapProcessor.from_pretrained(path)
@@ -62,23 +77,53 @@ def build_captioner(
         config = AttnCapConfig(vocab_size=len(tokenizer), **settings)
     except StrictDataclassError as error:
         raise SettingError(f"model_config: {error}") from error
-    model = AttnCapForConditionalGeneration.from_pretrained_parts(
-        config, arguments.backbone_weights, arguments.word_vectors, tokenizer
-    )
+    vectors = _word_vectors(arguments.word_vectors, config, sentences, tokenizer, output)
+    freeze = settings.get("freeze_word_embeddings", True)
+    try:
+        model = AttnCapForConditionalGeneration.from_pretrained_parts(
+            config, arguments.backbone_weights, vectors, tokenizer, freeze_word_embeddings=freeze
+        )
+    except (StrictDataclassError, ValueError) as error:
+        raise SettingError(str(error)) from error
     model.generation_config.update(max_new_tokens=MAX_NEW_TOKENS, num_beams=3, no_repeat_ngram_size=3)
     side = {"height": arguments.image_size, "width": arguments.image_size}
     image_processor = AttnCapImageProcessor(size=side, image_mean=config.image_mean, image_std=config.image_std)
     return model, AttnCapProcessor(image_processor, tokenizer)
 
 
-def _rows(dataset: Dataset, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, cache: str | None) -> Any:
+def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[str], tokenizer: Any, output: Path) -> str | None:
+    """The file of word vectors, made first where they are to come from the captions."""
+    if vectors is None and config.freeze_word_embeddings:
+        raise SettingError("`freeze_word_embeddings` would keep random vectors: give `word_vectors` too, or leave it out.")
+    if vectors == "captions":
+        path = output / "word_vectors.txt"
+        on_main_process(lambda: write_word_vectors(path, sentences, tokenizer, config.word_embed_dim))
+        return str(path)
+    if vectors is not None and not Path(vectors).is_file():
+        raise SettingError(f"No such file of word vectors: {vectors}. `captions` learns them from the training captions.")
+    return vectors
+
+
+def _load(data: DataArguments, training: CaptionTrainingArguments) -> tuple[CaptionData, list[list[str]]]:
+    """The splits, and the captions that a vocabulary is made of: all, or those of a stream that training will see."""
+    splits = load_stream(data, training.seed) if data.streaming else load_data(data, training.seed)
+    if splits.validation is None:
+        refuse_without_validation(training)
+        logger.warning("no validation images: nothing is evaluated, and no checkpoint is better than another")
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return splits, splits.captions(training.max_steps * batch)
+
+
+def _rows(
+    dataset: Dataset, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, cache: str | None, workers: int
+) -> Any:
     """What the Trainer iterates over: pictures, or the maps of a frozen backbone."""
     if cache is None:
         return dataset
     if not model.config.freeze_backbone:
         raise SettingError("`feature_cache` needs a frozen backbone: set `freeze_backbone: true` or leave the cache out.")
-    features = cached_features(model.model.encoder, processor.image_processor, dataset, cache)
-    return FeatureRows(features, dataset["captions"][:])
+    features = cached_features(model.model.encoder, processor.image_processor, dataset, cache, workers)
+    return FeatureRows(features, dataset["captions"][:], dataset["image_id"][:])
 
 
 def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
@@ -88,13 +133,17 @@ def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[A
 
 def train(model_arguments: ModelArguments, data: DataArguments, training: CaptionTrainingArguments) -> dict[str, float]:
     """One run: data, captioner, Trainer, saved checkpoint; returns the metrics, which are also in `metrics.json`."""
-    if training.predict_with_generate and not data.validation_file:
-        raise SettingError("`predict_with_generate` captions the validation images: give `--validation_file`.")
+    if training.self_critical and not model_arguments.model_name_or_path:
+        raise SettingError("`self_critical` goes on from a captioner that was trained before: give `--model_name_or_path`.")
     set_seed(training.seed)
     output = Path(str(training.output_dir))
-    train_split = load_split(data.train_file, data)
-    validation = load_split(data.validation_file, data) if data.validation_file else None
-    model, processor = build_captioner(model_arguments, train_split["captions"][:])
+    splits, captions = _load(data, training)
+    train_split: Any = splits.train
+    validation = splits.validation
+    trainer_class: Any = CaptionTrainer
+    if training.self_critical:
+        trainer_class = partial(SelfCriticalTrainer, references=dict(zip(train_split["image_id"], captions)))
+    model, processor = build_captioner(model_arguments, captions, output)
     model.model.encoder.to(memory_format=torch.channels_last)
     if data.augment and data.feature_cache:
         raise SettingError(
@@ -104,14 +153,17 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         train_split = augmented(train_split, processor.image_processor.size["height"])
     training.remove_unused_columns = False
     training.prediction_loss_only = not training.predict_with_generate
-    trainer = CaptionTrainer(
+    patience = training.early_stopping_patience
+    workers = training.dataloader_num_workers
+    trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
-        train_dataset=_rows(train_split, model, processor, data.feature_cache),
-        eval_dataset=_rows(validation, model, processor, data.feature_cache) if validation else None,
-        data_collator=CaptionCollator(processor, data.captions_per_image, data.max_words),
+        train_dataset=_rows(train_split, model, processor, data.feature_cache, workers),
+        eval_dataset=_rows(validation, model, processor, data.feature_cache, workers) if validation else None,
+        data_collator=CaptionCollator(processor, data.captions_per_image, data.max_words, with_image_ids=training.self_critical),
         processing_class=processor,
         compute_metrics=_caption_scores(validation, processor) if validation and training.predict_with_generate else None,
+        callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
     )
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "last"):
@@ -120,18 +172,23 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
     model.config.use_cache = True  # the Trainer switched it off, and would save that
     trainer.save_model()
-    processor.save_pretrained(output)
-    trainer.state.save_to_json(str(output / "trainer_state.json"))
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(output)
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        train(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        model, data, training = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if data.inspect:
+            return inspect_data(model, data, training.seed)
+        train(model, data, training)
     except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).rpartition("SettingError: ")[2].strip()  # a worker that reads images puts its traceback before it
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

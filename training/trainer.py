@@ -1,10 +1,13 @@
-"""transformers' Trainer with a learning rate of its own for the backbone, and captions from features."""
+"""transformers' Trainer for captioners: a rate of its own for the backbone, scheduled sampling, averaged weights, captions."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer
+
+from .averaging import WeightAverage
 
 
 class CaptionTrainer(Seq2SeqTrainer):
@@ -13,7 +16,81 @@ class CaptionTrainer(Seq2SeqTrainer):
     The backbone's parameters may learn at `encoder_learning_rate`. With `predict_with_generate`, evaluation generates one caption
     an image, from `pixel_values` or `backbone_features`, with the model's own generation settings but for
     `generation_num_beams` and `generation_max_length` (in tokens, the start token included) where they are given.
+
+    With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
+    With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
     """
+
+    _average: WeightAverage | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        decay = self.args.ema_decay  # type: ignore[attr-defined]
+        if decay is None:
+            return super().train(*args, **kwargs)
+        self._average = WeightAverage(self.model, decay)  # type: ignore[arg-type]
+        self.add_callback(self._average)
+        try:
+            result = super().train(*args, **kwargs)
+            if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+                self._average.hand_over()
+            return result
+        finally:
+            self.remove_callback(self._average)
+            self._average = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._average.in_model() if self._average else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._average is None:
+            return super().save_model(output_dir, _internal_call)
+        with self._average.in_model():
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._average.save_live(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.resume(resume_from_checkpoint)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        args: Any = self.args
+        if model.training and args.scheduled_sampling:
+            share = min(1.0, self.state.global_step / (args.scheduled_sampling_steps or self.state.max_steps))
+            if share:
+                inputs = self._with_own_words(inputs, share * args.scheduled_sampling)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _with_own_words(self, inputs: dict[str, Any], chance: float) -> dict[str, Any]:
+        """The batch with words of the model's own among those that captions go on from.
+
+        Two passes, both over all steps at once, instead of a draw at each step: the first, without gradients, says what the model
+        would draw behind the true words. (With a draw at each step it would be behind the words mixed so far; nearly all of them
+        are true, as `chance` is small.)
+        """
+        captioner: Any = self.model
+        labels = inputs["labels"]  # (R, T)
+        encoded = inputs.get("encoder_outputs")
+        if encoded is None:
+            pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
+            with self.accelerator.autocast():
+                encoded = (captioner.base_model.encoder(**pictures).last_hidden_state,)  # (B, N, C)
+        true = captioner.prepare_decoder_input_ids_from_labels(labels)  # (R, T)
+        with torch.no_grad():
+            logits = policy(captioner, captioner(encoder_outputs=encoded, labels=labels).logits[:, :-1])  # (R, T - 1, V)
+        logits[..., captioner.config.eos_token_id] = float("-inf")  # no caption goes on behind its end
+        own = torch.multinomial(logits.flatten(0, 1).softmax(dim=-1), 1).view_as(true[:, 1:])  # (R, T - 1)
+        swap = torch.rand(own.shape, device=own.device) < chance  # (R, T - 1)
+        mixed = torch.cat([true[:, :1], torch.where(swap, own, true[:, 1:])], dim=1)  # (R, T)
+        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": labels}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -55,3 +132,9 @@ class CaptionTrainer(Seq2SeqTrainer):
             return super().prediction_step(model, prepared, False, ignore_keys=ignore_keys, **settings)
         finally:
             captioner.generation_config = own  # the base class fills in its defaults, which the checkpoint must not hold
+
+
+def policy(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) of what captions are drawn from: those of words that the captioner never says are -inf."""
+    never = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, never, float("-inf"))

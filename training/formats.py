@@ -1,0 +1,324 @@
+"""Captioned pictures in the forms that people have them, read as entries that say where they stand."""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from datasets import Dataset, Features, Image, Value, load_dataset
+
+from hf_attncap.metrics.files import CaptionFileError, read_references
+
+from .arguments import DataArguments, SettingError
+
+Role = Literal["train", "validation"]
+KINDS = "Parquet (.parquet), CSV (.csv), JSON lines (.jsonl), Karpathy's splits or COCO's annotations (.json), or WebDataset (.tar)"
+
+
+class Entry(NamedTuple):
+    """One row, line or image of a file.
+
+    `image` is the path of its picture, None where the bytes are in the table. `image_id` is None where nothing but the path
+    names the image. `single` says that it holds one caption as text: several such entries of one image belong together.
+    """
+
+    label: int | str
+    image: str | None
+    image_id: str | None
+    captions: list[str]
+    single: bool
+
+
+@dataclass
+class Source:
+    """All entries of a file or table; `pictures`, where there is one, has an `image` an entry, not decoded."""
+
+    name: str
+    unit: str
+    entries: list[Entry]
+    pictures: Dataset | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_split(name: str, available: Collection[str], role: Role, arguments: DataArguments) -> str | None:
+    """The split(s) for a role, joined by a plus, of those in a dataset or file; None if there is nothing to validate on.
+
+    Raises:
+        SettingError: for a split that is not there.
+    """
+    wanted = arguments.train_split if role == "train" else arguments.validation_split
+    if wanted is None and role == "train":
+        wanted = "train+restval" if {"train", "restval"} <= set(available) else "train"
+    elif wanted is None:
+        wanted = next((split for split in ("validation", "val") if split in available), None)
+    missing = [split for split in (wanted or "").split("+") if wanted and split not in available]
+    if missing:
+        raise SettingError(
+            f"{name} has no split '{missing[0]}', only {', '.join(map(str, available))}: set `{role}_split` to one of them."
+        )
+    return wanted
+
+
+def own_splits(path: str) -> list[str]:
+    """The splits inside a file, which only Karpathy's have."""
+    return _karpathy_splits(_json(path)) if path.endswith(".json") else []
+
+
+def read_file(path: str, arguments: DataArguments, role: Role) -> Source:
+    """The entries of a Parquet, CSV or JSON file; paths in it are relative to the image folder or else to the file.
+
+    Raises:
+        SettingError: for a file that is missing or malformed, naming the place and what is expected there.
+    """
+    if not Path(path).is_file():
+        raise SettingError(f"No such data file: {path}.")
+    folder = image_folder(path, arguments, role)
+    ending = Path(path).suffix.lower()
+    content = _json(path) if ending in (".json", ".jsonl") else None
+    if isinstance(content, dict) and "images" in content:
+        return _from_references(path, content, arguments, role, folder)
+    _refuse_split(path, arguments, role)
+    if ending == ".parquet":
+        try:
+            table = load_dataset("parquet", data_files=path, split="train")
+        except Exception as error:  # pyarrow and datasets raise many kinds
+            raise SettingError(f"{path} cannot be read as Parquet: {error.__cause__ or error}.") from error
+        return from_table(table, path, arguments, folder)
+    if ending in (".csv", ".tsv"):
+        return _from_records(path, _csv(path, "\t" if ending == ".tsv" else ","), arguments, folder, "lines")
+    if isinstance(content, _Lines):
+        return _from_records(path, content, arguments, folder, "lines")
+    if isinstance(content, list):
+        return _from_records(path, enumerate(content, 1), arguments, folder, "rows")
+    raise SettingError(f"{path} is of no kind that is known here: {KINDS}.")
+
+
+def image_folder(path: str, arguments: DataArguments, role: Role) -> Path:
+    """Where the relative paths of a file begin."""
+    given = (arguments.validation_image_dir if role == "validation" else None) or arguments.image_dir
+    return Path(given) if given else Path(path).parent
+
+
+def from_table(table: Dataset, name: str, arguments: DataArguments, folder: Path) -> Source:
+    """The entries of a `datasets.Dataset`, whose pictures stay where they are.
+
+    Without an id column, pictures inside the table have no name of their own (a path beside the bytes is what they were called
+    once): where they have one caption a row, their bytes tell which are the same.
+    """
+    columns = table.column_names
+    check_columns(name, columns, arguments)
+    ids: list[Any] = [None] * len(table)
+    if id_column := id_column_of(columns, arguments):
+        ids = [None if value is None else str(value) for value in table[id_column][:]]
+    captions = [caption_list(f"{name}, row {row}", value) for row, value in enumerate(table[arguments.captions_column][:])]
+    pictures = None
+    if isinstance(feature := table.features[arguments.image_column], Value) and feature.dtype in ("string", "large_string"):
+        paths = [value and str(folder / value) for value in table[arguments.image_column][:]]
+    else:
+        pictures, paths = _pictures(table, name, arguments.image_column)
+        if not id_column and None in paths and any(single for _, single in captions):
+            ids = list(_digests(pictures))
+    entries = [Entry(row, paths[row], ids[row], *captions[row]) for row in range(len(table))]
+    return Source(name, "rows", entries, pictures)
+
+
+def from_shards(path: str, arguments: DataArguments) -> Source:
+    """The entries of WebDataset tar files, a pattern of which `path` may be, copied into the cache of `datasets`."""
+    table = load_shards(path, streaming=False)
+    image_column = shard_image_column(path, table.features, arguments)
+    pictures, _ = _pictures(table, path, image_column)
+    entries = [
+        Entry(row["__key__"], None, row["__key__"], shard_captions(row, arguments), False)
+        for row in table.remove_columns([image_column])
+    ]
+    return Source(path, "images", entries, pictures)
+
+
+def load_shards(path: str, streaming: bool) -> Any:
+    """The members of tar files as columns.
+
+    Raises:
+        SettingError: if there are no such files, or they are no WebDataset.
+    """
+    if "://" not in path and not glob.glob(path):
+        raise SettingError(f"No such data file: {path}.")
+    try:
+        return load_dataset("webdataset", data_files=path, split="train", streaming=streaming)
+    except Exception as error:  # tarfile, json and datasets raise many kinds
+        raise SettingError(f"{path} cannot be read as WebDataset: {error.__cause__ or error}.") from error
+
+
+def shard_image_column(path: str, features: Features, arguments: DataArguments) -> str:
+    """The member that is the picture: `image_column`, else the only one of a picture's kind."""
+    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if arguments.image_column in pictures or len(pictures) == 1:
+        return arguments.image_column if arguments.image_column in pictures else pictures[0]
+    raise SettingError(f"{path} has pictures as {', '.join(pictures) or 'no member'}: set `image_column` to one of them.")
+
+
+def shard_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
+    """The captions of an example: its `captions_column`, that of its JSON member, or the lines of its text member."""
+    member = row.get("json") or {}
+    for holder, name in ((row, arguments.captions_column), (member, arguments.captions_column), (member, "caption")):
+        if holder.get(name):
+            return caption_list(f"image {row['__key__']}", holder[name])[0]
+    return str(row.get("txt") or "").splitlines()
+
+
+def check_columns(name: str, columns: Iterable[str], arguments: DataArguments) -> None:
+    for setting in ("image_column", "captions_column", "image_id_column"):
+        column = getattr(arguments, setting)
+        if column and column not in columns:
+            raise SettingError(f"{name} has no column '{column}', only {', '.join(columns)}: set `{setting}` to one of them.")
+
+
+def id_column_of(columns: Iterable[str], arguments: DataArguments) -> str | None:
+    """The column of the ids, if there is any."""
+    if arguments.image_id_column is None:
+        return "image_id" if "image_id" in columns else None
+    return arguments.image_id_column or None
+
+
+def caption_list(where: str, value: Any) -> tuple[list[str], bool]:
+    """The captions in a field, and whether it is a single text.
+
+    Raises:
+        SettingError: if it holds anything else than text, lists of text and nothing.
+    """
+    captions = value if isinstance(value, list) else [value]
+    if wrong := [caption for caption in captions if not isinstance(caption, str | None)]:
+        raise SettingError(f"{where}: the captions hold {wrong[0]!r:.60}; expected a text or a list of texts.")
+    return [caption for caption in captions if caption is not None], isinstance(value, str)
+
+
+def _pictures(table: Dataset, name: str, column: str) -> tuple[Dataset, list[str | None]]:
+    """The column of pictures as `image`, not decoded, and the paths of those that are files."""
+    table = table.select_columns([column])
+    try:
+        pictures = (table if column == "image" else table.rename_column(column, "image")).cast_column("image", Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"{name}: the column '{column}' holds no pictures but {table.features[column]}: expected pictures or paths of files."
+        ) from error
+    arrow: Any = pictures.with_format("arrow")
+    paths: list[str | None] = []
+    for start in range(0, len(pictures), 10_000):
+        batch = arrow[start : start + 10_000]["image"].combine_chunks()
+        stored = batch.field("bytes").is_valid().to_pylist()
+        paths += [None if inside else path for inside, path in zip(stored, batch.field("path").to_pylist())]
+    return pictures, paths
+
+
+def _digests(pictures: Dataset) -> Iterator[str | None]:
+    for row in pictures:
+        data = row["image"] and row["image"]["bytes"]  # type: ignore[call-overload]
+        yield hashlib.sha256(data).hexdigest()[:32] if data else None
+
+
+def _from_records(path: str, records: Iterable[tuple[int, Any]], arguments: DataArguments, folder: Path, unit: str) -> Source:
+    """The entries of objects with the columns that are set."""
+    entries = []
+    for number, record in records:
+        where = f"{path}, {unit[:-1]} {number}"
+        if not isinstance(record, dict):
+            raise SettingError(f"{where} is no object: expected `{arguments.image_column}` and `{arguments.captions_column}`.")
+        check_columns(where, record, arguments)
+        image = record[arguments.image_column]
+        if not isinstance(image, str) or not image:
+            raise SettingError(f"{where}: `{arguments.image_column}` is {image!r:.60}; expected the path of a picture.")
+        id_column = id_column_of(record, arguments)
+        image_id = record[id_column] if id_column else None
+        captions, single = caption_list(where, record[arguments.captions_column])
+        entries.append(Entry(number, str(folder / image), None if image_id is None else str(image_id), captions, single))
+    return Source(path, unit, entries)
+
+
+def _from_references(path: str, content: dict[str, Any], arguments: DataArguments, role: Role, folder: Path) -> Source:
+    """The entries of Karpathy's file or COCO's annotations, as the scores read them too."""
+    splits = _karpathy_splits(content)
+    split = choose_split(path, splits, role, arguments) if splits else _refuse_split(path, arguments, role)
+    if splits and split is None:
+        raise SettingError(f"{path} has no split for {role}, only {', '.join(splits)}: set `{role}_split` to one of them.")
+    try:
+        references = read_references(path, split)
+    except CaptionFileError as error:
+        raise SettingError(f"{error}.") from error
+    key = "filename" if splits else "file_name"
+    files = {image_id: name for name, image_id in references.names[key].ids.items()} if key in references.names else {}
+    if missing := [image_id for image_id in references.captions if image_id not in files]:
+        raise SettingError(f"{path}: image {missing[0]} has no `{key}` of its own; expected the name of its picture.")
+    wanted = (split or "").split("+")
+    folders = {
+        image["filename"]: image.get("filepath") or "" for image in content["images"] if splits and image.get("split") in wanted
+    }
+    entries = [
+        Entry(image_id, str(folder / folders.get(files[image_id], "") / files[image_id]), image_id, captions, False)
+        for image_id, captions in references.captions.items()
+    ]
+    notes = [text for text in references.notes if "empty caption" not in text]  # which are counted one by one, later
+    return Source(path, "images", entries, notes=notes)
+
+
+def _refuse_split(path: str, arguments: DataArguments, role: Role) -> None:
+    if arguments.train_split if role == "train" else arguments.validation_split:
+        raise SettingError(f"{path} has no splits to choose from: leave out `{role}_split`.")
+
+
+def _karpathy_splits(content: Any) -> list[str]:
+    """The names of the splits in Karpathy's file; none in another."""
+    images = content.get("images") if isinstance(content, dict) and "annotations" not in content else None
+    named = [image["split"] for image in images or [] if isinstance(image, dict) and isinstance(image.get("split"), str)]
+    return list(dict.fromkeys(named))
+
+
+class _Lines(list[tuple[int, Any]]):
+    """The values of a file of JSON lines with their line numbers."""
+
+
+def _json(path: str) -> Any:
+    """The JSON in a file, or its `_Lines`."""
+    if not Path(path).is_file():
+        raise SettingError(f"No such data file: {path}.")
+    text = _text(path)
+    try:
+        value = json.loads(text)
+        return _Lines([(1, value)]) if isinstance(value, dict) and "images" not in value else value
+    except ValueError as error:
+        whole = error
+    values = _Lines()
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                values.append((number, json.loads(line)))
+            except ValueError as error:
+                reason = error if values else whole
+                raise SettingError(f"{path}, line {number} is not well-formed JSON: {reason}.") from error
+    return values
+
+
+def _csv(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for record in reader:
+            if None in record or None in record.values():
+                raise SettingError(
+                    f"{path}, line {reader.line_num} has not the {len(reader.fieldnames or [])} fields that the first line names: "
+                    "put captions with commas in double quotes."
+                )
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise SettingError(f"{path}, line {reader.line_num} is not well-formed CSV: {error}.") from error
+
+
+def _text(path: str) -> str:
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SettingError(f"{path}, line {line} is not UTF-8 text: save the file as UTF-8.") from error

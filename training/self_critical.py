@@ -1,0 +1,191 @@
+"""Self-critical training: captions that the model draws are made likelier the more CIDEr-D they earn.
+
+Rennie et al. (2017), "Self-critical sequence training for image captioning", with the baseline of Luo (2020), "A better variant of
+self-critical sequence training": what the other samples of the same image earn on average.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
+from hf_attncap.processing_attncap import IGNORED_LABEL
+
+from .arguments import SettingError
+from .processes import on_main_process
+from .trainer import CaptionTrainer, policy
+
+FREQUENCIES_FILE = "document_frequencies.npz"
+
+
+class SelfCriticalTrainer(CaptionTrainer):
+    """`CaptionTrainer` whose training loss is w * cross-entropy + (1 - w) * self-critical, w = `cross_entropy_weight`.
+
+    The self-critical part is -sum_s advantage_s log p(s) / S over the S = images * `samples_per_image` samples of all accumulated
+    batches and processes, where log p(s) adds up over a sample's words and its end. A number of samples, and not of words, because
+    this is then the gradient of the expected reward itself, whatever lengths were drawn, and because S is known before sampling.
+
+    Samples are drawn and scored without dropout and with frozen batch norm: the probabilities that the gradient is taken of must
+    be those that were drawn from, and those of the finished captioner. The cross-entropy keeps its dropout.
+
+    Args:
+        references: the captions of every training image by `image_id`; training batches carry the `image_ids` of their images.
+
+    Raises:
+        SettingError: the checkpoint does not say how long captions may be; several GPUs in one process; a resumed run's
+            `document_frequencies.npz` was counted over other images.
+    """
+
+    def __init__(self, *, references: Mapping[str, Sequence[str]], **kwargs: Any):
+        super().__init__(**kwargs)
+        settings: Any = self.model.generation_config  # type: ignore[union-attr]
+        if settings.max_new_tokens is None:
+            raise SettingError("The checkpoint's generation_config.json has no `max_new_tokens`: set it to the longest caption.")
+        if self.args.n_gpu > 1:
+            raise SettingError("`self_critical` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
+        tokens = {name: [tokenize(caption) for caption in captions] for name, captions in references.items()}
+        self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())))
+        self._samples = 0  # of all accumulated batches and processes
+        self._tally = torch.zeros(6, dtype=torch.float64)
+
+    def _frequencies(self, references: list[list[list[str]]]) -> DocumentFrequencies:
+        """Those of the training references: counted by one process, kept beside the checkpoints, and read by the others."""
+        args: Any = self.args
+        path = Path(args.output_dir) / FREQUENCIES_FILE
+
+        def count() -> None:
+            if not (args.resume_from_checkpoint and path.exists()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                DocumentFrequencies.from_references(references, end_token=True).save(path)
+
+        on_main_process(count)
+        frequencies = DocumentFrequencies.load(path)
+        if frequencies.images != len(references):
+            raise SettingError(
+                f"{path} counts the words of {frequencies.images} images, but there are {len(references)} training images: "
+                "resume with the same `train_file`, or start anew with another `output_dir`."
+            )
+        return frequencies
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        batches, words = super().get_batch_samples(epoch_iterator, num_batches, device)
+        images = torch.tensor(sum(len(batch["image_ids"]) for batch in batches), device=device)
+        self._samples = int(self.accelerator.gather(images).sum()) * self.args.samples_per_image  # type: ignore[union-attr]
+        return batches, words
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a training batch, scaled for accumulation and processes; at evaluation the cross-entropy."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        captioner: Any = self.model
+        weight = self.args.cross_entropy_weight  # type: ignore[attr-defined]
+        silence(captioner)
+        with self.accelerator.autocast():
+            pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
+            regions = captioner.base_model.encoder(**pictures).last_hidden_state  # (B, N, C)
+        samples = draw(captioner, regions, self.args.samples_per_image)  # type: ignore[attr-defined]  # (R, T)
+        advantage = self._judge(samples, inputs["image_ids"])  # (R)
+        logits = model(encoder_outputs=(regions,), labels=samples).logits  # (R, T, V)
+        loss = self_critical_loss(policy(captioner, logits), samples, advantage) / self._samples
+        loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        if weight:
+            captioner.dropout.train()
+            words = {"encoder_outputs": (regions,), "labels": inputs["labels"]}
+            cross_entropy = super().compute_loss(model, words, num_items_in_batch=num_items_in_batch)
+            captioner.dropout.eval()
+            loss = weight * cross_entropy + (1 - weight) * loss
+        return loss
+
+    def _judge(self, samples: torch.Tensor, image_ids: list[str]) -> torch.Tensor:
+        """The advantage (R) of samples (R, T); what they are like is added up for the log."""
+        k = len(samples) // len(image_ids)
+        end: int = self.model.config.eos_token_id  # type: ignore[union-attr, assignment]
+        rows = [[token for token in row if token != IGNORED_LABEL] for row in samples.tolist()]
+        ended = [row[-1] == end for row in rows]
+        captions = self.processing_class.batch_decode(rows, skip_special_tokens=True)  # type: ignore[union-attr]
+        ids = [name for name in image_ids for _ in range(k)]
+        reward = torch.from_numpy(self._reward.reward(ids, [tokenize(caption) for caption in captions], ended))  # (R)
+        advantage = advantages(reward, k)
+        lengths = sum(map(len, rows)) - sum(ended)
+        distinct = sum(len({tuple(row) for row in rows[start : start + k]}) for start in range(0, len(rows), k))
+        sums = (len(rows), reward.sum(), advantage.square().sum(), lengths, sum(ended), distinct)
+        self._tally += torch.tensor([float(value) for value in sums], dtype=torch.float64)
+        return advantage.to(samples.device, torch.float32)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With each training loss go, over all samples since the last one and all processes: `reward` (which the baselines'
+        mean equals), `advantage_std`, `sample_length` in tokens without the end, and the shares `sample_ended` and
+        `sample_distinct`, of different ones among the samples of an image."""
+        if "loss" in logs:
+            tally = self._tally.to(self.args.device, torch.float32)
+            sums = self.accelerator.gather(tally[None]).double().sum(dim=0).tolist()  # type: ignore[union-attr]
+            self._tally.zero_()
+            if sums[0]:
+                reward, square, *others = (value / sums[0] for value in sums[1:])
+                logs.update(reward=reward, advantage_std=square**0.5)
+                logs.update(zip(("sample_length", "sample_ended", "sample_distinct"), others))
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, {name: x for name, x in inputs.items() if name != "image_ids"}, *args, **kwargs)
+
+
+def silence(captioner: torch.nn.Module) -> None:
+    """No layer behaves by chance or moves statistics. Containers stay in training, which for them means to checkpoint gradients."""
+    captioner.train()
+    for module in captioner.modules():
+        if next(module.children(), None) is None:
+            module.eval()
+
+
+@torch.no_grad()
+def draw(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
+    """k captions of each image, words and end token, -100 behind it: (B * k, T), T at most the captioner's `max_new_tokens`.
+
+    Not by `generate`, which fills in what the checkpoint's own settings say of repetitions and lengths, and so draws from other
+    probabilities than the captioner's own, which `policy` alone changes.
+
+    Args:
+        regions: (B, N, C).
+        k: samples of an image, in adjacent rows.
+    """
+    rows = regions.shape[0] * k
+    words = torch.full((rows, 1), captioner.config.decoder_start_token_id, device=regions.device)  # (R, 1)
+    going_on = torch.ones_like(words, dtype=torch.bool)  # (R, 1)
+    state, drawn = None, []
+    for _ in range(captioner.generation_config.max_new_tokens):
+        out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, past_key_values=state, use_cache=True)
+        state = out.past_key_values
+        words = torch.multinomial(policy(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
+        drawn.append(words.masked_fill(~going_on, IGNORED_LABEL))
+        going_on = going_on & (words != captioner.config.eos_token_id)
+        if not going_on.any():
+            break
+    return torch.cat(drawn, dim=1)
+
+
+def advantages(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """Rewards (R), k adjacent ones of each image, less the mean of the image's other k - 1."""
+    each = rewards.unflatten(0, (-1, k))  # (B, k)
+    return (each - (each.sum(dim=1, keepdim=True) - each) / (k - 1)).flatten()
+
+
+def self_critical_loss(logits: torch.Tensor, samples: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """-sum over the samples of advantage * log p, where log p adds up over the words and the end token.
+
+    Args:
+        logits: those that the samples were drawn from, (R, T, V).
+        samples: (R, T), -100 behind the end.
+        advantage: (R).
+    """
+    surprise = F.cross_entropy(logits.flatten(0, 1), samples.flatten(), ignore_index=IGNORED_LABEL, reduction="none")  # (R * T)
+    return (advantage * surprise.unflatten(0, samples.shape).sum(dim=1)).sum()

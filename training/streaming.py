@@ -1,0 +1,160 @@
+"""Captioned pictures that are read as they come: shards and datasets too large to be there whole."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, get_dataset_split_names, load_dataset
+
+from hf_attncap.images import ImageError
+
+from .arguments import DataArguments, SettingError
+from .data import WAY_OUT, CaptionData, assemble, decoded, file_source, ready
+from .formats import (
+    Source,
+    caption_list,
+    check_columns,
+    choose_split,
+    from_table,
+    id_column_of,
+    image_folder,
+    load_shards,
+    shard_captions,
+    shard_image_column,
+)
+
+logger = logging.getLogger(__name__)
+
+SHUFFLED = 1000  # images among which the next is drawn; shards are shuffled as well
+
+
+@dataclass
+class Reading:
+    """A row of a stream to `image` as stored, `captions` without blank ones, and `image_id`.
+
+    Raises:
+        SettingError: if captions are neither text nor a list of texts, or there are none and `skip` is not set.
+    """
+
+    arguments: DataArguments
+    image_column: str
+    id_column: str | None
+    shards: bool
+    skip: bool
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        image = row[self.image_column]
+        name = str(row[self.id_column] if self.id_column else (image or {}).get("path") or "without a name")
+        if self.shards:
+            captions = shard_captions(row, self.arguments)
+        else:
+            captions, _ = caption_list(f"image {name}", row[self.arguments.captions_column])
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
+            self.leave_out(f"image {name}: there is no caption")
+        return {"image": image, "captions": captions, "image_id": name}
+
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"image": decoded(row["image"], row["image_id"])}
+        except ImageError as error:
+            self.leave_out(str(error))
+            return {"image": None}
+
+    def leave_out(self, problem: str) -> None:
+        if not self.skip:
+            raise SettingError(f"{problem}. {WAY_OUT}")
+        logger.warning("%s; left out", problem)
+
+
+def load_stream(arguments: DataArguments, seed: int) -> CaptionData:
+    """The training images as a stream in random order, the validation images whole; as `load_data` otherwise.
+
+    An image without caption or with a picture that cannot be decoded ends the run when it is met, with its name; with
+    `skip_broken_images` it is left out, with a warning. Rows of one image are not put together: that would take all of them.
+
+    Raises:
+        SettingError: for what is not there or cannot be streamed.
+    """
+    if arguments.validation_share:
+        raise SettingError("`validation_share` needs all images at hand, which `streaming` does not: give a validation split.")
+    undecoded, reading = open_stream(arguments, seed, arguments.skip_broken_images)
+    train = undecoded.map(reading.decode).filter(_has_image)
+    source = file_source(arguments, "validation") if arguments.train_file else _validation_source(arguments)
+    validation = ready(assemble(source), arguments.skip_broken_images) if source else None
+    return CaptionData(train, validation, undecoded)
+
+
+def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[IterableDataset, Reading]:
+    """The training images in random order with captions and ids, pictures as stored, and what decodes them."""
+    path = arguments.train_file or ""
+    if path.endswith(".tar"):
+        name, rows = path, load_shards(path, streaming=True)
+        image_column, id_column = shard_image_column(path, rows.features, arguments), "__key__"
+    else:
+        name, rows = _open_table(arguments)
+        check_columns(name, rows.column_names or (), arguments)
+        image_column, id_column = arguments.image_column, id_column_of(rows.column_names or (), arguments)
+    reading = Reading(arguments, image_column, id_column, path.endswith(".tar"), skip)
+    rows = _stored(name, rows, image_column).shuffle(seed=seed, buffer_size=SHUFFLED)
+    others = [column for column in rows.column_names or () if column not in ("image", "captions", "image_id")]
+    return rows.map(reading, remove_columns=others).filter(_has_captions), reading
+
+
+def _open_table(arguments: DataArguments) -> tuple[str, IterableDataset]:
+    path = arguments.train_file
+    if path and not path.endswith(".parquet"):
+        raise SettingError(f"{path} cannot be streamed, only .tar and .parquet: pictures are read when they are needed anyway.")
+    if path:
+        return path, _loaded(path, "parquet", data_files=path, split="train")
+    return _split_of(arguments, "train")  # type: ignore[return-value]
+
+
+def _validation_source(arguments: DataArguments) -> Source | None:
+    """The validation split of a dataset that is streamed, copied into the cache of `datasets`."""
+    found = _split_of(arguments, "validation")
+    if found is None:
+        return None
+    name, rows = found
+    check_columns(name, rows.column_names or (), arguments)
+    rows = _stored(name, rows, arguments.image_column)
+    table: Any = Dataset.from_generator(lambda: iter(rows), features=rows.features)
+    return from_table(table, name, arguments, image_folder(name, arguments, "validation"))
+
+
+def _split_of(arguments: DataArguments, role: Any) -> tuple[str, IterableDataset] | None:
+    name = arguments.dataset_name or arguments.data_dir or ""
+    path, config = ("imagefolder", None) if arguments.data_dir else (name, arguments.dataset_config_name)
+    folder: dict[str, Any] = {"data_dir": name} if arguments.data_dir else {}
+    try:
+        available = get_dataset_split_names(path, config, **folder)
+    except Exception as error:  # of many kinds: files, networks, formats
+        raise SettingError(f"The dataset {name} cannot be streamed: {error}") from error
+    wanted = choose_split(name, available, role, arguments)
+    return None if wanted is None else (f"{name} ({wanted})", _loaded(name, path, name=config, split=wanted, **folder))
+
+
+def _loaded(label: str, path: str, **settings: Any) -> IterableDataset:
+    try:
+        rows: Any = load_dataset(path, streaming=True, **settings)
+    except Exception as error:  # of many kinds: files, networks, formats
+        raise SettingError(f"{label} cannot be streamed: {error}") from error
+    if rows.features is None:
+        raise SettingError(f"The columns of {label} are not known before it is read: leave out `streaming`.")
+    return rows
+
+
+def _stored(name: str, rows: IterableDataset, column: str) -> IterableDataset:
+    """The stream with pictures as they are stored."""
+    features: Any = rows.features
+    if not isinstance(features[column], Image):
+        raise SettingError(f"{name}: the column '{column}' holds {features[column]}: only pictures themselves can be streamed.")
+    return rows.cast_column(column, Image(decode=False))
+
+
+def _has_captions(row: dict[str, Any]) -> bool:
+    return bool(row["captions"])
+
+
+def _has_image(row: dict[str, Any]) -> bool:
+    return row["image"] is not None
