@@ -147,6 +147,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_after_the_last_whole_block(pictures, tmp_path, small_blocks, counted, one_thread):
     """SIGKILL in the second block; the file in the end is that of a run nobody disturbed, byte for byte."""
     whole, cut, reached = tmp_path / "whole", tmp_path / "cut", tmp_path / "reached"
@@ -180,6 +181,7 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_whole_block(pictures, tm
     assert first.read_bytes() == second.read_bytes() and first.name == second.name
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_its_end_and_its_refusals(pictures, tmp_path, small_blocks, counted, one_thread):
     one, two, broken, report = (tmp_path / name for name in ("one", "two", "broken", "report"))
     shutil.copytree(pictures, broken)

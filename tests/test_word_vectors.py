@@ -108,6 +108,7 @@ def test_the_file_gives_the_same_vectors_back(kind, tmp_path):
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_another_process_learns_the_same_numbers(tmp_path):
     """Whatever seed Python hashes strings with."""
     here, there = tmp_path / "here.txt", tmp_path / "there.txt"
