@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for a wrong usage, 0 for `--help`.
     """
-    args = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
+    args = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings(action="ignore"):
             return args.command(args)
@@ -104,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
 
+    commands.add_parser("train", help="train or fine-tune a captioner; --help lists its settings")
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -121,6 +126,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def _train(arguments: list[str]) -> int:
+    """Hands over to the training package, which reads its settings itself."""
+    try:
+        from .training.train import main as train
+    except ImportError as error:
+        print(f'attncap: training needs more packages: pip install "hf_attncap[train]" ({error})', file=sys.stderr)
+        return 1
+    return train(arguments)
 
 
 def _export_hub(args: argparse.Namespace) -> int:

@@ -291,7 +291,7 @@ def test_checkpointed_parts_run_again_in_the_backward_pass(frozen):
         part = model.get_submodule(name)
         part.register_forward_pre_hook(lambda *_: runs.update({name: runs.get(name, 0) + 1}))
 
-    block, step = "model.encoder.backbone.layer3.0.conv1", "model.decoder.attention.query_proj"
+    block, step = "model.encoder.backbone.layer3.0.conv1", "model.decoder.attention.region_score"
     count(block)
     count(step)
     model.gradient_checkpointing_enable()

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 class SettingError(ValueError):
     """A setting that the user has to change; its message is all that the command line shows."""
@@ -183,7 +185,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, CaptionTrainingArguments]:
-    """Arguments from `--config FILE.yaml` and the options behind it, which win.
+    """Arguments from `--config FILE.yaml`, a path or the name of one of `CONFIGS`, and the options behind it, which win.
 
     Raises:
         SettingError: for a config file that is missing, is no mapping or has unknown keys, which are named.
@@ -243,9 +245,11 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise SettingError(f"No such config file: {path}.")
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    shipped = {config.name: config for config in CONFIGS.glob("*.yaml")}
+    file = Path(path) if Path(path).is_file() else shipped.get(path)
+    if file is None:
+        raise SettingError(f"No such config file: {path}. Those that come with the package: {', '.join(sorted(shipped))}.")
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise SettingError(f"{path} must hold `setting: value` lines.")
     return settings
