@@ -1,4 +1,4 @@
-"""Every command and every Python snippet of the README and of docs/metrics.md runs, on generated data."""
+"""Every command and every Python snippet of the README, docs/metrics.md and training/README.md runs, on generated data."""
 
 import io
 import json
@@ -101,6 +101,25 @@ def test_shell_commands_of_the_metrics(folder):
         result = run(command, folder)
         assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
     assert "cider" in json.loads((folder / "scores.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_shell_commands_of_training(folder):
+    """From a folder of pictures to an exported captioner: five commands."""
+    pictures, lines = folder / "pictures", []
+    pictures.mkdir()
+    for n in range(10):
+        Image.new("RGB", (64, 48), (20 * n, 90, 200 - 20 * n)).save(pictures / f"{n}.jpg")
+        lines.append(json.dumps({"file_name": f"{n}.jpg", "captions": ["a dog runs", f"the dog {n} is running"]}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    commands = shell_commands("training/README.md")
+    assert len(commands) == 5
+    for command in commands:
+        if "attncap train --config" in command:
+            command += " --num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu True"
+        result = run(command, folder)
+        assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+    assert (folder / "runs" / "hub" / "modeling_attncap.py").exists()
 
 
 @pytest.mark.parametrize("snippet", blocks("python", "README.md") + blocks("python", "docs/metrics.md"))
