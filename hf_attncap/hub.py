@@ -39,6 +39,14 @@ COPIED = (
     "tokenizer_config.json",
     "README.md",
 )
+# transformers saves, beside a model that came with its code, the files that its own file imports: this makes the pipeline one.
+PIPELINE_COMES_ALONG = """
+
+from typing import TYPE_CHECKING  # noqa: E402
+
+if TYPE_CHECKING:
+    from .pipeline_attncap import AttnCapPipeline  # noqa: F401
+"""
 
 
 def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
@@ -76,6 +84,8 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
             *CODE.glob("*_attncap.py"),
         ]:
             shutil.copyfile(file, folder / file.name)
+        with (folder / "modeling_attncap.py").open("a", encoding="utf-8") as modeling:
+            modeling.write(PIPELINE_COMES_ALONG)
         _write(
             folder / "config.json",
             {**config, "auto_map": MODEL_CLASSES, "custom_pipelines": CUSTOM_PIPELINES},

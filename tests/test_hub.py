@@ -55,6 +55,7 @@ resaved = AutoModelForImageTextToText.from_pretrained(again, **trusted)
 with torch.no_grad():
     found["logits of parts saved again"] = resaved(**inputs).logits[0, -1].tolist()
 parts = [resaved, *(auto.from_pretrained(again, **trusted) for auto in (AutoModel, AutoConfig, AutoProcessor, AutoImageProcessor))]
+found["pipeline of parts saved again"] = pipeline("image-to-text", model=again, device="cpu", **trusted)(picture, num_beams=2)
 found["homes of parts saved again"] = [type(part).__module__ for part in parts]
 loaded = [AutoConfig, AutoImageProcessor, AutoTokenizer]
 found["classes"] = [type(auto.from_pretrained(folder, **trusted)).__name__ for auto in loaded]
@@ -122,7 +123,7 @@ def test_the_code_is_complete_and_names_what_exists(exported):
 def test_it_says_the_same_without_the_package(elsewhere, checkpoint, picture):
     captioner = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")
     expected = captioner(picture, num_beams=2)
-    for way in ("image-to-text", "without task", "saved again"):
+    for way in ("image-to-text", "without task", "saved again", "pipeline of parts saved again"):
         assert elsewhere[way][0]["generated_text"] == expected[0]["generated_text"]
         assert elsewhere[way][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
     continued = captioner(picture, text="a dog")[0]["generated_text"]
