@@ -131,7 +131,7 @@ def _count(text: str) -> int:
 def _train(arguments: list[str]) -> int:
     """Hands over to the training package, which reads its settings itself."""
     try:
-        from .training.train import main as train
+        from .training.train import main as train  # pyright: ignore[reportMissingImports]  # there once installed
     except ImportError as error:
         print(f'attncap: training needs more packages: pip install "hf_attncap[train]" ({error})', file=sys.stderr)
         return 1
