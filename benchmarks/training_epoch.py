@@ -29,7 +29,15 @@ MEAN_LENGTH, DEVIATION, LONGEST = 12.8, 3.4, 21  # of Flickr8k's captions, with 
 def captioner(words: int) -> AttnCapForConditionalGeneration:
     torch.manual_seed(0)
     config = AttnCapConfig(backbone="resnet152", vocab_size=words, freeze_backbone=True, dropout=0.0)
-    return AttnCapForConditionalGeneration(config).train()
+    model = AttnCapForConditionalGeneration(config)
+    # Random layers let the values grow without end until batch norm has seen some: half precision would not hold them.
+    norms = [module for module in model.model.encoder.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+    with torch.no_grad():
+        model.model.encoder.features(torch.randn(8, 3, SIDE, SIDE))
+    return model.train()
 
 
 def labels(captions: int, words: int) -> torch.Tensor:
