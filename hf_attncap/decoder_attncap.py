@@ -139,9 +139,8 @@ class OpenCell(nn.LSTMCell):
         return CellWeights(word_in, region_in, self.weight_hh, self.bias_ih, self.bias_hh)
 
 
-def _lstm(gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: CellWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """One LSTM step from the input's share of the gates (R, 4S), its bias included."""
-    gates = gates + F.linear(h, weights.state_in, weights.bias_state)  # (R, 4S)
+def lstm_step(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LSTM's h and c (R, S) after a step, from what its gates are fed (R, 4S) and c before it."""
     i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -228,7 +227,8 @@ class AttnCapDecoder(nn.Module):
             if self.gate is not None:
                 z = torch.sigmoid(self.gate(h)) * z  # (R, C)
             gates = word_gates[t] if beta is None else F.linear(x, weights.word_in, weights.bias_in)  # (R, 4S)
-            new_h, new_c = _lstm(gates + F.linear(z, weights.region_in), h, c, weights)  # (R, S)
+            gates = gates + F.linear(z, weights.region_in) + F.linear(h, weights.state_in, weights.bias_state)  # (R, 4S)
+            new_h, new_c = lstm_step(gates, c)  # (R, S)
             if attention_mask is not None:
                 is_word = attention_mask[:, t, None]  # (R, 1)
                 new_h, new_c = torch.where(is_word, new_h, h), torch.where(is_word, new_c, c)
@@ -282,4 +282,4 @@ class AttnCapDecoder(nn.Module):
         return torch.stack([F.pad(beta, (0, width - beta.shape[-1])) for beta in betas], dim=1)
 
 
-__all__ = ["AttnCapDecoder", "DualAttention", "OpenCell"]
+__all__ = ["AttnCapDecoder", "DualAttention", "OpenCell", "lstm_step"]

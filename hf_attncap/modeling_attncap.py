@@ -298,13 +298,10 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         want_attention = self.config.output_attentions if output_attentions is None else output_attentions
-        asked = (want_attention, output_hidden_states, use_cache, decoder_attention_mask, past_key_values)
-        if (
-            labels is not None
-            and decoder_input_ids is not None
-            and self.training
-            and not any(item is not None and item is not False for item in asked)
-        ):
+        want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        prompted = decoder_attention_mask is not None or past_key_values is not None
+        plain = not (want_attention or want_states or use_cache or prompted)
+        if self.training and plain and labels is not None and decoder_input_ids is not None:
             if encoder_outputs is None:
                 encoder_outputs = self.model.encoder(pixel_values, backbone_features)
             return self._learn(encoder_outputs[0], decoder_input_ids, labels, num_items_in_batch)
@@ -317,7 +314,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             past_key_values,
             use_cache=use_cache,
             output_attentions=want_attention or labels is not None,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=want_states,
             return_dict=True,
         )
         logits = self.lm_head(self.dropout(out.last_hidden_state))  # (R, T, V)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .decoder_attncap import AttnCapDecoder, lstm_step
+
 
 class PackedStates(NamedTuple):
     """What the decoder has for the P words that there are, of all captions.
@@ -77,7 +79,7 @@ class SharedLinear:
         return _Use.apply(x, self.weight, self.bias, self.uses)  # type: ignore[return-value]
 
 
-def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, lengths: torch.Tensor) -> PackedStates:
+def unroll_packed(decoder: AttnCapDecoder, input_ids: torch.Tensor, regions: torch.Tensor, lengths: torch.Tensor) -> PackedStates:
     """Unroll an `AttnCapDecoder` over captions of different lengths, without a cache.
 
     Images go by their longest caption, so that a step has the images that still need it: a slice. Of a caption that is shorter
@@ -118,9 +120,7 @@ def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, 
             z = torch.sigmoid(gate) * z  # (n, C)
         seen = z if word_gates else torch.cat([x, z], dim=-1)  # (n, C) or (n, E + C)
         gates = gates + from_input(seen) + (word_gates[t][:n] if word_gates else 0)  # (n, 4S)
-        i, f, g, o = gates.chunk(4, dim=-1)  # (n, S) each
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (n, S)
-        h = torch.sigmoid(o) * torch.tanh(c)  # (n, S)
+        h, c = lstm_step(gates, c)  # (n, S)
         states.append(h)
         glimpses.append(z)
         alphas.append(alpha)
@@ -135,7 +135,7 @@ def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, 
     return PackedStates(hidden, torch.cat(alphas)[wanted], rows[taken], steps)
 
 
-def _products(decoder: Any, e: torch.Tensor) -> tuple[SharedLinear, SharedLinear, Any, list[int]]:
+def _products(decoder: AttnCapDecoder, e: torch.Tensor) -> tuple[SharedLinear, SharedLinear, Any, list[int]]:
     """What the state is multiplied with, all in one; what the attended word and regions are; and the words' part, known at once.
 
     The sizes are those of what comes from the state: q (A), the gate (C, or 0) and its share of the LSTM's gates (4S).

@@ -59,6 +59,15 @@ def test_rows_without_a_label():
     assert_close(learn(model, 2, labels), learn(model, 2, labels, output_attentions=True), **EXACT)
 
 
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+def test_what_the_config_asks_for_comes_in_training_too(wanted):
+    model, labels = tiny(), captions([2, 5])
+    setattr(model.config, wanted, True)
+    out = model(backbone_features=torch.randn(2, 512, 2, 2).double(), labels=labels)
+    assert (out.decoder_hidden_states is not None) == (wanted == "output_hidden_states")
+    assert (out.cross_attentions is not None) == (wanted == "output_attentions")
+
+
 def test_nothing_is_said_behind_the_end():
     model, labels = tiny(), captions([2, 5])
     logits = model(backbone_features=torch.randn(2, 512, 2, 2).double(), labels=labels).logits
