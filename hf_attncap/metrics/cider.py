@@ -234,14 +234,13 @@ class CiderReward:
         if self._end_token != (ended is not None):
             need = "count the end of captions: say which samples `ended`" if self._end_token else "know no end: leave `ended` out"
             raise ValueError(f"The document frequencies {need}, or make them with end_token={not self._end_token}.")
-        if ended is not None:
-            if len(ended) != len(samples):
-                raise ValueError(f"{len(ended)} values of `ended` for {len(samples)} samples: give one for each.")
-            check_tokens(samples, "a sample")
-            samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
         if len(ids) != len(samples):
             raise ValueError(f"{len(ids)} ids for {len(samples)} samples: give the id of each sample's image.")
         check_tokens(samples, "a sample")
+        if ended is not None:
+            if len(ended) != len(samples):
+                raise ValueError(f"{len(ended)} values of `ended` for {len(samples)} samples: give one for each.")
+            samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
         images = np.array([self._place[name] for name in ids], dtype=np.int64)
         return self._cider.score_matches(self._cider.references.match(samples, images))
 

@@ -80,8 +80,7 @@ def _tokens(caption: str, by_rules: bool = False) -> list[str]:
 
 def _longest(seen: str, start: int) -> tuple[Rule, int] | None:
     """The rule that reads furthest from `start`, the upper one of several, and where its token ends."""
-    match = _scanner().match(seen, start)
-    spans = match.regs if match else ()
+    spans = _scanner().match(seen, start).regs  # type: ignore[union-attr]  # all groups may be empty
     ends = [end for _, end in spans[1::2]]
     furthest = max(ends)
     if furthest < 0:
