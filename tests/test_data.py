@@ -296,7 +296,7 @@ WRONG_FILES = {
         '{"image": "1.png", "image_id": 7, "captions": "x"}\n{"image": "2.png", "image_id": 7, "captions": "x"}\n',
         "1 images have one id but several files, lines 2",
     ),
-    "nothing": ("a.jsonl", "\n", "holds no image"),
+    "nothing": ("a.jsonl", "\n", "is empty; expected rows with a picture"),
     "list": ("a.json", '[{"image": "no.png", "captions": "x"}]', "1 images have no picture, rows 1"),
     "number": ("a.json", "5", "is of no kind that is known here"),
     "unknown kind": ("a.xyz", "image", "is of no kind that is known here"),

@@ -15,7 +15,7 @@ from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, A
 from hf_attncap.metrics import CaptionMetrics
 from training.arguments import DataArguments, parse_arguments
 from training.collator import CaptionCollator
-from training.data import augmented, load_split
+from training.data import augmented, load_data
 from training.features import cached_features
 from training.pack import pack
 from training.train import main
@@ -110,7 +110,7 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
 def scores_by_hand(folder, parquet, **settings) -> dict:
     """Scores of what a saved captioner says of each picture, one by one, against all raw captions of each."""
     model, processor = AttnCapForConditionalGeneration.from_pretrained(folder), AttnCapProcessor.from_pretrained(folder)
-    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
     said = {}
     for index, image in enumerate(rows["image"]):
         ids = model.generate(**processor(images=image, return_tensors="pt"), **settings)
@@ -174,7 +174,7 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
 
 
 def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):
-    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
     model = AttnCapForConditionalGeneration.from_pretrained_parts(
         AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
     ).eval()
@@ -188,7 +188,7 @@ def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processo
 
 
 def test_cache_is_not_used_for_other_weights_or_processing(parquet, processor, tmp_path):
-    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
     config = AttnCapForConditionalGeneration.config_class(vocab_size=20, **TINY)
     encoder = AttnCapForConditionalGeneration(config).model.encoder
     cached_features(encoder, processor.image_processor, rows, str(tmp_path))
@@ -245,11 +245,11 @@ def test_image_without_captions_is_named(tmp_path):
     rows = {"image": [{"bytes": picture("red"), "path": None}] * 2, "captions": [["a red square"], ["  "]]}
     Dataset.from_dict(rows).to_parquet(str(path))
     with pytest.raises(ValueError, match="1 images have no caption, rows 1"):
-        load_split(str(path), DataArguments(train_file=str(path)))
+        load_data(DataArguments(train_file=str(path)), 0)
 
 
 def test_augmented_pictures_differ_between_readings_and_captions_stay(parquet):
-    rows = load_split(str(parquet), DataArguments(train_file=str(parquet)))
+    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
     changed = augmented(rows, 32)
     assert changed[0]["captions"] == rows[0]["captions"]
     first, second = np.asarray(changed[0]["image"]), np.asarray(changed[0]["image"])

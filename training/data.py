@@ -126,11 +126,6 @@ def load_data(arguments: DataArguments, seed: int) -> CaptionData:
     )
 
 
-def load_split(path: str, arguments: DataArguments) -> Dataset:
-    """The training images of one file, as `load_data` gives them."""
-    return ready(assemble(read_file(path, arguments, "train")), arguments.skip_broken_images)
-
-
 def read_splits(arguments: DataArguments, seed: int) -> tuple[Split, Split | None]:
     """Training and validation images as they were found, their faults told but not raised."""
     sources = [file_source(arguments, role) if arguments.train_file else _table_source(arguments, role) for role in get_args(Role)]

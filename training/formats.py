@@ -4,15 +4,15 @@ import csv
 import glob
 import hashlib
 import io
-import json
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, Features, Image, Value, load_dataset
 
-from hf_attncap.metrics.files import CaptionFileError, read_references
+from hf_attncap.metrics.files import CaptionFileError, JsonLines, read_json, read_references, read_text
 
 from .arguments import DataArguments, SettingError
 
@@ -91,7 +91,7 @@ def read_file(path: str, arguments: DataArguments, role: Role) -> Source:
         return from_table(table, path, arguments, folder)
     if ending in (".csv", ".tsv"):
         return _from_records(path, _csv(path, "\t" if ending == ".tsv" else ","), arguments, folder, "lines")
-    if isinstance(content, _Lines):
+    if isinstance(content, JsonLines):
         return _from_records(path, content, arguments, folder, "lines")
     if isinstance(content, list):
         return _from_records(path, enumerate(content, 1), arguments, folder, "rows")
@@ -244,10 +244,8 @@ def _from_references(path: str, content: dict[str, Any], arguments: DataArgument
     split = choose_split(path, splits, role, arguments) if splits else _refuse_split(path, arguments, role)
     if splits and split is None:
         raise SettingError(f"{path} has no split for {role}, only {', '.join(splits)}: set `{role}_split` to one of them.")
-    try:
+    with _faults_told():
         references = read_references(path, split)
-    except CaptionFileError as error:
-        raise SettingError(f"{error}.") from error
     key = "filename" if splits else "file_name"
     files = {image_id: name for name, image_id in references.names[key].ids.items()} if key in references.names else {}
     if missing := [image_id for image_id in references.captions if image_id not in files]:
@@ -276,33 +274,26 @@ def _karpathy_splits(content: Any) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-class _Lines(list[tuple[int, Any]]):
-    """The values of a file of JSON lines with their line numbers."""
+@contextmanager
+def _faults_told() -> Iterator[None]:
+    """A file that cannot be read is for the user to change."""
+    try:
+        yield
+    except CaptionFileError as error:
+        raise SettingError(f"{error}.") from error
 
 
 def _json(path: str) -> Any:
-    """The JSON in a file, or its `_Lines`."""
-    if not Path(path).is_file():
-        raise SettingError(f"No such data file: {path}.")
-    text = _text(path)
-    try:
-        value = json.loads(text)
-        return _Lines([(1, value)]) if isinstance(value, dict) and "images" not in value else value
-    except ValueError as error:
-        whole = error
-    values = _Lines()
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                values.append((number, json.loads(line)))
-            except ValueError as error:
-                reason = error if values else whole
-                raise SettingError(f"{path}, line {number} is not well-formed JSON: {reason}.") from error
-    return values
+    """The JSON in a file, or its `JsonLines`."""
+    with _faults_told():
+        value = read_json(path, "rows with a picture and its captions, Karpathy's splits or COCO's annotations")
+    return JsonLines([(1, value)]) if isinstance(value, dict) and "images" not in value else value
 
 
 def _csv(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    with _faults_told():
+        text = read_text(path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for record in reader:
             if None in record or None in record.values():
@@ -313,12 +304,3 @@ def _csv(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, record
     except csv.Error as error:
         raise SettingError(f"{path}, line {reader.line_num} is not well-formed CSV: {error}.") from error
-
-
-def _text(path: str) -> str:
-    data = Path(path).read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SettingError(f"{path}, line {line} is not UTF-8 text: save the file as UTF-8.") from error

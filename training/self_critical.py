@@ -89,9 +89,7 @@ class SelfCriticalTrainer(CaptionTrainer):
         captioner: Any = self.model
         weight = self.args.cross_entropy_weight  # type: ignore[attr-defined]
         silence(captioner)
-        with self.accelerator.autocast():
-            pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
-            regions = captioner.base_model.encoder(**pictures).last_hidden_state  # (B, N, C)
+        regions = self._encode(inputs).last_hidden_state  # (B, N, C)
         samples = draw(captioner, regions, self.args.samples_per_image)  # type: ignore[attr-defined]  # (R, T)
         advantage = self._judge(samples, inputs["image_ids"])  # (R)
         logits = model(encoder_outputs=(regions,), labels=samples).logits  # (R, T, V)

@@ -78,11 +78,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         """
         captioner: Any = self.model
         labels = inputs["labels"]  # (R, T)
-        encoded = inputs.get("encoder_outputs")
-        if encoded is None:
-            pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
-            with self.accelerator.autocast():
-                encoded = (captioner.base_model.encoder(**pictures).last_hidden_state,)  # (B, N, C)
+        encoded = inputs.get("encoder_outputs") or (self._encode(inputs).last_hidden_state,)  # (B, N, C)
         true = captioner.prepare_decoder_input_ids_from_labels(labels)  # (R, T)
         with torch.no_grad():
             logits = policy(captioner, captioner(encoder_outputs=encoded, labels=labels).logits[:, :-1])  # (R, T - 1, V)
@@ -91,6 +87,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         swap = torch.rand(own.shape, device=own.device) < chance  # (R, T - 1)
         mixed = torch.cat([true[:, :1], torch.where(swap, own, true[:, 1:])], dim=1)  # (R, T)
         return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": labels}
+
+    def _encode(self, inputs: dict[str, Any]) -> Any:
+        """The encoder's output for the pictures of a batch: `pixel_values` or `backbone_features`."""
+        pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
+        with self.accelerator.autocast():
+            return self.model.base_model.encoder(**pictures)  # type: ignore[union-attr]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -120,9 +122,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         if not args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         prepared = self._prepare_inputs(inputs)
-        pictures = {name: prepared.pop(name, None) for name in ("pixel_values", "backbone_features")}
-        with torch.no_grad():
-            prepared["encoder_outputs"] = captioner.base_model.encoder(**pictures)  # `generate` takes no features
+        with torch.no_grad():  # `generate` takes no features
+            prepared = {"encoder_outputs": self._encode(prepared), "labels": prepared["labels"]}
         settings = gen_kwargs or dict(getattr(self, "_gen_kwargs", {}))
         longest = settings.pop("max_length", None)
         if longest is not None:  # a length would lose against the model's own `max_new_tokens`

@@ -152,7 +152,7 @@ def read_training(path: str | os.PathLike[str]) -> list[str]:
 def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
     """The rows of a file of any kind, and what to note about it."""
     notes: list[str] = []
-    content = _content(path)
+    content = read_json(path, _KINDS)
     is_object = isinstance(content, dict)
     if is_object and "images" in content and "annotations" not in content:
         rows, notes = _from_karpathy(path, content["images"], split)
@@ -165,7 +165,7 @@ def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
     elif is_object:
         places = {id: f"{path}, key {_show(id)}" for id in content}
         rows = [_Row(where, {_KEY: id}, _captions(where, content[id])) for id, where in places.items()]
-    elif isinstance(content, _Lines):
+    elif isinstance(content, JsonLines):
         rows = [_row(f"{path}, line {number}", row) for number, row in content]
     elif isinstance(content, list):
         rows = [_row(f"{path}, row {number}", row) for number, row in enumerate(content, 1)]
@@ -176,33 +176,42 @@ def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
     return rows, notes
 
 
-class _Lines(list[tuple[int, Any]]):
+class JsonLines(list[tuple[int, Any]]):
     """The values of a file of JSON lines with their line numbers."""
 
 
-def _content(path: str) -> Any:
-    """The JSON in a file, or its `_Lines`."""
-    text = _text(path)
+def read_json(path: str, expected: str) -> Any:
+    """The JSON in a file, or its `JsonLines`; "-" is standard input.
+
+    Raises:
+        CaptionFileError: the file cannot be read or is malformed, naming the place and what is `expected` there.
+    """
+    text = read_text(path)
     if not text.strip():
-        raise CaptionFileError(f"{path} is empty; expected {_KINDS}")
+        raise CaptionFileError(f"{path} is empty; expected {expected}")
     try:
         return _parse(text)
     except ValueError as error:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if len(lines) < 2 or not _is_json(lines[0][1]):
             raise CaptionFileError(
-                f"{path} is not well-formed JSON: {error}; expected {_KINDS} (`attncap caption` prints lines of JSON with --json)"
+                f"{path} is not well-formed JSON: {error}; expected {expected} (`attncap caption` prints lines of JSON with --json)"
             ) from error
-    values = _Lines()
+    values = JsonLines()
     for number, line in lines:
         try:
             values.append((number, _parse(line)))
         except ValueError as error:
-            raise CaptionFileError(f"{path}, line {number} is not well-formed JSON: {error}; expected {_ROW}") from error
+            raise CaptionFileError(f"{path}, line {number} is not well-formed JSON: {error}; expected an object a line") from error
     return values
 
 
-def _text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text in a file; "-" is standard input.
+
+    Raises:
+        CaptionFileError: the file cannot be read or is no text in UTF-8.
+    """
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             data = stream.read()
