@@ -87,6 +87,20 @@ def as_parquet_of_paths(folder: Path) -> dict:
     return {"train_file": folder / "train.parquet", "validation_file": folder / "validation.parquet", "image_column": "file"}
 
 
+def as_parquet_of_caption_columns(folder: Path) -> dict:
+    """A column for each caption, empty where an image has fewer; the last holds lists."""
+    for name, rows in (("train", ROWS), ("validation", VALIDATION)):
+        images = [{"bytes": picture(red), "path": None} for red, _ in rows]
+        columns = {"first": [texts[0] for _, texts in rows], "more": [texts[1:] or None for _, texts in rows]}
+        features = Features({"image": Picture(), "first": Value("string"), "more": List(Value("string"))})
+        Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(str(folder / f"{name}.parquet"))
+    return {
+        "train_file": folder / "train.parquet",
+        "validation_file": folder / "validation.parquet",
+        "captions_column": "first+more",
+    }
+
+
 def as_csv(folder: Path) -> dict:
     put_pictures(folder / "elsewhere", ROWS + VALIDATION)
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
@@ -182,6 +196,7 @@ WHOLE = [
     as_parquet,
     as_parquet_of_single_captions,
     as_parquet_of_paths,
+    as_parquet_of_caption_columns,
     as_csv,
     as_jsonl,
     as_karpathy,
@@ -192,7 +207,7 @@ WHOLE = [
     as_shards,
     as_shards_of_text,
 ]
-STREAMED = [as_parquet, as_image_folder, as_dataset_folder, as_shards, as_shards_of_text]
+STREAMED = [as_parquet, as_parquet_of_caption_columns, as_image_folder, as_dataset_folder, as_shards, as_shards_of_text]
 
 
 def data_arguments(**values) -> DataArguments:
@@ -553,6 +568,12 @@ def test_dataset_without_the_wanted_split(tmp_path):
         load_data(data_arguments(**as_saved_dataset(tmp_path), train_split="training"), 0)
     with pytest.raises(SettingError, match="is there to validate on: leave out `validation_share`"):
         load_data(data_arguments(dataset_name=tmp_path / "set", validation_share=0.5), 0)
+
+
+def test_a_missing_one_of_several_caption_columns_is_named(tmp_path):
+    settings = {**as_parquet_of_caption_columns(tmp_path), "captions_column": "first+second"}
+    with pytest.raises(SettingError, match="no column 'second', only image, first, more: set `captions_column`"):
+        load_data(data_arguments(**settings), 0)
 
 
 def test_column_of_ids_tells_images_apart(tmp_path):

@@ -83,7 +83,10 @@ class DataArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of their paths."})
     captions_column: str = field(
         default="captions",
-        metadata={"help": "Column of the captions, a list of strings an image, or one string (rows of an image are put together)."},
+        metadata={
+            "help": "Column of the captions, a list of strings an image, or one string (rows of an image are put together); "
+            "several columns of one row joined by '+'."
+        },
     )
     image_id_column: str | None = field(
         default=None,

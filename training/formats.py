@@ -4,7 +4,7 @@ import csv
 import glob
 import hashlib
 import io
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +115,8 @@ def from_table(table: Dataset, name: str, arguments: DataArguments, folder: Path
     ids: list[Any] = [None] * len(table)
     if id_column := id_column_of(columns, arguments):
         ids = [None if value is None else str(value) for value in table[id_column][:]]
-    captions = [caption_list(f"{name}, row {row}", value) for row, value in enumerate(table[arguments.captions_column][:])]
+    texts = zip(*(table[column][:] for column in captions_columns(arguments)))
+    captions = [row_captions(f"{name}, row {row}", values) for row, values in enumerate(texts)]
     pictures = None
     if isinstance(feature := table.features[arguments.image_column], Value) and feature.dtype in ("string", "large_string"):
         paths = [value and str(folder / value) for value in table[arguments.image_column][:]]
@@ -171,10 +172,27 @@ def shard_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
 
 
 def check_columns(name: str, columns: Iterable[str], arguments: DataArguments) -> None:
-    for setting in ("image_column", "captions_column", "image_id_column"):
-        column = getattr(arguments, setting)
+    wanted = [("image_column", arguments.image_column), ("image_id_column", arguments.image_id_column)]
+    wanted += [("captions_column", column) for column in captions_columns(arguments)]
+    for setting, column in wanted:
         if column and column not in columns:
             raise SettingError(f"{name} has no column '{column}', only {', '.join(columns)}: set `{setting}` to one of them.")
+
+
+def captions_columns(arguments: DataArguments) -> list[str]:
+    """The columns that hold captions."""
+    return arguments.captions_column.split("+")
+
+
+def row_captions(where: str, values: Sequence[Any]) -> tuple[list[str], bool]:
+    """The captions in a row's caption columns, and whether they are one text.
+
+    Raises:
+        SettingError: if a column holds anything else than text, lists of text and nothing.
+    """
+    if len(values) == 1:
+        return caption_list(where, values[0])
+    return [caption for value in values for caption in caption_list(where, value)[0]], False
 
 
 def id_column_of(columns: Iterable[str], arguments: DataArguments) -> str | None:
@@ -233,7 +251,7 @@ def _from_records(path: str, records: Iterable[tuple[int, Any]], arguments: Data
             raise SettingError(f"{where}: `{arguments.image_column}` is {image!r:.60}; expected the path of a picture.")
         id_column = id_column_of(record, arguments)
         image_id = record[id_column] if id_column else None
-        captions, single = caption_list(where, record[arguments.captions_column])
+        captions, single = row_captions(where, [record[column] for column in captions_columns(arguments)])
         entries.append(Entry(number, str(folder / image), None if image_id is None else str(image_id), captions, single))
     return Source(path, unit, entries)
 

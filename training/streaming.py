@@ -12,13 +12,14 @@ from .arguments import DataArguments, SettingError
 from .data import WAY_OUT, CaptionData, assemble, decoded, file_source, ready
 from .formats import (
     Source,
-    caption_list,
+    captions_columns,
     check_columns,
     choose_split,
     from_table,
     id_column_of,
     image_folder,
     load_shards,
+    row_captions,
     shard_captions,
     shard_image_column,
 )
@@ -48,7 +49,7 @@ class Reading:
         if self.shards:
             captions = shard_captions(row, self.arguments)
         else:
-            captions, _ = caption_list(f"image {name}", row[self.arguments.captions_column])
+            captions, _ = row_captions(f"image {name}", [row[column] for column in captions_columns(self.arguments)])
         captions = [caption for caption in captions if caption.strip()]
         if not captions:
             self.leave_out(f"image {name}: there is no caption")
