@@ -495,6 +495,7 @@ def test_run_from_each_way_in(make, more, tmp_path):
         "eval_steps": 2,
         "predict_with_generate": True,
         "report_to": "none",
+        "sample_images": 0,
         "use_cpu": True,
     }
     assert main([*(word for key, value in values.items() for word in (f"--{key}", str(value))), *more]) == 0

@@ -444,6 +444,7 @@ def options(warm, parquet, output, **more) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "sample_images": 0,
         "use_cpu": True,
         **more,
     }

@@ -75,6 +75,7 @@ def options(parquet, output, **more) -> list[str]:
         "learning_rate": 0.02,
         "num_train_epochs": 2,
         "report_to": "none",
+        "sample_images": 0,
         "use_cpu": True,
         **more,
     }

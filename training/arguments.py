@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -131,6 +132,13 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`; default: never."},
     )
+    sample_images: int = field(
+        default=4,
+        metadata={
+            "help": "Captions of so many validation images, with where the model looked, go to `output_dir/samples` at every "
+            "evaluation; 0: none."
+        },
+    )
     self_critical: bool = field(
         default=False, metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."}
     )
@@ -158,8 +166,11 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError(f"`scheduled_sampling_steps` is {self.scheduled_sampling_steps}: it must be at least 1.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
+        if self.sample_images < 0:
+            raise SettingError(f"`sample_images` is {self.sample_images}: it must be at least 0.")
         self._check_early_stopping()
         self._check_self_critical()
+        self._check_trackers()
 
     def _check_early_stopping(self) -> None:
         if self.early_stopping_patience is None:
@@ -185,6 +196,14 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
         if self.scheduled_sampling and not self.cross_entropy_weight:
             raise SettingError("`scheduled_sampling` is for the cross-entropy: set `cross_entropy_weight` or leave it out.")
+
+    def _check_trackers(self) -> None:
+        """The Trainer would find out when all data are loaded."""
+        try:
+            for tracker in get_reporting_integration_callbacks(self.report_to):
+                tracker()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise SettingError(f"`report_to`: {error}") from error
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, CaptionTrainingArguments]:

@@ -28,6 +28,10 @@ class WeightAverage(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.average.update_parameters(self.model)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.average.module.parameters())
+
     @torch.no_grad()
     def hand_over(self) -> None:
         """The average into the model."""

@@ -9,6 +9,8 @@ import torch
 
 from hf_attncap.processing_attncap import AttnCapProcessor
 
+from .chance import Chance
+
 
 @dataclass
 class CaptionCollator:
@@ -16,13 +18,15 @@ class CaptionCollator:
 
     Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B * k, T) int64 with words,
     end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer. With
-    `with_image_ids` also the images' own `image_id`s, as a list `image_ids`.
+    `with_image_ids` also the images' own `image_id`s, as a list `image_ids`. With `chance`, which needs ids as well, it decides
+    what is drawn, else Python's own generator.
     """
 
     processor: AttnCapProcessor
     captions_per_image: int = 5
     max_words: int = 20
     with_image_ids: bool = False
+    chance: Chance | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
@@ -32,14 +36,15 @@ class CaptionCollator:
         else:
             images = [row["image"] for row in rows]
             batch.update(self.processor(images=images, return_tensors="pt"))  # (B, 3, height, width)
-        captions = [caption for row in rows for caption in self._draw(row["captions"])]
+        captions = [caption for row in rows for caption in self._draw(row)]
         labels = self.processor(text_target=captions, max_target_length=self.max_words, return_tensors="pt")["labels"]
         batch["labels"] = labels  # (B * k, T)
         if self.with_image_ids:
             batch["image_ids"] = [row["image_id"] for row in rows]
         return batch
 
-    def _draw(self, captions: list[str]) -> list[str]:
-        captions = [caption for caption in captions if caption.strip()]
+    def _draw(self, row: dict[str, Any]) -> list[str]:
+        captions = [caption for caption in row["captions"] if caption.strip()]
         whole, rest = divmod(self.captions_per_image, len(captions))
-        return captions * whole + random.sample(captions, rest)
+        generator: Any = self.chance.of(row["image_id"]) if self.chance else random
+        return captions * whole + generator.sample(captions, rest)

@@ -91,7 +91,10 @@ class SelfCriticalTrainer(CaptionTrainer):
         silence(captioner)
         regions = self._encode(inputs).last_hidden_state  # (B, N, C)
         samples = draw(captioner, regions, self.args.samples_per_image)  # type: ignore[attr-defined]  # (R, T)
-        advantage = self._judge(samples, inputs["image_ids"])  # (R)
+        advantage = torch.zeros(len(samples), device=samples.device)  # (R); 0 for images without an id: an earlier batch had them
+        if inputs["image_ids"]:
+            counted = len(inputs["image_ids"]) * self.args.samples_per_image  # type: ignore[attr-defined]
+            advantage[:counted] = self._judge(samples[:counted], inputs["image_ids"])
         logits = model(encoder_outputs=(regions,), labels=samples).logits  # (R, T, V)
         loss = self_critical_loss(policy(captioner, logits), samples, advantage) / self._samples
         loss = loss * self.accelerator.num_processes  # whose gradients are averaged

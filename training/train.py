@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import EarlyStoppingCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import caption_compute_metrics
@@ -25,12 +25,17 @@ from .arguments import (
     parse_arguments,
     refuse_without_validation,
 )
+from .chance import Chance
+from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
 from .data import CaptionData, augmented, load_data
 from .features import cached_features
 from .inspection import inspect_data
 from .processes import on_main_process
+from .samples import SampleCaptions
 from .self_critical import SelfCriticalTrainer
+from .sharing import HubSharing
+from .stopping import EarlyStopping
 from .streaming import load_stream
 from .trainer import CaptionTrainer
 from .vocabulary import build_tokenizer, word_coverage
@@ -135,6 +140,9 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     """One run: data, captioner, Trainer, saved checkpoint; returns the metrics, which are also in `metrics.json`."""
     if training.self_critical and not model_arguments.model_name_or_path:
         raise SettingError("`self_critical` goes on from a captioner that was trained before: give `--model_name_or_path`.")
+    if training.fp16 and training.device.type == "cpu":
+        raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
+    sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
     set_seed(training.seed)
     output = Path(str(training.output_dir))
     splits, captions = _load(data, training)
@@ -149,33 +157,45 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         raise SettingError(
             "`augment` changes pictures at every reading, which `feature_cache` reads only once: choose one of them."
         )
+    chance = Chance(training.seed)
     if data.augment:
-        train_split = augmented(train_split, processor.image_processor.size["height"])
+        train_split = augmented(train_split, processor.image_processor.size["height"], chance)
     training.remove_unused_columns = False
+    training.use_cache = True  # the Trainer would switch it off in the checkpoints
+    training.logging_nan_inf_filter = False
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     workers = training.dataloader_num_workers
+    collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
         train_dataset=_rows(train_split, model, processor, data.feature_cache, workers),
         eval_dataset=_rows(validation, model, processor, data.feature_cache, workers) if validation else None,
-        data_collator=CaptionCollator(processor, data.captions_per_image, data.max_words, with_image_ids=training.self_critical),
+        data_collator=collator,
+        eval_data_collator=replace(collator, chance=Chance(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
         compute_metrics=_caption_scores(validation, processor) if validation and training.predict_with_generate else None,
-        callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
+        callbacks=[chance, *sharing, *([EarlyStopping(patience)] if patience is not None else [])],
     )
+    alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a process that has all the weights
+    if validation and training.sample_images and alone:
+        images = validation.select(range(min(training.sample_images, len(validation))))
+        trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "last"):
-        resume = get_last_checkpoint(str(output)) if output.is_dir() else None
+        last = last_checkpoint(output)
+        resume = str(last) if last else None
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
-    model.config.use_cache = True  # the Trainer switched it off, and would save that
     trainer.save_model()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(output)
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(metrics, indent=2) + "\n"
+        with writing(output, "metrics.json", len(text)), replacing(output) as files:
+            trainer.state.save_to_json(str(files / "trainer_state.json"))
+            (files / "metrics.json").write_text(text, encoding="utf-8")
+    for upload in sharing:
+        upload.finish()
     return metrics
 
 

@@ -1,27 +1,42 @@
 """transformers' Trainer for captioners: a rate of its own for the backbone, scheduled sampling, averaged weights, captions."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import has_length
+
+from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from .averaging import WeightAverage
+from .resumable import ResumableTrainer
 
 
-class CaptionTrainer(Seq2SeqTrainer):
+class CaptionTrainer(ResumableTrainer):
     """`Seq2SeqTrainer` for captioners.
 
     The backbone's parameters may learn at `encoder_learning_rate`. With `predict_with_generate`, evaluation generates one caption
     an image, from `pixel_values` or `backbone_features`, with the model's own generation settings but for
     `generation_num_beams` and `generation_max_length` (in tokens, the start token included) where they are given.
 
+    Batches of evaluations are made by `eval_data_collator`, if there is one.
+
     With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
     With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
     """
 
     _average: WeightAverage | None = None
+    _evaluated: torch.Tensor  # the losses of all words added up, and their number
+
+    def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._eval_data_collator = eval_data_collator or self.data_collator
+        order = self.accelerator.dataloader_config
+        order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # one for all, unlike the noise
+        self.add_callback(OwnNoise())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         decay = self.args.ema_decay  # type: ignore[attr-defined]
@@ -42,6 +57,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         with self._average.in_model() if self._average else nullcontext():
             return super().evaluate(*args, **kwargs)
 
+    def _checkpoint_size(self) -> int:
+        return super()._checkpoint_size() + (self._average.nbytes if self._average else 0)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._average is None:
             return super().save_model(output_dir, _internal_call)
@@ -54,6 +72,39 @@ class CaptionTrainer(Seq2SeqTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._average is not None:
             self._average.resume(resume_from_checkpoint)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        own, self.data_collator = self.data_collator, self._eval_data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = own
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the base class does, but that the loss is the mean over all words, however many each batch and process has."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._evaluated.to(self.args.device, torch.float32)
+        loss, words = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / words
+        return output
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._each_once, epoch_iterator), num_batches, device)
+
+    def _each_once(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without the labels and ids of images that an earlier batch had: several processes fill the last one up."""
+        accelerator = self.accelerator
+        loader = accelerator.gradient_state.active_dataloader if accelerator.gradient_state.end_of_dataloader else None
+        filled = accelerator.num_processes > 1 and accelerator.even_batches and not self.args.dataloader_drop_last
+        if not filled or loader is None or not has_length(loader.dataset):
+            return batch
+        size = len(batch["pixel_values"] if "pixel_values" in batch else batch["backbone_features"])
+        new = new_images(len(loader.dataset), size, accelerator.num_processes, accelerator.process_index)
+        labels = batch["labels"].unflatten(0, (size, -1)).clone()  # (B, k, T)
+        labels[new:] = IGNORED_LABEL
+        ids = {name: batch[name][:new] for name in ("image_ids",) if name in batch}
+        return {**batch, **ids, "labels": labels.flatten(0, 1)}
 
     def compute_loss(
         self,
@@ -119,20 +170,47 @@ class CaptionTrainer(Seq2SeqTrainer):
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         args: Any = self.args
         captioner: Any = self.model
+        prepared = self._prepare_inputs(self._each_once(inputs))
+        labels = prepared["labels"]  # (B * k, T)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            encoded = self._encode(prepared)  # `generate` takes no features
+            loss = model(encoder_outputs=encoded, labels=labels, num_items_in_batch=1).loss  # the sum over all words
+        self._evaluated += torch.tensor([float(loss), float((labels != IGNORED_LABEL).sum())])
         if not args.predict_with_generate or prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        prepared = self._prepare_inputs(inputs)
-        with torch.no_grad():  # `generate` takes no features
-            prepared = {"encoder_outputs": self._encode(prepared), "labels": prepared["labels"]}
+            return loss, None, None
         settings = gen_kwargs or dict(getattr(self, "_gen_kwargs", {}))
         longest = settings.pop("max_length", None)
         if longest is not None:  # a length would lose against the model's own `max_new_tokens`
             settings["max_new_tokens"] = longest - 1
         own = copy.deepcopy(captioner.generation_config)
+        pictures = {"encoder_outputs": encoded}
         try:
-            return super().prediction_step(model, prepared, False, ignore_keys=ignore_keys, **settings)
+            _, ids, _ = super().prediction_step(model, pictures, False, ignore_keys=ignore_keys, **settings)
         finally:
             captioner.generation_config = own  # the base class fills in its defaults, which the checkpoint must not hold
+        return loss, ids, labels
+
+
+class OwnNoise(TrainerCallback):
+    """Each process draws dropout masks and captions of its own; from the one seed that all begin with, all would draw the same.
+
+    A run that goes on from a checkpoint takes its random numbers from there afterwards.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index:
+            set_seed(args.seed + args.process_index)
+
+
+def new_images(images: int, size: int, processes: int, rank: int) -> int:
+    """How many of the `size` images of a process's last batch, the first ones, no batch had before.
+
+    Args:
+        images: of the dataset.
+        rank: of the process; the batches of all processes in their order make the last one.
+    """
+    last = images % (size * processes) or size * processes
+    return min(max(last - rank * size, 0), size)
 
 
 def policy(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
