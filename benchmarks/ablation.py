@@ -1,0 +1,176 @@
+"""What each choice of the model is worth: a run for every row of `ablation.yaml` and seed, scored and compared.
+
+    python benchmarks/ablation.py --train_file train.parquet --validation_file validation.parquet \
+        --backbone_weights mobilenet_v2.safetensors --runs runs/ablation --results model_card/results/ablation
+
+Runs that were interrupted go on, results that are there are kept: start it again until all rows are done. `--table` prints what
+the results say so far.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from hf_attncap.metrics import CaptionMetrics
+from hf_attncap.metrics.score import CaptionScores
+from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
+from training.arguments import CONFIGS, DataArguments
+from training.data import load_data
+
+ROOT = Path(__file__).parents[1]
+PLAN = Path(__file__).with_suffix(".yaml")
+OF_A_ROW = {"what", "against", "seeds"}  # the rest are settings of its run
+SCORES = ("bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words", "vocabulary")
+TIMES_100 = {"bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words"}
+
+logger = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """A row of the table: `settings` are those of its runs, over the base's."""
+
+    name: str
+    what: str
+    against: str | None
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+def read_plan() -> list[Row]:
+    plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+    base = yaml.safe_load((CONFIGS / plan["base"]).read_text(encoding="utf-8"))
+    rows = []
+    for name, row in plan["rows"].items():
+        own = {key: value for key, value in row.items() if key not in OF_A_ROW}
+        settings = {**base, **plan["settings"], **own, "model_config": {**base["model_config"], **row.get("model_config", {})}}
+        rows.append(Row(name, row["what"], row.get("against"), row.get("seeds", plan["seeds"]), settings))
+    return rows
+
+
+def runs(rows: list[Row]) -> Iterator[tuple[Row, int]]:
+    """First seeds of all rows first, so that the table is whole early."""
+    for place in range(max(len(row.seeds) for row in rows)):
+        yield from ((row, row.seeds[place]) for row in rows if place < len(row.seeds))
+
+
+def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, caption the validation images with the checkpoint, score: what the results file of a run holds."""
+    folder = Path(args.runs) / f"{row.name}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "settings.yaml"
+    config.write_text(yaml.safe_dump(row.settings), encoding="utf-8")
+    files = {name: getattr(args, name) for name in ("train_file", "validation_file", "backbone_weights")}
+    options = {**files, "feature_cache": args.runs, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "last"}
+    start = time.monotonic()
+    if not (folder / "metrics.json").exists():
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "training.train", "--config", str(config), "--disable_tqdm", "true", *words]
+        subprocess.run(command, cwd=ROOT, check=True)
+    seconds = time.monotonic() - start
+    captions, scores = caption(folder, args.validation_file)
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return {
+        "row": row.name,
+        "seed": seed,
+        "settings": row.settings,
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "seconds_of_the_last_start": round(seconds),
+        "scores": {name: float(value) for name, value in scores.items()},
+        "loss": [{"step": entry["step"], "loss": round(entry["loss"], 4)} for entry in log if "loss" in entry],
+        "captions": captions,
+    }
+
+
+def caption(folder: Path, validation_file: str) -> tuple[dict[str, str], CaptionScores]:
+    """A captioner's captions of the validation images, with its own settings, and their scores."""
+    from hf_attncap import Captioner
+
+    images: Any = load_data(DataArguments(train_file=validation_file), seed=0).train
+    captioner = Captioner.from_pretrained(folder)
+    captions: dict[str, str] = {}
+    for start in range(0, len(images), 50):
+        rows = images[start : start + 50]
+        results = captioner.caption(rows["image"], batch_size=50)
+        captions |= zip(rows["image_id"], (result.text for result in results))
+    references = dict(zip(images["image_id"], images["captions"]))
+    return captions, CaptionMetrics(references).score(captions)
+
+
+def table(rows: list[Row], results: Path, validation_file: str) -> str:
+    """Means over the seeds, their range, and CIDEr against the neighbour with its 95 % interval, as Markdown."""
+    images = load_data(DataArguments(train_file=validation_file), seed=0).train
+    metrics = CaptionMetrics(dict(zip(images["image_id"], images["captions"])))
+    scores = {row.name: [metrics.score(found["captions"]) for found in _results(row, results)] for row in rows}
+    lines = [
+        "| row | what | seeds | " + " | ".join(name.replace("_", " ") for name in SCORES) + " | CIDEr against | p |",
+        "|---|---|---|" + "---|" * len(SCORES) + "---|---|",
+    ]
+    for row in rows:
+        if not scores[row.name]:
+            continue
+        values = [_spread(name, [score[name] for score in scores[row.name]]) for name in SCORES]
+        difference = ["", ""]
+        if row.against and scores[row.against]:
+            found = against(scores[row.against], scores[row.name])
+            interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+            difference = [f"{row.against}: {100 * found.difference:+.1f} ({interval})", f"{found.p:.3f}"]
+        lines.append("| " + " | ".join([row.name, row.what, str(len(scores[row.name])), *values, *difference]) + " |")
+    return "\n".join(lines)
+
+
+def against(first: list[CaptionScores], second: list[CaptionScores]) -> Comparison:
+    """CIDEr of two rows, each image's averaged over the row's seeds, by the paired bootstrap."""
+    averaged = [np.mean([score.per_image["cider"] for score in scores], axis=0) for scores in (first, second)]
+    return paired_bootstrap(*([means({"cider": cider})] for cider in averaged))["cider"]
+
+
+def _results(row: Row, results: Path) -> list[dict[str, Any]]:
+    files = [results / f"{row.name}-seed{seed}.json" for seed in row.seeds]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def _spread(name: str, values: list[float]) -> str:
+    scale = 100 if name in TIMES_100 else 1
+    middle = f"{scale * statistics.mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({scale * min(values):.1f} to {scale * max(values):.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file")
+    parser.add_argument("--validation_file", required=True)
+    parser.add_argument("--backbone_weights")
+    parser.add_argument("--runs", help="folder for checkpoints and cached maps")
+    parser.add_argument("--results", required=True, type=Path, help="folder for a JSON file a run")
+    parser.add_argument("--only", nargs="*", help="rows to run; default: all")
+    parser.add_argument("--table", action="store_true", help="print what the results say; no training")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    rows = read_plan()
+    if args.table:
+        print(table(rows, args.results, args.validation_file))
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    for row, seed in runs([row for row in rows if not args.only or row.name in args.only]):
+        file = args.results / f"{row.name}-seed{seed}.json"
+        if not file.exists():
+            logger.info("%s, seed %d", row.name, seed)
+            found = run(row, seed, args)
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            logger.info("%s, seed %d: CIDEr %.1f", row.name, seed, 100 * found["scores"]["cider"])
+
+
+if __name__ == "__main__":
+    main()

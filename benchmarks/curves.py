@@ -1,0 +1,61 @@
+"""Curves of training runs: what was learned (loss, or the reward of samples) and CIDEr of the validation captions.
+
+    python benchmarks/curves.py runs/decoder runs/encoder runs/self_critical --output curves.png --log training_log.json
+
+Each folder is the output of a run, with its `trainer_state.json`. The log is what the picture shows, as JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+KEPT = ("loss", "reward", "sample_length", "learning_rate", "eval_loss", "eval_cider", "eval_bleu_4", "eval_vocabulary")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log with what is kept of them, `step` first."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    entries = [{name: round(entry[name], 5) for name in ("step", *KEPT) if name in entry} for entry in history]
+    return [entry for entry in entries if len(entry) > 1]
+
+
+def plot(name: str, log: list[dict[str, Any]], above: Axes, below: Axes) -> None:
+    learned = "reward" if any("reward" in entry for entry in log) else "loss"
+    for axes, curves in ((above, (learned, f"eval_{learned}")), (below, ("eval_cider",))):
+        for curve in curves:
+            points = [(entry["step"], entry[curve]) for entry in log if curve in entry]
+            if points:
+                scale = 100 if curve == "eval_cider" else 1
+                label = curve.replace("eval_", "validation ").replace("cider", "CIDEr").replace("reward", "reward of samples")
+                axes.plot(
+                    *zip(*((step, scale * value) for step, value in points)), marker="." * curve.startswith("eval"), label=label
+                )
+        if axes.lines:
+            axes.legend()
+        axes.grid(alpha=0.3)
+    above.set_title(name)
+    below.set_xlabel("step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--output", required=True, help="the picture; its ending says how")
+    parser.add_argument("--log", type=Path)
+    args = parser.parse_args()
+    logs = {folder.name: read_log(folder) for folder in args.folders}
+    figure = Figure((4.5 * len(logs), 5.5), layout="constrained")
+    axes = figure.subplots(2, len(logs), squeeze=False)
+    for place, (name, log) in enumerate(logs.items()):
+        plot(name, log, *axes[:, place])
+    figure.savefig(args.output, dpi=100)
+    if args.log:
+        args.log.write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

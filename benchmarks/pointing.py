@@ -1,0 +1,214 @@
+"""Does the attention look at what the words name? The pointing game on generated scenes whose objects have known places.
+
+    python benchmarks/pointing.py --backbone_weights mobilenet_v2.safetensors --runs runs/pointing --output pointing.json
+
+A scene has three or four objects of different shapes and colours in some of the nine cells of a grid. A captioner of each
+`word_attention` learns from scenes and names the objects of others, whose cells were never taken together in training. For each
+shape that it names and that is there, a hit is a step whose highest region weight, at its region's centre, lies in that
+object's box (Zhang et al., 2018, "Top-down neural attention by excitation backprop"). Chance is the share of all regions whose
+centres lie in it.
+"""
+
+import argparse
+import io
+import json
+import logging
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+SIDE = 224
+CELL = SIDE // 3
+COLOURS = {
+    "red": (205, 35, 35),
+    "green": (30, 150, 50),
+    "blue": (40, 70, 205),
+    "yellow": (235, 205, 40),
+    "purple": (130, 50, 160),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
+KINDS = ("none", "score", "channel", "history")
+HELD_OUT = 5  # of that many sets of cells, one is kept for the test
+
+logger = logging.getLogger(__name__)
+
+
+class Thing(NamedTuple):
+    """An object of a scene; its box is (left, top, right, bottom) in pixels."""
+
+    shape: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+
+def layouts(count: int, held_out: bool) -> list[tuple[int, ...]]:
+    """The sets of `count` cells of the nine that are for the test, or for training."""
+    found = list(combinations(range(9), count))
+    return [cells for place, cells in enumerate(found) if (place % HELD_OUT == 0) == held_out]
+
+
+def scene(random: np.random.Generator, held_out: bool) -> tuple[Image.Image, list[Thing]]:
+    """A picture and its objects, no two of one shape or colour."""
+    count = int(random.integers(3, 5))
+    choices = layouts(count, held_out)
+    cells = random.permutation(choices[random.integers(len(choices))])
+    shapes, colours = random.permutation(SHAPES)[:count], random.permutation(list(COLOURS))[:count]
+    ground = random.integers(150, 256, 3) + random.normal(0, 8, (SIDE, SIDE, 3))
+    image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+    things = []
+    for cell, shape, colour in zip(cells, shapes, colours):
+        size = int(random.integers(44, CELL - 6))
+        left, top = (int(place * CELL + random.integers(0, CELL - size)) for place in (cell % 3, cell // 3))
+        thing = Thing(str(shape), str(colour), (left, top, left + size, top + size))
+        draw(ImageDraw.Draw(image), thing)
+        things.append(thing)
+    return image, things
+
+
+def draw(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
+    left, top, right, bottom = thing.box
+    middle, third, fill = (left + right) // 2, (right - left) // 3, COLOURS[thing.colour]
+    if thing.shape == "circle":
+        canvas.ellipse(thing.box, fill=fill)
+    elif thing.shape == "ring":
+        canvas.ellipse(thing.box, outline=fill, width=third // 2)
+    elif thing.shape == "square":
+        canvas.rectangle(thing.box, fill=fill)
+    elif thing.shape == "triangle":
+        canvas.polygon([(middle, top), (right, bottom), (left, bottom)], fill=fill)
+    elif thing.shape == "bar":
+        canvas.rectangle((left, top + third, right, bottom - third), fill=fill)
+    else:
+        canvas.rectangle((left, top + third, right, bottom - third), fill=fill)
+        canvas.rectangle((left + third, top, right - third, bottom), fill=fill)
+
+
+def captions(random: np.random.Generator, things: list[Thing], count: int = 5) -> list[str]:
+    """The objects named in any order, so that no place in a caption belongs to a place in the picture."""
+    found = []
+    for _ in range(count):
+        names = [f"a {things[i].colour} {things[i].shape}" for i in random.permutation(len(things))]
+        found.append(" , ".join(names[:-1]) + f" and {names[-1]}")
+    return found
+
+
+def write_scenes(path: Path, count: int, seed: int) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        random = np.random.default_rng(seed)
+        for number in range(count):
+            image, things = scene(random, held_out=False)
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            yield {
+                "image": {"bytes": buffer.getvalue(), "path": None},
+                "captions": captions(random, things),
+                "image_id": str(number),
+            }
+
+    Dataset.from_list(list(rows())).to_parquet(str(path))
+
+
+def train(kind: str, seed: int, args: argparse.Namespace, scenes: Path) -> Path:
+    """A captioner for generated scenes; the run goes on where it was interrupted."""
+    folder = args.runs / f"{kind}-seed{seed}"
+    if (folder / "metrics.json").exists():
+        return folder
+    options = {
+        "config": "flickr8k_mobilenet_v2_decoder.yaml",
+        "train_file": scenes,
+        "backbone_weights": args.backbone_weights,
+        "feature_cache": args.runs,
+        "output_dir": folder,
+        "model_config": json.dumps({"word_attention": kind, "alpha_c": args.alpha_c, "label_smoothing": 0.0}),
+        "min_count": 1,
+        "seed": seed,
+        "num_train_epochs": args.epochs,
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "resume_from_checkpoint": "last",
+        "disable_tqdm": True,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "training.train", *words], cwd=ROOT, check=True)
+    return folder
+
+
+def point(folder: Path, count: int, seed: int) -> dict[str, float]:
+    """The pointing game of a captioner on `count` scenes that it never saw."""
+    from hf_attncap import Captioner
+
+    captioner = Captioner.from_pretrained(folder)
+    random = np.random.default_rng(seed)
+    scenes = [scene(random, held_out=True) for _ in range(count)]
+    hits, chances, named, there, sharpness = [], [], 0, 0, []
+    for start in range(0, count, 50):
+        part = scenes[start : start + 50]
+        for (_, things), result in zip(part, captioner.caption([image for image, _ in part], batch_size=50)):
+            places = {thing.shape: thing for thing in things}
+            there += len(things)
+            pairs = dict(zip(result.words[1:], zip(result.words, result.attention[1:])))
+            for shape, (colour, weights) in pairs.items():
+                if shape not in places:
+                    continue
+                named += places[shape].colour == colour
+                inside = within(places[shape].box, weights.shape)
+                hits.append(bool(inside.flat[weights.argmax()]))
+                chances.append(inside.mean())
+                sharpness.append(weights.max() * weights.size)
+    return {
+        "hits": statistics.fmean(hits),
+        "chance": float(np.mean(chances)),
+        "shapes": len(hits) / there,
+        "shapes_with_colour": named / there,
+        "peak_times_even": float(np.mean(sharpness)),
+    }
+
+
+def within(box: tuple[int, int, int, int], grid: tuple[int, ...]) -> np.ndarray:
+    """Which regions of the grid (H, W) have their centres in a box."""
+    y, x = ((np.arange(size) + 0.5) * SIDE / size for size in grid)
+    left, top, right, bottom = box
+    return ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))[None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone_weights", required=True)
+    parser.add_argument("--runs", required=True, type=Path, help="folder for scenes, cached maps and checkpoints")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--scenes", type=int, default=3000)
+    parser.add_argument("--tests", type=int, default=500)
+    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--alpha_c", type=float, default=1.0)
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    scenes = args.runs / f"scenes-{args.scenes}.parquet"
+    if not scenes.exists():
+        write_scenes(scenes, args.scenes, seed=0)
+    found = []
+    for seed in args.seeds:
+        for kind in KINDS:
+            scores = point(train(kind, seed, args, scenes), args.tests, seed=1_000)
+            logger.info("%s, seed %d: %s", kind, seed, {name: round(value, 3) for name, value in scores.items()})
+            found.append({"word_attention": kind, "seed": seed, **scores})
+    if args.output:
+        settings = {name: getattr(args, name) for name in ("scenes", "tests", "epochs", "alpha_c")}
+        record = {"date": datetime.now(UTC).date().isoformat(), **settings, "runs": found}
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
