@@ -97,7 +97,7 @@ def caption(folder: Path, validation_file: str) -> tuple[dict[str, str], Caption
     """A captioner's captions of the validation images, with its own settings, and their scores."""
     from hf_attncap import Captioner
 
-    images: Any = load_data(DataArguments(train_file=validation_file), seed=0).train
+    images: Any = load_data(DataArguments(train_file=validation_file)).train
     captioner = Captioner.from_pretrained(folder)
     captions: dict[str, str] = {}
     for start in range(0, len(images), 50):
@@ -110,7 +110,7 @@ def caption(folder: Path, validation_file: str) -> tuple[dict[str, str], Caption
 
 def table(rows: list[Row], results: Path, validation_file: str) -> str:
     """Means over the seeds, their range, and CIDEr against the neighbour with its 95 % interval, as Markdown."""
-    images = load_data(DataArguments(train_file=validation_file), seed=0).train
+    images = load_data(DataArguments(train_file=validation_file)).train
     metrics = CaptionMetrics(dict(zip(images["image_id"], images["captions"])))
     scores = {row.name: [metrics.score(found["captions"]) for found in _results(row, results)] for row in rows}
     lines = [

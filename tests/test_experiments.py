@@ -90,7 +90,7 @@ def test_table_of_the_ablation_compares_neighbours(script, table, monkeypatch, t
     plan.write_text(json.dumps({"base": BASE, "seeds": [1], "settings": {}, "rows": rows}))
     monkeypatch.setattr(ablation, "PLAN", plan)
     good = {str(n): f"a {'red' if n % 2 == 0 else 'blue'} square" for n in range(6)}
-    ids = script("ablation").load_data(ablation.DataArguments(train_file=str(table)), 0).train["image_id"]
+    ids = script("ablation").load_data(ablation.DataArguments(train_file=str(table))).train["image_id"]
     for name, captions in (("good-seed1", good), ("good-seed2", good), ("bad-seed1", dict.fromkeys(good, "square"))):
         (tmp_path / f"{name}.json").write_text(json.dumps({"captions": dict(zip(ids, captions.values()))}))
     command(ablation, monkeypatch, "--validation_file", table, "--results", tmp_path, "--table")

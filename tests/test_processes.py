@@ -346,7 +346,7 @@ def test_images_that_fill_up_the_last_batch_earn_nothing(warm, parquet, tmp_path
 
 def trainer_of(warm, parquet, output, trainer_class=CaptionTrainer, **settings) -> tuple[CaptionTrainer, Any]:
     critical = trainer_class is SelfCriticalTrainer
-    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
+    rows = load_data(DataArguments(train_file=str(parquet))).train
     processor = AttnCapProcessor.from_pretrained(warm)
     arguments = CaptionTrainingArguments(
         str(output),

@@ -156,9 +156,10 @@ def interrupted(monkeypatch):
     ("stage", "at", "more"),
     [
         ("decoder", 5, {}),
-        ("decoder", 3, {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "save_steps": 1}),  # two steps an epoch
+        # Two steps an epoch.
+        pytest.param("decoder", 3, {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "save_steps": 1}, marks=pytest.mark.slow),
         ("encoder", 2, {}),
-        ("encoder", 5, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+        pytest.param("encoder", 5, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, marks=pytest.mark.slow),
         ("self-critical", 5, {"ema_decay": 0.8}),
         # From the end of an epoch, whose evaluation the run that goes on does not make again.
         ("decoder", 3, {"scheduled_sampling": 0.5, "eval_strategy": "epoch", "save_steps": 1}),

@@ -111,7 +111,7 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
 def scores_by_hand(folder, parquet, **settings) -> dict:
     """Scores of what a saved captioner says of each picture, one by one, against all raw captions of each."""
     model, processor = AttnCapForConditionalGeneration.from_pretrained(folder), AttnCapProcessor.from_pretrained(folder)
-    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
+    rows = load_data(DataArguments(train_file=str(parquet))).train
     said = {}
     for index, image in enumerate(rows["image"]):
         ids = model.generate(**processor(images=image, return_tensors="pt"), **settings)
@@ -175,7 +175,7 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
 
 
 def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):
-    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
+    rows = load_data(DataArguments(train_file=str(parquet))).train
     model = AttnCapForConditionalGeneration.from_pretrained_parts(
         AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
     ).eval()
@@ -189,7 +189,7 @@ def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processo
 
 
 def test_cache_is_not_used_for_other_weights_or_processing(parquet, processor, tmp_path):
-    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
+    rows = load_data(DataArguments(train_file=str(parquet))).train
     config = AttnCapForConditionalGeneration.config_class(vocab_size=20, **TINY)
     encoder = AttnCapForConditionalGeneration(config).model.encoder
     cached_features(encoder, processor.image_processor, rows, str(tmp_path))
@@ -220,6 +220,11 @@ def test_yaml_first_command_line_over_it(tmp_path):
         (["--train_file", "nowhere.parquet", "--label_smoothing_factor", "0.1"], "`label_smoothing` in `model_config`"),
         (["--train_file", "nowhere.parquet"], "No such data file: nowhere.parquet"),
         (["--train_file", "nowhere.parquet", "--predict_with_generate"], "give `--validation_file`"),
+        (["--train_file", "nowhere.parquet", "--lerning_rate", "1"], "No such options: --lerning_rate 1"),
+        (
+            ["--train_file", "a.parquet", "--predict_with_generate", "--metric_for_best_model", "cidr"],
+            "`metric_for_best_model: cidr` is",
+        ),
     ],
 )
 def test_wrong_settings_end_in_one_sentence(argv, message, capsys, tmp_path):
@@ -234,6 +239,44 @@ def test_contradictory_model_is_refused_before_training(parquet, tmp_path, capsy
     assert "`dropout` is 2.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"model_config": '{"freeze_bakbone": true}'}, "AttnCapConfig has no freeze_bakbone"),
+        ({"model_name_or_path": "nowhere"}, "`model_name_or_path`: nowhere cannot be loaded as a captioner"),
+        ({"resume_from_checkpoint": "nowhere"}, "no such checkpoint, nowhere"),
+    ],
+)
+def test_wrong_starts_end_in_one_sentence(parquet, tmp_path, capsys, more, message):
+    assert main(options(parquet, tmp_path, **more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_output_that_cannot_be_made_is_named(parquet, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(options(parquet, tmp_path / "file")) == 2
+    assert f"`output_dir`: {tmp_path / 'file'} cannot be made" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_neither_overwritten_nor_mixed_with(parquet, tmp_path, capsys, caplog):
+    first = options(parquet, tmp_path, num_train_epochs=1)
+    assert main(first) == 0
+    assert f"step 2 of 2; on the validation images loss {metrics_of(tmp_path)['eval_loss']:.4g}" in caplog.text
+    assert f"the captioner is in {tmp_path}" in caplog.text
+    assert main(first) == 2
+    assert "holds an earlier run, checkpoint-2: `--resume_from_checkpoint last`" in capsys.readouterr().err
+    assert main([*first, "--resume_from_checkpoint", "last"]) == 0
+    assert f"going on from {tmp_path / 'checkpoint-2'}" in caplog.text
+
+
+def test_yaml_that_is_none_is_named(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: [1\n")
+    assert main(["--config", str(config)]) == 2
+    assert f"{config} is no YAML" in capsys.readouterr().err
+
+
 def test_unknown_setting_is_named(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("lerning_rate: 1\n")
@@ -246,11 +289,11 @@ def test_image_without_captions_is_named(tmp_path):
     rows = {"image": [{"bytes": picture("red"), "path": None}] * 2, "captions": [["a red square"], ["  "]]}
     Dataset.from_dict(rows).to_parquet(str(path))
     with pytest.raises(ValueError, match="1 images have no caption, rows 1"):
-        load_data(DataArguments(train_file=str(path)), 0)
+        load_data(DataArguments(train_file=str(path)))
 
 
 def test_augmented_pictures_differ_between_readings_and_captions_stay(parquet):
-    rows = load_data(DataArguments(train_file=str(parquet)), 0).train
+    rows = load_data(DataArguments(train_file=str(parquet))).train
     changed = augmented(rows, 32)
     assert changed[0]["captions"] == rows[0]["captions"]
     first, second = np.asarray(changed[0]["image"]), np.asarray(changed[0]["image"])

@@ -10,6 +10,8 @@ import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from hf_attncap.metrics import CaptionMetrics
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -79,7 +81,7 @@ class DataArguments:
         default=None, metadata={"help": "The same for validation; default: validation or val, if it is there."}
     )
     validation_share: float = field(
-        default=0.0, metadata={"help": "Share of the training images that is split off for validation, drawn with `seed`."}
+        default=0.0, metadata={"help": "Share of the training images that is split off for validation, the same ones in every run."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of their paths."})
     captions_column: str = field(
@@ -158,6 +160,9 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         metric = self.metric_for_best_model
         if metric not in (None, "loss", "eval_loss") and not self.predict_with_generate:
             raise SettingError(f"`metric_for_best_model: {metric}` is a score of generated captions: set `predict_with_generate`.")
+        name = (metric or "loss").removeprefix("eval_")
+        if name not in (known := ["loss", *CaptionMetrics({"": ["a"]}).score({"": "a"})]):
+            raise SettingError(f"`metric_for_best_model: {metric}` is none of {', '.join(known)}.")
         if not 0 <= self.scheduled_sampling <= 1:
             raise SettingError(f"`scheduled_sampling` is {self.scheduled_sampling}: it is a share, 0 to 1.")
         if self.scheduled_sampling_steps is not None and not self.scheduled_sampling:
@@ -216,7 +221,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     first.add_argument("--config")
     known, rest = first.parse_known_args(argv)
     groups: list[Any] = [ModelArguments, DataArguments, CaptionTrainingArguments]
-    parser = HfArgumentParser(groups)
+    parser = HfArgumentParser(groups, prog="attncap train")
+    parser.add_argument("--config", help=f"YAML file of settings: a path, or one of {', '.join(sorted(_shipped()))}.")
     settings = _read_config(known.config) if known.config else {}
     unknown = set(settings) - {item.name for group in groups for item in fields(group)}
     if unknown:
@@ -225,8 +231,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     for action in parser._actions:
         if action.dest in settings:
             action.required = False
+        if action.dest == "resume_from_checkpoint":
+            action.help = "`last`: go on from the last checkpoint in `output_dir`, if there is one; or the folder of a checkpoint."
     parser.set_defaults(**settings)
-    model, data, training = parser.parse_args_into_dataclasses(args=rest)
+    model, data, training, _, strange = parser.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
+    if strange:
+        raise SettingError(f"No such options: {' '.join(strange)}. `--help` lists all.")
     model.model_config = {**in_file, **json.loads(model.model_config)}
     _check_data(data, training)
     return model, data, training
@@ -266,12 +276,20 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
             raise SettingError(f"`{other}` needs all training images at hand: leave out `streaming` or `{other}`.")
 
 
+def _shipped() -> dict[str, Path]:
+    """The configs that come with the package, by their names."""
+    return {config.name: config for config in CONFIGS.glob("*.yaml")}
+
+
 def _read_config(path: str) -> dict[str, Any]:
-    shipped = {config.name: config for config in CONFIGS.glob("*.yaml")}
+    shipped = _shipped()
     file = Path(path) if Path(path).is_file() else shipped.get(path)
     if file is None:
         raise SettingError(f"No such config file: {path}. Those that come with the package: {', '.join(sorted(shipped))}.")
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise SettingError(f"{path} must hold `setting: value` lines.")
     return settings

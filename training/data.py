@@ -113,14 +113,14 @@ def stored_bytes(picture: dict[str, Any] | None) -> bytes:
     return data  # type: ignore[return-value]
 
 
-def load_data(arguments: DataArguments, seed: int) -> CaptionData:
+def load_data(arguments: DataArguments) -> CaptionData:
     """Training and validation images from any of the ways in, whole.
 
     Raises:
         SettingError: for settings that contradict each other, and for data that cannot be used as they are: missing files and
             columns, malformed rows, images without picture or caption, twice in a split or in both; each with its place.
     """
-    train, validation = read_splits(arguments, seed)
+    train, validation = read_splits(arguments)
     problems = shared_images(train, validation) if validation else []
     return CaptionData(
         ready(train, arguments.skip_broken_images, problems),
@@ -128,7 +128,7 @@ def load_data(arguments: DataArguments, seed: int) -> CaptionData:
     )
 
 
-def read_splits(arguments: DataArguments, seed: int) -> tuple[Split, Split | None]:
+def read_splits(arguments: DataArguments) -> tuple[Split, Split | None]:
     """Training and validation images as they were found, their faults told but not raised."""
     sources = [file_source(arguments, role) if arguments.train_file else _table_source(arguments, role) for role in get_args(Role)]
     train, validation = [assemble(source) if source else None for source in sources]
@@ -138,7 +138,7 @@ def read_splits(arguments: DataArguments, seed: int) -> tuple[Split, Split | Non
         return train, validation
     if validation is not None:
         raise SettingError(f"{validation.name} is there to validate on: leave out `validation_share`, which would split off more.")
-    return _split_off(train, arguments.validation_share, seed)
+    return _split_off(train, arguments.validation_share)
 
 
 def ready(split: Split, skip_broken: bool, problems: Sequence[str] = ()) -> Dataset:
@@ -262,15 +262,19 @@ def _folder(path: str) -> str:
     return path
 
 
-def _split_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """A share of the images at random for validation, and the rest for training."""
+def _split_off(split: Split, share: float) -> tuple[Split, Split]:
+    """A share of the images for validation, and the rest for training.
+
+    Which ones is as good as drawn, but depends on their ids alone: whatever a later stage's seed is, none of them is trained on.
+    """
     count = round(share * len(split.rows))
     if not 0 < count < len(split.rows):
         raise SettingError(
             f"`validation_share` {share:g} of {len(split.rows)} images leaves none to train or validate on: give a share between 0 "
             "and 1 that leaves some on both sides."
         )
-    order = np.random.default_rng(seed).permutation(len(split.rows))
+    marks = [hashlib.sha256(name.encode()).digest() for name in split.rows["image_id"]]
+    order = np.array(sorted(range(len(marks)), key=marks.__getitem__))
     train, validation = (split.rows.select(sorted(part.tolist())) for part in (order[count:], order[:count]))
     return replace(split, rows=train), Split(f"{split.name} (validation share)", validation)
 

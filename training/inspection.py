@@ -17,7 +17,7 @@ TINY = 32  # pixels of the shorter side: below it hardly anything is to be seen
 SAMPLES = 5
 
 
-def inspect_data(model: ModelArguments, data: DataArguments, seed: int) -> int:
+def inspect_data(model: ModelArguments, data: DataArguments) -> int:
     """Prints what a run would learn from, without one. All images are read, also those that would be streamed.
 
     Returns:
@@ -26,7 +26,7 @@ def inspect_data(model: ModelArguments, data: DataArguments, seed: int) -> int:
     Raises:
         SettingError: for data that cannot be read at all, as `load_data`.
     """
-    train, validation = read_splits(data, seed)
+    train, validation = read_splits(data)
     splits = {"train": train} | ({"validation": validation} if validation else {})
     problems = shared_images(train, validation) if validation else []
     notes = [] if validation else ["There is no validation split."]

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,21 @@ def build_captioner(
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The captioner to start from, and its processor; a new one gets its vocabulary from the training captions."""
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
+    if unknown := settings.keys() - {item.name for item in fields(AttnCapConfig)}:
+        raise SettingError(f"model_config: AttnCapConfig has no {', '.join(sorted(unknown))}.")
     if arguments.model_name_or_path:
         if arguments.word_vectors:
             raise SettingError("`word_vectors` are for a new captioner, `model_name_or_path` has its own: leave one of them out.")
         path = arguments.model_name_or_path
-        model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
-        return model, AttnCapProcessor.from_pretrained(path)
+        try:
+            model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
+            return model, AttnCapProcessor.from_pretrained(path)
+        except (OSError, StrictDataclassError) as error:
+            raise SettingError(
+                f"`model_name_or_path`: {path} cannot be loaded as a captioner: {str(error).splitlines()[0]}"
+            ) from error
+    if arguments.backbone_weights is None:
+        logger.warning("a new captioner whose backbone knows nothing yet: give `--backbone_weights`, or `--model_name_or_path`")
     sentences = [caption for row in captions for caption in row]
     tokenizer = build_tokenizer(sentences, arguments.tokenizer_kind, min_count=arguments.min_count)  # type: ignore[arg-type]
     logger.warning(
@@ -111,7 +120,7 @@ def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[st
 
 def _load(data: DataArguments, training: CaptionTrainingArguments) -> tuple[CaptionData, list[list[str]]]:
     """The splits, and the captions that a vocabulary is made of: all, or those of a stream that training will see."""
-    splits = load_stream(data, training.seed) if data.streaming else load_data(data, training.seed)
+    splits = load_stream(data, training.seed) if data.streaming else load_data(data)
     if splits.validation is None:
         refuse_without_validation(training)
         logger.warning("no validation images: nothing is evaluated, and no checkpoint is better than another")
@@ -145,6 +154,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
     set_seed(training.seed)
     output = Path(str(training.output_dir))
+    checkpoint = _checkpoint_to_resume(training, output)
     splits, captions = _load(data, training)
     train_split: Any = splits.train
     validation = splits.validation
@@ -163,6 +173,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     training.remove_unused_columns = False
     training.use_cache = True  # the Trainer would switch it off in the checkpoints
     training.logging_nan_inf_filter = False
+    training.dataloader_pin_memory &= training.device.type == "cuda"
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     workers = training.dataloader_num_workers
@@ -182,11 +193,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if validation and training.sample_images and alone:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
-    resume = training.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "last"):
-        last = last_checkpoint(output)
-        resume = str(last) if last else None
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -194,9 +201,50 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         with writing(output, "metrics.json", len(text)), replacing(output) as files:
             trainer.state.save_to_json(str(files / "trainer_state.json"))
             (files / "metrics.json").write_text(text, encoding="utf-8")
+        logger.warning("%s", _summary(trainer, metrics, output))
     for upload in sharing:
         upload.finish()
     return metrics
+
+
+def _checkpoint_to_resume(training: CaptionTrainingArguments, output: Path) -> str | None:
+    """The checkpoint to go on from, if any; the output folder is there afterwards, and holds no other run."""
+    wanted = training.resume_from_checkpoint
+
+    def make() -> Path | None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(f"`output_dir`: {output} cannot be made: {error.strerror}.") from error
+        return last_checkpoint(output)
+
+    last: Path | None = on_main_process(make)
+    if wanted is None:
+        if last is not None:
+            raise SettingError(
+                f"`output_dir`: {output} holds an earlier run, {last.name}: `--resume_from_checkpoint last` goes on from there; "
+                "give another folder, or remove this one, to begin anew."
+            )
+        return None
+    if wanted.lower() not in ("true", "last"):
+        if not Path(wanted).is_dir():
+            raise SettingError(
+                f"`resume_from_checkpoint`: no such checkpoint, {wanted}: `last` finds the last one of `output_dir`."
+            )
+        return wanted
+    logger.warning("going on from %s", last) if last else logger.warning("no checkpoint in %s yet: starting anew", output)
+    return str(last) if last else None
+
+
+def _summary(trainer: CaptionTrainer, metrics: dict[str, float], output: Path) -> str:
+    """What a run came to, in a line."""
+    state = trainer.state
+    scores = [f"{name} {metrics[f'eval_{name}']:.4g}" for name in ("loss", "cider", "bleu_4") if f"eval_{name}" in metrics]
+    said = f"step {state.global_step} of {state.max_steps}"
+    if state.best_global_step and trainer.args.load_best_model_at_end:
+        said += f", best at step {state.best_global_step}"
+    on_validation = f"; on the validation images {', '.join(scores)}" if scores else ""
+    return f"{said}{on_validation}; the captioner is in {output}, all scores in {output / 'metrics.json'}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model, data, training = parse_arguments(sys.argv[1:] if argv is None else argv)
         if data.inspect:
-            return inspect_data(model, data, training.seed)
+            return inspect_data(model, data)
         train(model, data, training)
     except SettingError as error:
         message = str(error).rpartition("SettingError: ")[2].strip()  # a worker that reads images puts its traceback before it

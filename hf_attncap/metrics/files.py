@@ -5,7 +5,8 @@ A file's kind is seen from its content, never from its name:
 - COCO results, a JSON list of rows: `[{"image_id": 12, "caption": "..."}, ...]`
 - COCO annotations: `{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}`
 - Karpathy's splits: `{"images": [{"filename", "split", "cocoid" or "imgid", "sentences": [{"raw" or "tokens"}]}, ...]}`
-- JSON lines, a row a line with `image_id` and `caption` (or `captions`, a list), or as `attncap caption --json` prints them
+- JSON lines, a row a line with `image_id` (or `path` or `file_name`) and `caption` (or `captions`, a list), or as
+  `attncap caption --json` prints them
 - a JSON mapping: `{"12": "..." or ["...", ...], ...}`
 
 Ids are compared as text: 12 and "12" are one image. Whatever is odd but usable, and whatever is left out, is told in
@@ -20,8 +21,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_ROW = 'an object with "image_id" (or "path") and "caption" (or "captions")'
+_ROW = 'an object with "image_id" (or "path" or "file_name") and "caption" (or "captions")'
 _KINDS = "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id"
+_ID_KEYS = ("image_id", "path", "file_name")
 _KEY = "key"  # of a JSON object: text, whatever was meant
 _SPLIT_NAMES = {"validation": "val"}
 TRAINING = "train+restval"
@@ -160,7 +162,7 @@ def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
         raise CaptionFileError(f"{path} has no splits to take {split!r} from, only Karpathy's files have; leave the split out")
     elif is_object and "annotations" in content:
         rows = _from_coco(path, content)
-    elif is_object and content.keys() & {"image_id", "path"} and content.keys() & {"caption", "captions"}:
+    elif is_object and content.keys() & set(_ID_KEYS) and content.keys() & {"caption", "captions"}:
         rows = [_row(f"{path}, line 1", content)]
     elif is_object:
         places = {id: f"{path}, key {_show(id)}" for id in content}
@@ -319,12 +321,12 @@ def _sentence(where: str, sentence: dict[str, Any]) -> str:
 def _row(where: str, row: Any) -> _Row:
     if not isinstance(row, dict):
         raise CaptionFileError(f"{where} is {_kind(row)}; expected {_ROW}")
-    id_key = "image_id" if "image_id" in row else "path"
+    id_key = next((key for key in _ID_KEYS if key in row), "path")
     caption_key = "caption" if "caption" in row else "captions"
     if missing := {id_key, caption_key} - row.keys():
-        wanted = '"image_id" (or "path")' if id_key in missing else '"caption" (or "captions")'
+        wanted = '"image_id" (or "path" or "file_name")' if id_key in missing else '"caption" (or "captions")'
         raise CaptionFileError(f"{where} has no {wanted}, only {some(list(row))}; expected {_ROW}")
-    names = {key: _name(where, row, key) for key in ("image_id", "path") if key in row}
+    names = {key: _name(where, row, key) for key in _ID_KEYS if key in row}
     return _Row(where, names, _captions(f'{where}, "{caption_key}"', row[caption_key]))
 
 

@@ -114,7 +114,7 @@ BROKEN = {
     "caption null": ([[{"image_id": 1, "caption": None}]], 'row 1, "caption" is null; a caption is text'),
     "list of numbers": ([{"1": [5]}], 'key "1" holds a number'),
     "no caption": ([[{"image_id": 1, "text": "a"}]], r'row 1 has no "caption" \(or "captions"\), only "image_id", "text"'),
-    "no id": ([[{"caption": "a"}]], r'row 1 has no "image_id" \(or "path"\)'),
+    "no id": ([[{"caption": "a"}]], r'row 1 has no "image_id" \(or "path" or "file_name"\)'),
     "id a list": ([[{"image_id": [1], "caption": "a"}]], 'row 1: "image_id" is a list; expected a whole number or text'),
     "id a fraction": ([[{"image_id": 1.0, "caption": "a"}]], '"image_id" is a number, 1.0; expected a whole number'),
     "id a truth": ([[{"image_id": True, "caption": "a"}]], '"image_id" is true or false'),
@@ -149,6 +149,15 @@ def test_broken_files_are_named_with_the_place(write, values, message):
     assert str(path) in str(error.value)
 
 
+def test_metadata_of_a_folder_of_pictures_are_references(write):
+    """What `datasets` calls ImageFolder; predictions may have the paths of its pictures."""
+    path = write(
+        {"file_name": "1.jpg", "captions": ["a dog", "it runs"]}, {"file_name": "2.jpg", "captions": ["a cat"]}, name="m.jsonl"
+    )
+    found = read_references(path)
+    assert found.captions == {"1.jpg": ["a dog", "it runs"], "2.jpg": ["a cat"]} and "file_name" in found.names
+
+
 def test_broken_references(write):
     with pytest.raises(CaptionFileError, match="no captions for any of its 3 images"):
         read_references(write({**COCO, "annotations": []}))
@@ -164,7 +173,7 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 
 # An image named thus, in a mapping, would make the file look like another kind.
-TELLING = {"images", "annotations", "image_id", "path"}
+TELLING = {"images", "annotations", "image_id", "path", "file_name"}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
