@@ -54,7 +54,8 @@ def main() -> None:
         plot(name, log, *axes[:, place])
     figure.savefig(args.output, dpi=100)
     if args.log:
-        args.log.write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
+        lines = [f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, log)) + "\n ]" for name, log in logs.items()]
+        args.log.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
