@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_attncap import AttnCapProcessor
+from training.augmentation import Augmentation, augmented
 from training.chance import Chance
 from training.checkpoints import UNFINISHED
 from training.collator import CaptionCollator
-from training.data import Decoding, augmented
+from training.data import Decoding
 from training.train import main
 from training.trainer import CaptionTrainer
 
@@ -304,7 +305,11 @@ def test_epochs_draw_other_captions_and_crops_whoever_reads(warm, workers):
     chance, state = Chance(7), type("State", (), {"epoch": 0})
     collate = CaptionCollator(AttnCapProcessor.from_pretrained(warm), captions_per_image=2, chance=chance)
     loader = torch.utils.data.DataLoader(
-        augmented(rows, 32, chance), batch_size=2, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+        augmented(rows, Augmentation(32, chance)),
+        batch_size=2,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     chance.on_train_begin(None, state, None)
     chance.on_epoch_begin(None, state, None)

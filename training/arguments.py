@@ -111,6 +111,17 @@ class DataArguments:
         metadata={"help": "Folder for the maps of a frozen backbone, computed once; without it, at every step."},
     )
     augment: bool = field(default=False, metadata={"help": "Crop and recolour training pictures at random, mildly."})
+    mirror: bool = field(
+        default=False,
+        metadata={"help": "Mirror half of the training pictures; 'left' and 'right' change places in their English captions."},
+    )
+    cached_views: int = field(
+        default=1,
+        metadata={
+            "help": "With `feature_cache`: how many views of each training picture are cached and take turns by epoch; the first "
+            "is the picture itself, the others are changed by `augment` and `mirror`."
+        },
+    )
 
 
 @dataclass
@@ -271,9 +282,23 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
         raise SettingError("`dataset_config_name` goes with `dataset_name`, which is not given.")
     if data.streaming and training.max_steps <= 0 and not data.inspect:
         raise SettingError("A stream has no end that is known: with `streaming` give `--max_steps`.")
+    _check_views(data)
     for other, on in (("feature_cache", data.feature_cache), ("self_critical", training.self_critical)):
         if data.streaming and on:
             raise SettingError(f"`{other}` needs all training images at hand: leave out `streaming` or `{other}`.")
+
+
+def _check_views(data: DataArguments) -> None:
+    changed = "augment" if data.augment else "mirror" if data.mirror else None
+    if data.cached_views < 1:
+        raise SettingError(f"`cached_views` is {data.cached_views}: it must be at least 1.")
+    if data.cached_views > 1 and not (data.feature_cache and changed):
+        raise SettingError("`cached_views` goes with `feature_cache` and with `augment` or `mirror`, which make the views differ.")
+    if data.feature_cache and changed and data.cached_views == 1:
+        raise SettingError(
+            f"`{changed}` changes pictures at every reading, which `feature_cache` reads only once: set `cached_views: 4`, for "
+            f"example, or leave out `{changed}` or the cache."
+        )
 
 
 def _shipped() -> dict[str, Path]:

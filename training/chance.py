@@ -3,11 +3,38 @@
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is drawn for an image in one epoch."""
+
+    seed: int
+    epoch: int
+
+    def of(self, image_id: str) -> random.Random:
+        """A generator for an image."""
+        return random.Random(self._number(image_id))
+
+    @contextmanager
+    def ruling(self, image_id: str) -> Iterator[None]:
+        """torch draws on the CPU for an image, and afterwards goes on as if nothing had been drawn."""
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(self._number(image_id))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
+
+    def _number(self, image_id: str) -> int:
+        text = f"{self.seed} {self.epoch} {image_id}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 class Chance(TrainerCallback):
@@ -33,18 +60,15 @@ class Chance(TrainerCallback):
 
     def of(self, image_id: str) -> random.Random:
         """A generator for an image in this epoch."""
-        return random.Random(self._number(image_id))
+        return self._now().of(image_id)
 
-    @contextmanager
-    def ruling(self, image_id: str) -> Iterator[None]:
+    def ruling(self, image_id: str) -> AbstractContextManager[None]:
         """torch draws on the CPU for an image in this epoch, and afterwards goes on as if nothing had been drawn."""
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(self._number(image_id))
-        try:
-            yield
-        finally:
-            torch.set_rng_state(before)
+        return self._now().ruling(image_id)
 
-    def _number(self, image_id: str) -> int:
-        text = f"{self._seed} {int(self._epoch)} {image_id}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    def turn(self, image_id: str, turns: int) -> int:
+        """Whose turn it is in this epoch, 0 to `turns` - 1: each once in so many epochs, beginning anywhere."""
+        return (Moment(self._seed, -1).of(image_id).randrange(turns) + int(self._epoch)) % turns
+
+    def _now(self) -> Moment:
+        return Moment(self._seed, int(self._epoch))

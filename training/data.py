@@ -5,7 +5,6 @@ import io
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,12 +14,10 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
 from datasets import load_dataset as load_from_hub
-from torchvision.transforms import v2
 
 from hf_attncap.images import ImageError, load_image
 
 from .arguments import DataArguments, SettingError
-from .chance import Chance
 from .formats import Entry, Role, Source, choose_split, from_shards, from_table, own_splits, read_file
 
 logger = logging.getLogger(__name__)
@@ -65,13 +62,13 @@ class Split:
 
 @dataclass
 class Decoding:
-    """Transform of rows: stored pictures to RGB images, changed by `change`, which is told their ids, if there is one.
+    """Transform of rows: stored pictures to RGB images; then each row is changed by `change`, if there is one.
 
     Raises:
         SettingError: for a picture that cannot be decoded, naming it.
     """
 
-    change: Callable[[Any, str], Any] | None = None
+    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         if "image" not in rows:
@@ -81,7 +78,11 @@ class Decoding:
             images = [decoded(picture, name) for picture, name in zip(rows["image"], names)]
         except ImageError as error:
             raise SettingError(f"{error}. {WAY_OUT}") from error
-        return {**rows, "image": list(map(self.change, images, names)) if self.change else images}
+        rows = {**rows, "image": images}
+        if self.change is None:
+            return rows
+        changed = [self.change(dict(zip(rows, row))) for row in zip(*rows.values())]
+        return {column: [row[column] for row in changed] for column in rows}
 
 
 def decoded(picture: dict[str, Any] | None, name: str | None) -> Any:
@@ -340,31 +341,3 @@ def _examined(row: dict[str, Any]) -> dict[str, Any]:
     except (ImageError, OSError) as error:
         found["problem"] = f"image {row['image_id']}: {error}"
     return found
-
-
-class Augmentation:
-    """Crops and recolours pictures mildly, anew in each epoch; without `chance`, at every reading.
-
-    The changes leave captions true: most of the picture stays and nothing is mirrored.
-    """
-
-    def __init__(self, side: int, chance: Chance | None):
-        self._chance = chance
-        self._change = v2.Compose(
-            [
-                v2.RandomResizedCrop(side, scale=(0.7, 1.0), ratio=(0.85, 1.18), antialias=True),
-                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            ]
-        )
-
-    def __call__(self, image: Any, image_id: str) -> Any:
-        with self._chance.ruling(image_id) if self._chance else nullcontext():
-            return self._change(image)
-
-
-def augmented(dataset: Any, side: int, chance: Chance | None = None) -> Any:
-    """The same rows, their pictures cropped to squares of `side` pixels and recoloured as `chance` decides."""
-    change = Augmentation(side, chance)
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row: {"image": change(row["image"], row["image_id"])})
-    return dataset.with_transform(Decoding(change))

@@ -25,10 +25,11 @@ from .arguments import (
     parse_arguments,
     refuse_without_validation,
 )
+from .augmentation import Augmentation, augmented, with_mirrored
 from .chance import Chance
 from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
-from .data import CaptionData, augmented, load_data
+from .data import CaptionData, load_data
 from .features import cached_features
 from .inspection import inspect_data
 from .processes import on_main_process
@@ -38,6 +39,7 @@ from .sharing import HubSharing
 from .stopping import EarlyStopping
 from .streaming import load_stream
 from .trainer import CaptionTrainer
+from .views import FeatureRows
 from .vocabulary import build_tokenizer, word_coverage
 from .word_vectors import write_word_vectors
 
@@ -45,19 +47,6 @@ logger = logging.getLogger(__name__)
 
 # A caption has at most 20 words and an end token.
 MAX_NEW_TOKENS = 21
-
-
-class FeatureRows(torch.utils.data.Dataset):
-    """Cached maps with the captions and ids of their images."""
-
-    def __init__(self, features, captions: list[list[str]], image_ids: list[str]):
-        self.features, self.captions, self.image_ids = features, captions, image_ids
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"backbone_features": self.features[row], "captions": self.captions[row], "image_id": self.image_ids[row]}
 
 
 def build_captioner(
@@ -128,16 +117,28 @@ def _load(data: DataArguments, training: CaptionTrainingArguments) -> tuple[Capt
     return splits, splits.captions(training.max_steps * batch)
 
 
-def _rows(
-    dataset: Dataset, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, cache: str | None, workers: int
-) -> Any:
-    """What the Trainer iterates over: pictures, or the maps of a frozen backbone."""
-    if cache is None:
-        return dataset
+def _pictures(
+    splits: CaptionData,
+    model: AttnCapForConditionalGeneration,
+    processor: AttnCapProcessor,
+    data: DataArguments,
+    training: CaptionTrainingArguments,
+    chance: Chance,
+) -> tuple[Any, Any]:
+    """What the Trainer iterates over for training and for validation: pictures, or the maps of a frozen backbone."""
+    change = Augmentation(processor.image_processor.size["height"], chance, data.augment, data.mirror)
+    changed = data.augment or data.mirror
+    if data.feature_cache is None:
+        return augmented(splits.train, change) if changed else splits.train, splits.validation
     if not model.config.freeze_backbone:
         raise SettingError("`feature_cache` needs a frozen backbone: set `freeze_backbone: true` or leave the cache out.")
-    features = cached_features(model.model.encoder, processor.image_processor, dataset, cache, workers)
-    return FeatureRows(features, dataset["captions"][:], dataset["image_id"][:])
+
+    def maps(images: Dataset) -> Any:
+        workers = training.dataloader_num_workers
+        return cached_features(model.model.encoder, processor.image_processor, images, str(data.feature_cache), workers)
+
+    rows = FeatureRows(splits.train, maps, data.cached_views, change, chance)  # type: ignore[arg-type]
+    return rows, FeatureRows(splits.validation, maps) if splits.validation else None
 
 
 def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
@@ -156,33 +157,27 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     output = Path(str(training.output_dir))
     checkpoint = _checkpoint_to_resume(training, output)
     splits, captions = _load(data, training)
-    train_split: Any = splits.train
     validation = splits.validation
     trainer_class: Any = CaptionTrainer
     if training.self_critical:
-        trainer_class = partial(SelfCriticalTrainer, references=dict(zip(train_split["image_id"], captions)))
+        references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
+        trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model, processor = build_captioner(model_arguments, captions, output)
     model.model.encoder.to(memory_format=torch.channels_last)
-    if data.augment and data.feature_cache:
-        raise SettingError(
-            "`augment` changes pictures at every reading, which `feature_cache` reads only once: choose one of them."
-        )
     chance = Chance(training.seed)
-    if data.augment:
-        train_split = augmented(train_split, processor.image_processor.size["height"], chance)
+    train_rows, validation_rows = _pictures(splits, model, processor, data, training, chance)
     training.remove_unused_columns = False
     training.use_cache = True  # the Trainer would switch it off in the checkpoints
     training.logging_nan_inf_filter = False
     training.dataloader_pin_memory &= training.device.type == "cuda"
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
-    workers = training.dataloader_num_workers
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
-        train_dataset=_rows(train_split, model, processor, data.feature_cache, workers),
-        eval_dataset=_rows(validation, model, processor, data.feature_cache, workers) if validation else None,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         data_collator=collator,
         eval_data_collator=replace(collator, chance=Chance(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
