@@ -109,6 +109,20 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="train or fine-tune a captioner; --help lists its settings")
 
+    card = commands.add_parser(
+        "card",
+        help="write a checkpoint's model card",
+        description="Writes README.md of a checkpoint from what its folder says of itself: results.json, which --images makes, "
+        "training.json of its training, and about.yaml with words of your own (title, summary, license, repository, base_model, "
+        "dataset, origins).",
+    )
+    card.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    card.add_argument("--images", metavar="FILE", type=_file, help="captioned pictures to measure it on, in a format of `train`")
+    card.add_argument("--split", metavar="NAME", help="of the images, where the file has several")
+    card.add_argument("--image-dir", metavar="DIR", help="where paths of pictures begin (default: the folder of the file)")
+    card.add_argument("--pictures", metavar="FILE", nargs="+", help="photographs to show with the model's attention")
+    card.set_defaults(command=_card)
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -143,6 +157,25 @@ def _export_hub(args: argparse.Namespace) -> int:
     from .hub import export_to_hub
 
     export_to_hub(args.checkpoint, args.out)
+    from .model_card.build_card import is_ours, write_card  # pyright: ignore[reportMissingImports]  # there once installed
+
+    if is_ours(args.out):
+        write_card(args.out)
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    _quieten()
+    from .model_card.build_card import build_card, write_card  # pyright: ignore[reportMissingImports]  # there once installed
+
+    build_card(args.checkpoint)  # complains before anything that takes long
+    if args.images or args.pictures:
+        try:
+            from .training import measure  # pyright: ignore[reportMissingImports]  # there once installed
+        except ImportError as error:
+            raise OSError(f'measuring needs more packages: pip install "hf_attncap[train]" ({error})') from error
+        measure.update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures or [])
+    print(write_card(args.checkpoint))
     return 0
 
 

@@ -38,6 +38,11 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "README.md",
+    # What its card is made of.
+    "results.json",
+    "training.json",
+    "about.yaml",
+    "picture_*.png",
 )
 # transformers saves, beside a model that came with its code, the files that its own file imports: this makes the pipeline one.
 PIPELINE_COMES_ALONG = """

@@ -227,4 +227,4 @@ def test_train_hands_over_to_training(tmp_path, capsys):
     assert main(["train", "--config", "finetune.yaml", "--output_dir", str(tmp_path)]) == 2
     assert "give `--train_file`, `--dataset_name` or `--data_dir`" in capsys.readouterr().err
     assert main(["train", "--config", "fientune.yaml", "--output_dir", str(tmp_path)]) == 2
-    assert "No such config file: fientune.yaml. Those that come with the package: finetune.yaml," in capsys.readouterr().err
+    assert "No such config file: fientune.yaml. Those that come with the package: " in capsys.readouterr().err

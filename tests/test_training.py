@@ -101,6 +101,14 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
     assert any(key.endswith("0.weight") for key in moved)
     assert not any("running" in key for key in moved), "frozen batch norm statistics moved"
 
+    record = json.loads((second / "training.json").read_text())
+    assert [stage["frozen_backbone"] for stage in record] == [True, False]
+    assert [stage["images"] for stage in record] == [2 * len(COLOURS)] * 2
+    assert [stage["epochs"] for stage in record] == [15, 2]
+    assert record[1]["settings"]["encoder_learning_rate"] == 0.001 and record[1]["settings"]["augment"] is True
+    assert not [value for stage in record for value in stage["settings"].values() if str(tmp_path) in str(value)]
+    assert record[0]["log"][-1]["eval_loss"] == pytest.approx(metrics_of(first)["eval_loss"])
+
     processor = AttnCapProcessor.from_pretrained(first)
     image = Image.open(io.BytesIO(picture("red")))
     ids = trained.generate(**processor(images=image, return_tensors="pt"))
@@ -268,6 +276,12 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_with(parquet, tmp_path,
     assert "holds an earlier run, checkpoint-2: `--resume_from_checkpoint last`" in capsys.readouterr().err
     assert main([*first, "--resume_from_checkpoint", "last"]) == 0
     assert f"going on from {tmp_path / 'checkpoint-2'}" in caplog.text
+
+
+def test_settings_that_transformers_refuses_end_in_one_sentence(parquet, tmp_path, capsys):
+    assert main([*options(parquet, tmp_path), "--bf16", "True", "--fp16", "True"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "fp16 and bf16" in said and "Traceback" not in said
 
 
 def test_yaml_that_is_none_is_named(tmp_path, capsys):

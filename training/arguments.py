@@ -162,7 +162,10 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SettingError(str(error)) from error
         if self.label_smoothing_factor:
             raise SettingError(
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "

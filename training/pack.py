@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 
+from .record import RECORD
+
 
 def pack(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write model and processor to `out`, weights in float16 (half the size), the config saying float32.
+    """Write model and processor to `out`, weights in float16 (half the size), the config saying float32; the record goes along.
 
     Loaded again the model is in float32, as fine-tuning needs; transformers takes the dtype from the config.
 
@@ -28,6 +31,8 @@ def pack(checkpoint: str | Path, out: str | Path) -> Path:
     config = Path(out) / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    if (Path(checkpoint) / RECORD).exists():
+        shutil.copyfile(Path(checkpoint) / RECORD, Path(out) / RECORD)
     return Path(out)
 
 

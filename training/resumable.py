@@ -1,5 +1,6 @@
 """transformers' Trainer made safe: whole checkpoints, exact continuation, and an end where going on would spoil the weights."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import SettingError
 from .checkpoints import UNFINISHED, appear, clear, discard, going_on, last_checkpoint, replacing, rotate, writing
+from .record import elapsed
 
 
 class ResumableTrainer(Seq2SeqTrainer):
@@ -24,8 +26,11 @@ class ResumableTrainer(Seq2SeqTrainer):
     """
 
     _unfinished: Path | None = None  # where a checkpoint is being written
+    _start: float | None = None  # when training began
+    _before: float | None = None  # seconds of a run's earlier parts
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._start, self._before = time.time(), None
         if self.args.should_save:
             clear(self._output)
         self.accelerator.wait_for_everyone()
@@ -43,6 +48,14 @@ class ResumableTrainer(Seq2SeqTrainer):
         # other times.
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With all that is logged from training on goes `elapsed`: seconds of training and evaluations, of all parts of a run."""
+        if self._start is not None:
+            if self._before is None:
+                self._before = elapsed(self.state.log_history)
+            logs["elapsed"] = round(self._before + time.time() - self._start, 1)
+        super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -33,6 +33,7 @@ from .data import CaptionData, load_data
 from .features import cached_features
 from .inspection import inspect_data
 from .processes import on_main_process
+from .record import RECORD, earlier_stages, stage
 from .samples import SampleCaptions
 from .self_critical import SelfCriticalTrainer
 from .sharing import HubSharing
@@ -192,10 +193,14 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
     trainer.save_model()
     if trainer.is_world_process_zero():
-        text = json.dumps(metrics, indent=2) + "\n"
-        with writing(output, "metrics.json", len(text)), replacing(output) as files:
+        images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
+        own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
+        stages = [*earlier_stages(model_arguments.model_name_or_path), own]
+        texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
+        with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
             trainer.state.save_to_json(str(files / "trainer_state.json"))
-            (files / "metrics.json").write_text(text, encoding="utf-8")
+            for name, text in texts.items():
+                (files / name).write_text(text + "\n", encoding="utf-8")
         logger.warning("%s", _summary(trainer, metrics, output))
     for upload in sharing:
         upload.finish()

@@ -1,0 +1,1 @@
+"""The model card of a checkpoint, from a template and files of results."""

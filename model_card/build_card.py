@@ -1,0 +1,218 @@
+"""The model card of a checkpoint: `README.md`, rendered from `template.md` and what the folder says of itself.
+
+No figure is typed by hand. Of the folder are read: `config.json` and the headers of the weights; `results.json`, what
+`attncap card --images` measured; `training.json`, the stages that training recorded; `about.yaml`, the words of a person:
+
+    title: My captioner
+    summary: What it is and for whom.
+    license: apache-2.0                      # of the weights, as the Hub names licences
+    repository: user/name                    # where it will be on the Hub
+    base_model: user/name                    # if it is fine-tuned from another
+    dataset: {name: Flickr8k, id: flickr8k}  # what it was measured on; the id is the Hub's
+    origins: [sentences on data, initial weights and their licences]
+
+Each of these files, and each line of the last, may be missing.
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+TEMPLATE = Path(__file__).with_name("template.md")
+ABOUT = "about.yaml"
+CARD = "README.md"
+MARK = "Rendered by `attncap card`, which replaces it: words of your own belong into about.yaml."
+SHOWN, FAILURES, SEED = 10, 5, 0
+SCORES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+}
+WORD_ATTENTION = {
+    "none": "over regions alone",
+    "score": "over regions; the last word has a say",
+    "channel": "over regions and the components of the last word",
+    "history": "over regions and all words so far",
+}
+FROM_HUB = """from transformers import pipeline
+
+captioner = pipeline("image-to-text", model="{name}", trust_remote_code=True)
+print(captioner("photo.jpg"))"""
+FROM_FOLDER = """from hf_attncap import Captioner
+
+result = Captioner.from_pretrained("{name}").caption("photo.jpg")
+print(result.text)
+result.plot_attention("photo_attention.png")"""
+
+
+def build_card(checkpoint: str | Path) -> ModelCard:
+    """The card of a checkpoint; `save` it as `README.md`.
+
+    Raises:
+        FileNotFoundError: the folder lacks a configuration or weights.
+        ValueError: `about.yaml` is no mapping of the lines above.
+    """
+    folder = Path(checkpoint)
+    config, about = _read(folder / "config.json"), _about(folder / ABOUT)
+    if config is None or not any(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
+    results, stages = _read(folder / "results.json"), _read(folder / "training.json") or []
+    dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results else {})
+    name = about.get("repository") or folder.resolve().name
+    title = about.get("title") or name
+    code = FROM_HUB if "auto_map" in config else FROM_FOLDER
+    parts = {
+        "mark": MARK,
+        "title": title,
+        "summary": about.get("summary") or "A captioner that shows where it looked for each word.",
+        "snippet": code.format(name=name),
+        "model": list(_model(folder, config).items()),
+        "stages": [_stage(stage) for stage in stages],
+        "origins": about.get("origins", []),
+        "pictures": (results or {}).get("pictures", []),
+        "dataset": dataset.get("name"),
+        "results": results if results and "scores" in results else None,
+    }
+    measured = parts["results"]
+    if measured:
+        parts |= _measured(measured)
+    return ModelCard.from_template(_metadata(title, about, dataset, measured), template_path=str(TEMPLATE), **parts)
+
+
+def write_card(checkpoint: str | Path) -> Path:
+    """`README.md` of a checkpoint, whole or not at all.
+
+    Raises:
+        FileExistsError: there is one that a person wrote.
+        FileNotFoundError, ValueError: as `build_card`.
+    """
+    file = Path(checkpoint) / CARD
+    if not is_ours(checkpoint):
+        raise FileExistsError(f"{file} was written by hand: move it away, and its words into {ABOUT} if they are to stay.")
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(str(build_card(checkpoint)), encoding="utf-8")
+    unfinished.replace(file)
+    return file
+
+
+def is_ours(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint's card may be written: there is none, or one that was rendered."""
+    file = Path(checkpoint) / CARD
+    return not file.exists() or MARK in file.read_text(encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _about(path: Path) -> dict[str, Any]:
+    about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = {"title", "summary", "license", "repository", "base_model", "dataset", "origins"}
+    if not isinstance(about, dict) or set(about) - known:
+        what = ", ".join(map(str, sorted(set(about) - known))) if isinstance(about, dict) else "no lines at all"
+        raise ValueError(f"{path} has {what}: it may have {', '.join(sorted(known))}.")
+    return about
+
+
+def _metadata(title: str, about: dict[str, Any], dataset: dict[str, Any], results: dict[str, Any] | None) -> ModelCardData:
+    scored: dict[str, Any] = {}
+    if results:
+        decoding = {**results["decoding"], "tokenizer": results["tokenizer"], "commit": results["commit"]}
+        scored["model_name"] = title
+        scored["eval_results"] = [
+            EvalResult(
+                task_type="image-to-text",
+                dataset_type=dataset.get("id") or dataset["name"],
+                dataset_name=dataset["name"],
+                dataset_split=results["data"]["split"] or dataset.get("split"),
+                metric_type=kind.partition("_")[0] if kind.startswith(("bleu", "rouge")) else kind,
+                metric_name=name,
+                metric_value=round(100 * results["scores"][kind], 2),
+                metric_args=decoding,
+            )
+            for kind, name in SCORES.items()
+        ]
+    return ModelCardData(
+        language="en",
+        license=about.get("license"),
+        library_name="transformers",
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "attncap", "attention"],
+        base_model=about.get("base_model"),
+        datasets=[dataset["id"]] if dataset.get("id") else None,
+        metrics=["bleu", "rouge", "cider"] if results else None,
+        **scored,
+    )
+
+
+def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    files = sorted(folder.glob("model*.safetensors"))
+    parameters = 0
+    for file in files:
+        with safe_open(file, "np") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        # What batch norm counts is no parameter.
+        counted = {name: shape for name, shape in shapes.items() if not name.endswith(("running_mean", "running_var", "_tracked"))}
+        for shape in counted.values():
+            parameters += math.prod(shape)
+    grid = config.get("grid_size")
+    return {
+        "encoder": f"{config['backbone']}, {config['encoder_channels']} windows" + (f", grid {grid}" if grid else ""),
+        "decoder": f"LSTM of {config['hidden_size']}, words of {config['word_embed_dim']}",
+        "attention": WORD_ATTENTION[config["word_attention"]],
+        "vocabulary": f"{config['vocab_size']:,}",
+        "parameters": f"{parameters / 1e6:.1f} million",
+        "weights": f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB",
+    }
+
+
+def _measured(results: dict[str, Any]) -> dict[str, Any]:
+    """What the template says of results."""
+    limits, scores = results["limits"], results["scores"]
+    ids = sorted(results["captions"], key=lambda name: (results["cider"][name], name))
+    worst = ids[: max(len(ids) // 10, 1)]
+    chosen = random.Random(SEED)
+    examples = chosen.sample(sorted(ids), min(SHOWN, len(ids)))
+    failures = chosen.sample(worst, min(FAILURES, len(worst)))
+    return {
+        "decoding": ", ".join(f"{name} {value}" for name, value in results["decoding"].items()),
+        "scores": [{"name": name, "value": f"{100 * scores[kind]:.1f}"} for kind, name in SCORES.items()],
+        "examples": [_example(results, name) for name in examples],
+        "failures": [_example(results, name) for name in failures],
+        "numbers": limits["numbers"],
+        "genders": limits["genders"],
+        "writing": {**limits["writing"], "cider": f"{100 * limits['writing']['cider']:.1f}"},
+        "fifths": [f"{100 * value:.1f}" for value in limits["unusual"]["cider_by_fifth"]],
+    }
+
+
+def _example(results: dict[str, Any], name: str) -> dict[str, str]:
+    texts = {"caption": results["captions"][name], "reference": results["references"][name]}
+    cells = {kind: " ".join(text.split()).replace("|", "\\|") for kind, text in texts.items()}
+    return {"id": name, "cider": f"{100 * results['cider'][name]:.0f}", **cells}
+
+
+def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+    settings = stage["settings"]
+    learned = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
+    name = "self-critical" if settings.get("self_critical") else "cross-entropy"
+    rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
+    return {
+        "name": f"{learned}, {name}",
+        "learning_rate": ", encoder ".join(f"{rate:g}" for rate in rates if rate is not None),
+        "images": "a stream" if stage["images"] is None else f"{stage['images']:,}",
+        "epochs": f"{stage['epochs']:g}",
+        "steps": f"{stage['steps']:,}",
+        "best_step": stage["best_step"] or "the last",
+        "time": f"{stage['seconds'] / 60:.0f} min",
+        "hardware": stage["hardware"],
+    }

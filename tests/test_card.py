@@ -1,0 +1,216 @@
+"""The card of a checkpoint: what is measured, what is recorded of training, what the card says of both."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_attncap import AttnCapForConditionalGeneration, Captioner
+from hf_attncap.cli import main
+from hf_attncap.metrics import CaptionMetrics
+from model_card.build_card import build_card, write_card
+from training.limits import genders, numbers, unusual, writing
+from training.pack import pack
+from training.record import earlier_stages, elapsed
+
+REFERENCES = [["A black dog is running .", "two red dogs", "a house while it rains"], ["a child in the rain"]]
+ABOUT = {
+    "title": "A tiny captioner",
+    "license": "apache-2.0",
+    "repository": "someone/tiny",
+    "dataset": {"name": "Colours", "id": "someone/colours"},
+    "origins": ["Captions: our own."],
+}
+STAGE = {
+    "settings": {"learning_rate": 0.0005, "encoder_learning_rate": 1e-5, "seed": 7},
+    "images": 6000,
+    "frozen_backbone": False,
+    "steps": 1125,
+    "best_step": 750,
+    "epochs": 3.0,
+    "seconds": 5400,
+    "hardware": "an abacus",
+    "log": [],
+}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, pictures) -> Path:
+    """A Parquet file of captioned pictures."""
+    names = [f"image-{number}" for number in range(4)]
+    images = [{"bytes": picture.read_bytes(), "path": None} for picture in (pictures * 4)[:4]]
+    rows = {"image": images, "image_id": names, "captions": [REFERENCES[number % 2] for number in range(4)]}
+    path = tmp_path_factory.mktemp("captioned") / "four.parquet"
+    Dataset.from_dict(rows).to_parquet(str(path))
+    return path
+
+
+def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
+    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    assert main(["card", str(checkpoint), "--images", str(captioned), "--pictures", str(pictures[0])]) == 0
+    assert capsys.readouterr().out.strip() == str(checkpoint / "README.md")
+
+    results = json.loads((checkpoint / "results.json").read_text())
+    rows = Dataset.from_parquet(str(captioned))
+    captioner = Captioner.from_pretrained(checkpoint)
+    captions = {row["image_id"]: captioner.caption(row["image"]["bytes"]).text for row in rows}
+    scores = CaptionMetrics(dict(zip(rows["image_id"], rows["captions"]))).score(captions)
+    assert results["captions"] == captions and results["scores"] == pytest.approx(dict(scores))
+    assert results["data"] == {"file": "four.parquet", "split": None, "images": 4, "references": 8}
+    assert results["decoding"] == {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.7}
+    assert results["speed"]["ms"] > 0
+
+    card = ModelCard.load(checkpoint / "README.md")
+    found = {result.metric_name: result for result in card.data.eval_results}
+    assert found["CIDEr"].metric_value == pytest.approx(100 * scores["cider"], abs=0.01)
+    assert found["BLEU-4"].metric_args["num_beams"] == 3 and found["BLEU-4"].dataset_type == "someone/colours"
+    assert (card.data.license, card.data.library_name, card.data.datasets) == ("apache-2.0", "transformers", ["someone/colours"])
+    text = card.text
+    assert "| encoder and decoder, cross-entropy | 6,000 | 0.0005, encoder 1e-05 | 3 | 1,125 | 750 | 90 min | an abacus |" in text
+    assert "Captions: our own." in text
+    for name, caption in captions.items():
+        assert f"| {name} | {caption} |" in text
+    picture = re.search(r"!\[(.*)\]\((picture_.*png)\)", text)
+    assert picture and picture[1] == captioner.caption(pictures[0]).text
+    assert Image.open(checkpoint / picture[2]).width > 300
+    assert "{{" not in text and "None" not in text
+
+
+def test_card_of_a_bare_checkpoint_leaves_out_what_nobody_knows(checkpoint):
+    card = build_card(checkpoint)
+    assert card.data.eval_results is None and card.data.model_name is None
+    assert "## The model" in card.text and not re.search("## (Scores|Examples|Limits|Training|Data)|None", card.text)
+    model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| parameters | {count / 1e6:.1f} million |" in card.text
+
+
+def test_first_snippet_runs(checkpoint, pictures, monkeypatch, capsys):
+    """Of a checkpoint with this package, and of what is exported with transformers alone."""
+    assert main(["export-hub", str(checkpoint), str(checkpoint.parent / "exported")]) == 0
+    write_card(checkpoint)
+    Image.open(pictures[0]).convert("RGB").save(checkpoint.parent / "photo.jpg")
+    monkeypatch.chdir(checkpoint.parent)
+    text = Captioner.from_pretrained(checkpoint).caption("photo.jpg").text
+    for folder, told in ((checkpoint, "from hf_attncap"), (checkpoint.parent / "exported", "trust_remote_code")):
+        snippet = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        assert told in snippet
+        capsys.readouterr()
+        exec(compile(snippet, "snippet", "exec"), {"__name__": "card"})
+        assert text in capsys.readouterr().out
+
+
+def test_export_takes_along_what_the_card_is_made_of(checkpoint):
+    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
+    exported = checkpoint.parent / "exported"
+    assert main(["export-hub", str(checkpoint), str(exported)]) == 0
+    assert {"training.json", "about.yaml", "README.md"} <= {file.name for file in exported.iterdir()}
+    text = (exported / "README.md").read_text()
+    assert "an abacus" in text and 'model="someone/tiny"' in text
+
+
+def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
+    (checkpoint / "README.md").write_text("# Mine\n")
+    assert main(["card", str(checkpoint)]) == 1
+    assert "was written by hand: move it away" in capsys.readouterr().err
+    assert main(["export-hub", str(checkpoint), str(checkpoint.parent / "exported")]) == 0
+    assert (checkpoint.parent / "exported" / "README.md").read_text() == (checkpoint / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize(
+    ("about", "message"), [("titel: x\n", "about.yaml has titel: it may have base_model"), ("just words\n", "no lines at all")]
+)
+def test_strange_lines_about_a_checkpoint_are_named(checkpoint, capsys, about, message):
+    (checkpoint / "about.yaml").write_text(about)
+    assert main(["card", str(checkpoint)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_folder_without_captioner_is_refused_before_anything_is_measured(tmp_path, capsys):
+    assert main(["card", str(tmp_path), "--images", "none.parquet"]) == 1
+    assert "has no config.json or no model.safetensors" in capsys.readouterr().err
+
+
+def test_pictures_of_one_name_are_refused(checkpoint, pictures, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    twin = shutil.copy(pictures[0], tmp_path / "other")
+    assert main(["card", str(checkpoint), "--pictures", str(pictures[0]), str(twin)]) == 1
+    assert "Rename one" in capsys.readouterr().err and not (checkpoint / "results.json").exists()
+
+
+def tokens(*captions: str) -> list[list[str]]:
+    return [caption.split() for caption in captions]
+
+
+def by_id(*captions: str) -> dict[str, list[str]]:
+    return dict(zip("abcdef", tokens(*captions)))
+
+
+def test_numbers_count_where_three_references_agree():
+    references = {
+        "a": tokens("two dogs", "two black dogs", "a pair", "two and two", "dogs"),
+        "b": tokens("three men", "three men", "three of two men"),
+        "c": tokens("two dogs", "two dogs", "dogs"),  # two alone agree
+        "d": tokens("two men three dogs", "two men three dogs", "two men three dogs"),  # two numbers
+        "e": tokens("two", "two", "two"),
+    }
+    found = numbers(by_id("two dogs run", "two men", "two dogs", "two", "a dog"), references)
+    assert found == {"images": 3, "same": 1, "other": 1, "none": 1}
+
+
+def test_genders_count_where_references_agree_and_none_differs():
+    men, women = tokens("a man", "a boy runs", "a guy", "someone"), tokens("a girl", "her dog", "two women")
+    references = {"a": men, "b": men, "c": women, "d": women, "e": [*men, *women], "f": tokens("a man", "a man")}
+    found = genders(by_id("a man", "a person", "a man and a woman", "a boy", "a man", "a man"), references)
+    assert found["men"] == {"images": 2, "same": 1, "other": 0, "both": 0, "neither": 1}
+    assert found["women"] == {"images": 2, "same": 0, "other": 1, "both": 1, "neither": 0}
+
+
+def test_writing_counts_where_any_reference_speaks_of_it():
+    references = {"a": tokens("a sign", "a dog"), "b": tokens("the shirt says no"), "c": tokens("a dog")}
+    found = writing(by_id("a dog by a sign", "a man", "a sign"), references, {"a": 1.0, "b": 0.5, "c": 9.0})
+    assert found == {"images": 2, "mentioned": 1, "cider": 0.75}
+
+
+def test_fifths_go_from_usual_to_unusual_words():
+    references = {
+        str(number): tokens("a dog" if number < 8 else "odd", f"word{number}" if number == 9 else "dog") for number in range(10)
+    }
+    cider = {str(number): float(number) for number in range(10)}
+    found = unusual(references, cider)
+    assert found["images"] == 10 and found["cider_by_fifth"][-1] == 8.5 and len(found["cider_by_fifth"]) == 5
+
+
+def test_seconds_of_an_interrupted_run_are_those_until_its_last_entry():
+    assert elapsed([]) == 0
+    assert elapsed([{"loss": 1.0, "elapsed": 3.5}, {"elapsed": 7.0}, {"loss": 2.0}]) == 7
+
+
+def test_checkpoints_without_record_have_no_earlier_stages(checkpoint):
+    assert earlier_stages(None) == earlier_stages(str(checkpoint)) == []
+    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    assert earlier_stages(str(checkpoint)) == [STAGE]
+
+
+def test_packed_checkpoint_keeps_its_record(checkpoint, tmp_path):
+    model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
+    torch.nn.init.normal_(model.model.encoder.windows.weight)  # the fixture's do not fit half precision
+    model.save_pretrained(checkpoint)
+    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    packed = pack(checkpoint, tmp_path / "packed")
+    assert json.loads((packed / "training.json").read_text()) == [STAGE]
+    assert AttnCapForConditionalGeneration.from_pretrained(packed).dtype == torch.float32

@@ -1,0 +1,87 @@
+"""`training.json`: how a captioner came to be, stage by stage; it lies beside the weights and goes along from stage to stage."""
+
+import json
+import os
+import platform
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils.hub import cached_file
+
+RECORD = "training.json"
+# They say where files lay on one machine, or what a run shows, and not what was learned.
+PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
+SHOWN = {"disable_tqdm", "report_to", "run_name", "logging_steps", "sample_images", "push_to_hub", "hub_token", "hub_model_id"}
+MACHINE = {"dataloader_num_workers", "dataloader_pin_memory", "use_cpu", "resume_from_checkpoint", "save_total_limit"}
+SET_BY_CODE = {"remove_unused_columns", "use_cache", "logging_nan_inf_filter", "prediction_loss_only"}
+NOT_RECORDED = PLACES | SHOWN | MACHINE | SET_BY_CODE | {"validation_image_dir"}
+ALWAYS = ("learning_rate", "seed", "num_train_epochs")
+LOGGED = ("loss", "reward", "sample_length", "learning_rate", "eval_loss", "eval_cider", "eval_bleu_4", "eval_vocabulary")
+
+
+def earlier_stages(model_name_or_path: str | None) -> list[dict[str, Any]]:
+    """The stages that a checkpoint, a folder or a name on the Hub, went through; none if it does not say."""
+    if model_name_or_path is None:
+        return []
+    file = cached_file(
+        model_name_or_path, RECORD, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else []
+
+
+def stage(groups: tuple[Any, ...], state: Any, images: int | None, frozen_backbone: bool) -> dict[str, Any]:
+    """What is recorded of a run.
+
+    Args:
+        groups: its arguments; what differs from their defaults is kept, without paths.
+        state: the Trainer's, at the end.
+        images: how many it trained on; None for a stream.
+
+    Returns:
+        `settings`, `images`, `frozen_backbone`, `steps`, `best_step` (of the weights that were kept, or None), `epochs`,
+        `seconds` of training and evaluations, over all its parts if it was interrupted, `hardware`, `versions` and `log`.
+    """
+    log = [{name: entry[name] for name in ("step", *LOGGED) if name in entry} for entry in state.log_history]
+    return {
+        "settings": {name: value for group in groups for name, value in _changed(group).items()},
+        "images": images,
+        "frozen_backbone": frozen_backbone,
+        "steps": state.global_step,
+        "best_step": state.best_global_step or None,
+        "epochs": round(state.epoch or 0, 3),
+        "seconds": round(elapsed(state.log_history)),
+        "hardware": hardware(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "log": [entry for entry in log if len(entry) > 1],
+    }
+
+
+def elapsed(log_history: list[dict[str, Any]]) -> float:
+    """Seconds of a run until its last log entry."""
+    return max((entry.get("elapsed", 0.0) for entry in log_history), default=0.0)
+
+
+def hardware() -> str:
+    """What computes: the GPUs, or the CPU and how many threads of it."""
+    if torch.cuda.is_available():
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _changed(group: Any) -> dict[str, Any]:
+    """The settings of a group that are not as an instance without arguments has them."""
+    default = type(group)()
+    values = {item.name: getattr(group, item.name) for item in fields(group) if item.init and item.name not in NOT_RECORDED}
+    changed = {name: value for name, value in values.items() if name in ALWAYS or value != getattr(default, name)}
+    return {name: getattr(value, "value", value) for name, value in changed.items()}  # of enumerations
