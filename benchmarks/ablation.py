@@ -1,10 +1,10 @@
 """What each choice of the model is worth: a run for every row of `ablation.yaml` and seed, scored and compared.
 
-    python benchmarks/ablation.py --train_file train.parquet --validation_file validation.parquet \
+    python -m benchmarks.ablation --train_file train.parquet --validation_file validation.parquet \
         --backbone_weights mobilenet_v2.safetensors --runs runs/ablation --results model_card/results/ablation
 
 Runs that were interrupted go on, results that are there are kept: start it again until all rows are done. `--table` prints what
-the results say so far.
+the results say so far; with `--grammar` also the share of captions that parse, as `grammar.py` has measured it.
 """
 
 import argparse
@@ -22,17 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.metrics.score import CaptionScores
 from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
 from training.arguments import CONFIGS, DataArguments
 from training.data import load_data
+from training.measure import caption, commit
 
 ROOT = Path(__file__).parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")
 OF_A_ROW = {"what", "against", "seeds"}  # the rest are settings of its run
 SCORES = ("bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words", "vocabulary")
-TIMES_100 = {"bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words"}
+TIMES_100 = {"bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words", "full_parse"}
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def read_plan() -> list[Row]:
     rows = []
     for name, row in plan["rows"].items():
         own = {key: value for key, value in row.items() if key not in OF_A_ROW}
-        settings = {**base, **plan["settings"], **own, "model_config": {**base["model_config"], **row.get("model_config", {})}}
+        model = {**base["model_config"], **plan.get("model_config", {}), **row.get("model_config", {})}
+        settings = {**base, **plan["settings"], **own, "model_config": model}
         rows.append(Row(name, row["what"], row.get("against"), row.get("seeds", plan["seeds"]), settings))
     return rows
 
@@ -78,13 +81,13 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "training.train", "--config", str(config), "--disable_tqdm", "true", *words]
         subprocess.run(command, cwd=ROOT, check=True)
     seconds = time.monotonic() - start
-    captions, scores = caption(folder, args.validation_file)
+    captions, scores = caption(Captioner.from_pretrained(folder), load_data(DataArguments(train_file=args.validation_file)).train)
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {
         "row": row.name,
         "seed": seed,
         "settings": row.settings,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "seconds_of_the_last_start": round(seconds),
         "scores": {name: float(value) for name, value in scores.items()},
@@ -93,34 +96,26 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def caption(folder: Path, validation_file: str) -> tuple[dict[str, str], CaptionScores]:
-    """A captioner's captions of the validation images, with its own settings, and their scores."""
-    from hf_attncap import Captioner
-
-    images: Any = load_data(DataArguments(train_file=validation_file)).train
-    captioner = Captioner.from_pretrained(folder)
-    captions: dict[str, str] = {}
-    for start in range(0, len(images), 50):
-        rows = images[start : start + 50]
-        results = captioner.caption(rows["image"], batch_size=50)
-        captions |= zip(rows["image_id"], (result.text for result in results))
-    references = dict(zip(images["image_id"], images["captions"]))
-    return captions, CaptionMetrics(references).score(captions)
-
-
-def table(rows: list[Row], results: Path, validation_file: str) -> str:
+def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | None) -> str:
     """Means over the seeds, their range, and CIDEr against the neighbour with its 95 % interval, as Markdown."""
     images = load_data(DataArguments(train_file=validation_file)).train
     metrics = CaptionMetrics(dict(zip(images["image_id"], images["captions"])))
-    scores = {row.name: [metrics.score(found["captions"]) for found in _results(row, results)] for row in rows}
+    files = {row.name: _files(row, results) for row in rows}
+    scores = {name: [metrics.score(json.loads(file.read_text("utf-8"))["captions"]) for file in own] for name, own in files.items()}
+    names = [*SCORES, "full_parse"] if grammar else SCORES
+    parsed = json.loads(grammar.read_text("utf-8"))["results"] if grammar else {}
     lines = [
-        "| row | what | seeds | " + " | ".join(name.replace("_", " ") for name in SCORES) + " | CIDEr against | p |",
-        "|---|---|---|" + "---|" * len(SCORES) + "---|---|",
+        "| row | what | seeds | " + " | ".join(name.replace("_", " ") for name in names) + " | CIDEr against | p |",
+        "|---|---|---|" + "---|" * len(names) + "---|---|",
     ]
     for row in rows:
         if not scores[row.name]:
             continue
         values = [_spread(name, [score[name] for score in scores[row.name]]) for name in SCORES]
+        if grammar:
+            if missing := [file.stem for file in files[row.name] if file.stem not in parsed]:
+                sys.exit(f"{grammar} has no results of {', '.join(missing)}; run grammar.py on all results files")
+            values.append(_spread("full_parse", [parsed[file.stem]["full_parse"] for file in files[row.name]]))
         difference = ["", ""]
         if row.against and scores[row.against]:
             found = against(scores[row.against], scores[row.name])
@@ -136,9 +131,9 @@ def against(first: list[CaptionScores], second: list[CaptionScores]) -> Comparis
     return paired_bootstrap(*([means({"cider": cider})] for cider in averaged))["cider"]
 
 
-def _results(row: Row, results: Path) -> list[dict[str, Any]]:
+def _files(row: Row, results: Path) -> list[Path]:
     files = [results / f"{row.name}-seed{seed}.json" for seed in row.seeds]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return [file for file in files if file.exists()]
 
 
 def _spread(name: str, values: list[float]) -> str:
@@ -156,11 +151,12 @@ def main() -> None:
     parser.add_argument("--results", required=True, type=Path, help="folder for a JSON file a run")
     parser.add_argument("--only", nargs="*", help="rows to run; default: all")
     parser.add_argument("--table", action="store_true", help="print what the results say; no training")
+    parser.add_argument("--grammar", type=Path, help="output of grammar.py, for a column of the table")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     rows = read_plan()
     if args.table:
-        print(table(rows, args.results, args.validation_file))
+        print(table(rows, args.results, args.validation_file, args.grammar))
         return
     args.results.mkdir(parents=True, exist_ok=True)
     for row, seed in runs([row for row in rows if not args.only or row.name in args.only]):
