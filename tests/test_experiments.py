@@ -143,3 +143,14 @@ def test_objects_of_generated_scenes_lie_in_their_boxes_and_held_out_layouts_are
 def test_a_region_is_inside_a_box_if_its_centre_is(script):
     within = script("pointing").within((0, 0, 112, 32), (7, 7))  # centres at 16, 48, 80, 112, ...
     assert within.tolist() == [[True] * 4 + [False] * 3, *[[False] * 7] * 6]
+
+
+def test_two_captioners_side_by_side(script, monkeypatch, tmp_path, capsys):
+    for name, caption in (("before", "a dog"), ("after", "two dogs")):
+        (tmp_path / name).mkdir()
+        found = {"captions": {"1": caption, "2": "x"}, "cider": {"1": 0.5, "2": 0.0}, "references": {"1": "a | b", "2": "y"}}
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    command(script("side_by_side"), monkeypatch, tmp_path / "before" / "results.json", tmp_path / "after" / "results.json")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "| image | before | after | a reference |" and len(said) == 4
+    assert "| 1 | a dog (50) | two dogs (50) | a / b |" in said

@@ -315,6 +315,7 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
         ({"scheduled_sampling": 25}, "`scheduled_sampling` is 25"),
         ({"scheduled_sampling": 0.2, "scheduled_sampling_steps": 0}, "`scheduled_sampling_steps` is 0"),
         ({"ema_decay": 1.0}, "`ema_decay` is 1.0"),
+        ({"input_dropout": 1.0}, "`input_dropout` is 1.0"),
         ({"early_stopping_patience": 2}, "needs `metric_for_best_model`"),
         ({"early_stopping_patience": 2, "metric_for_best_model": "loss"}, "set `eval_strategy`"),
         ({"early_stopping_patience": 0, "metric_for_best_model": "loss", "eval_strategy": "epoch"}, "at least 1"),
@@ -371,6 +372,26 @@ def averaged_by_hand(path: list[dict[str, torch.Tensor]], decay: float) -> dict[
     for weights in path[1:]:
         average = {name: decay * average[name] + (1 - decay) * w for name, w in weights.items()}
     return average
+
+
+def test_dropped_inputs_are_a_share_of_regions_and_words_and_only_of_training(warm, processor, tmp_path):
+    model, plain = load(warm), load(warm)
+    trainer_of(model, processor, tmp_path, CaptionTrainer, input_dropout=0.25)
+    ids = torch.arange(4, 12).repeat(50, 1)
+    features = batch_of(processor)["backbone_features"]
+
+    def inputs_of(captioner):
+        return captioner.base_model.encoder(backbone_features=features).last_hidden_state, captioner.get_input_embeddings()(ids)
+
+    wanted = inputs_of(plain)
+    for found, whole in zip(inputs_of(model.train()), wanted):
+        kept = found != 0
+        four_errors = 4 * (0.25 * 0.75 / found.numel()) ** 0.5
+        assert abs(1 - kept.double().mean() - 0.25) < four_errors
+        assert torch.allclose(found[kept], whole[kept] / 0.75)
+    for quiet in (torch.nn.Module.eval, silence):
+        quiet(model)
+        assert all(torch.equal(found, whole) for found, whole in zip(inputs_of(model), wanted))
 
 
 @pytest.mark.parametrize("trainer_class", [CaptionTrainer, SelfCriticalTrainer])

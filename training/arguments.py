@@ -137,6 +137,10 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     scheduled_sampling_steps: int | None = field(
         default=None, metadata={"help": "Steps over which `scheduled_sampling` rises from 0; default: the whole run."}
     )
+    input_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of regions and word embeddings that training drops, beside the model's own `dropout` of outputs."},
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Evaluate and save the exponential average of the weights with this decay; default: the weights."},
@@ -183,6 +187,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError("`scheduled_sampling_steps` goes with `scheduled_sampling`: set that, or leave it out.")
         if self.scheduled_sampling_steps is not None and self.scheduled_sampling_steps < 1:
             raise SettingError(f"`scheduled_sampling_steps` is {self.scheduled_sampling_steps}: it must be at least 1.")
+        if not 0 <= self.input_dropout < 1:
+            raise SettingError(f"`input_dropout` is {self.input_dropout}: it must be at least 0 and below 1.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
         if self.sample_images < 0:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from .averaging import WeightAverage
+from .dropout import drop_inputs
 from .resumable import ResumableTrainer
 
 
@@ -37,6 +38,8 @@ class CaptionTrainer(ResumableTrainer):
         order = self.accelerator.dataloader_config
         order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # one for all, unlike the noise
         self.add_callback(OwnNoise())
+        if share := self.args.input_dropout:  # type: ignore[attr-defined]
+            drop_inputs(self.model, share)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         decay = self.args.ema_decay  # type: ignore[attr-defined]
