@@ -1,0 +1,181 @@
+"""Does the attention look at what the words name? The pointing game on photographs of Flickr8k that were boxed by hand.
+
+    python benchmarks/pointing_photographs.py --images validation.parquet --output pointing_photographs.json
+
+`boxes.json` has ids of photographs of the validation split, and for each what is to be seen: words for it and its boxes (left,
+top, right, bottom) as fractions of width and height. What fills more than half of a photograph is not in it. Two kinds of
+captions are looked at: the model's own, and the references, which it is made to say. A word scores a hit if the centre of the
+region with its highest weight lies in one of the word's boxes (Zhang et al., 2018, "Top-down neural attention by excitation
+backprop"). There are two lower bounds. Chance is the share of all regions whose centres lie there. The other is the share of
+the peaks of words of other photographs that lie there, which a model that always looks at the middle would reach as well. Words
+whose boxes are so small that no region has its centre there cannot be hit: they are counted, not scored.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from PIL import Image
+from pointing import SIDE, within
+
+from hf_attncap import Captioner
+from hf_attncap.images import load_image
+from hf_attncap.metrics.significance import Statistics, paired_bootstrap
+from hf_attncap.pipeline_attncap import CaptionPieces
+from hf_attncap.processing_attncap import IGNORED_LABEL
+
+BOXES = Path(__file__).with_name("boxes.json")
+COLUMNS = ("photographs", "words", "too_small", "hits", "chance", "other_photographs", "mass_inside", "area")
+
+Box = Sequence[float]
+Caption = tuple[list[str], np.ndarray]  # T words and their maps (T, H, W)
+
+
+class Pointed(NamedTuple):
+    """A word of a caption: its map's highest region, which regions are hits, and how much of the map lies in the word's boxes."""
+
+    photograph: str
+    word: str
+    peak: int
+    inside: np.ndarray  # (H * W,) bool
+    mass: float
+    area: float
+
+
+def point(photograph: str, word: str, weights: np.ndarray, boxes: Sequence[Box]) -> Pointed:
+    """Scores a word with a map of weights (H, W), in sum 1. An even map has as much mass in the boxes as they have area."""
+    inside = np.any([within([SIDE * edge for edge in box], weights.shape) for box in boxes], axis=0)  # (H, W)
+    shares = covered(boxes, weights.shape)  # (H, W)
+    return Pointed(photograph, word, int(weights.argmax()), inside.ravel(), float((weights * shares).sum()), float(shares.mean()))
+
+
+def covered(boxes: Sequence[Box], grid: tuple[int, ...]) -> np.ndarray:
+    """How much of each region of the grid (H, W) lies in one of the boxes at least, from 0 to 1."""
+    cuts = [  # between two of which nothing changes
+        np.unique([*np.linspace(0, 1, size + 1), *(box[k] for box in boxes for k in edges)])
+        for size, edges in zip(grid, ((1, 3), (0, 2)))
+    ]
+    y, x = ((cut[1:] + cut[:-1]) / 2 for cut in cuts)  # (R,), (S,)
+    inside = np.any(
+        [((y > top) & (y < bottom))[:, None] & ((x > left) & (x < right)) for left, top, right, bottom in boxes], axis=0
+    )  # (R, S)
+    areas = inside * np.diff(cuts[0])[:, None] * np.diff(cuts[1])  # (R, S)
+    shares = np.zeros(grid)
+    np.add.at(shares, ((y * grid[0]).astype(int)[:, None], (x * grid[1]).astype(int)), areas)
+    return shares * shares.size
+
+
+def point_captions(photograph: str, captions: Iterable[Caption], things: list[dict[str, Any]]) -> list[Pointed]:
+    """The words of captions that `things` of a photograph are called; all boxes of a word count, whatever thing they are of."""
+    found = []
+    for words, maps in captions:
+        for word, weights in zip(words, maps, strict=True):
+            boxes = [box for thing in things if word in thing["words"] for box in thing["boxes"]]
+            if boxes:
+                found.append(point(photograph, word, weights, boxes))
+    return found
+
+
+@torch.inference_mode()
+def read_out(captioner: Captioner, image: Image.Image, references: list[str]) -> list[Caption]:
+    """References with the maps of their words, as if the model had said them."""
+    model, processor = captioner.model, captioner.processor
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]  # (1, 3, height, width)
+    labels = processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
+    ids = labels.masked_fill(labels == IGNORED_LABEL, model.config.pad_token_id)
+    sequences = torch.cat([ids.new_full((len(ids), 1), model.config.bos_token_id), ids], dim=1)  # (R, T + 1)
+    maps, _ = model.caption_attentions(sequences.to(model.device), pixel_values.to(model.device))  # (R, T, H, W)
+    captions = [CaptionPieces(processor.tokenizer, row) for row in sequences.tolist()]
+    return [(pieces.words, pieces.merge(regions)) for pieces, regions in zip(captions, maps)]
+
+
+def summary(pointed: list[Pointed]) -> dict[str, Any]:
+    """The figures of a table's row, and 95 % intervals of what the hits have over each lower bound, photographs drawn anew."""
+    scored = [word for word in pointed if word.inside.any()]
+    names = sorted({word.photograph for word in scored})
+    counts = {"photographs": len(names), "words": len(scored), "too_small": len(pointed) - len(scored)}
+    if len(names) < 2:
+        return counts
+    photograph = np.array([names.index(word.photograph) for word in scored])  # (W,)
+    inside = np.stack([word.inside for word in scored])  # (W, N)
+    reached = inside[:, [word.peak for word in scored]]  # (W, W): does the peak of the column's word hit the row's
+    other = photograph[:, None] != photograph  # (W, W)
+    values = {
+        "hits": reached.diagonal().astype(float),
+        "chance": inside.mean(axis=1),
+        "other_photographs": (reached & other).sum(axis=1) / other.sum(axis=1),
+        "mass_inside": np.array([word.mass for word in scored]),
+        "area": np.array([word.area for word in scored]),
+    }
+    figures: dict[str, Any] = {name: float(value.mean()) for name, value in values.items()}
+    for bound in ("chance", "other_photographs"):
+        found = paired_bootstrap(*([_ratio(values[name], photograph)] for name in (bound, "hits")))["share"]
+        figures[f"hits_minus_{bound}"] = [found.difference, found.low, found.high]
+    return {**counts, **figures}
+
+
+def _ratio(values: np.ndarray, photograph: np.ndarray) -> Statistics:
+    """The mean of the words' values (W,), each of the photograph with that number, as sums of photographs."""
+    sums = np.stack([np.bincount(photograph, values), np.bincount(photograph)], axis=1)  # (I, 2)
+    return Statistics(("share",), sums, lambda totals: totals[..., :1] / totals[..., 1:])
+
+
+def read_photographs(path: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of a Parquet file whose `image_id` is one of the names: that, `captions` and a decoded `image`."""
+    chosen = pyarrow.parquet.read_table(path, columns=["image", "image_id", "captions"], filters=[("image_id", "in", list(names))])
+    return [{**row, "image": load_image(row["image"]["bytes"])} for row in chosen.to_pylist()]
+
+
+def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The game with a captioner on rows with `image`, `image_id` and `captions`."""
+    captioner = Captioner.from_pretrained(model)
+    own, references = [], []
+    for row, result in zip(rows, captioner.caption([row["image"] for row in rows])):
+        name = row["image_id"]
+        own += point_captions(name, [(result.words, result.attention)], boxes[name])
+        references += point_captions(name, read_out(captioner, row["image"], row["captions"]), boxes[name])
+    return {"own": summary(own), "references": summary(references)}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown, shares in per cent."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * bound for bound in value))
+        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+    columns = (*COLUMNS, "hits_minus_chance", "hits_minus_other_photographs")
+    lines = ["| captions | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for kind, figures in found.items():
+        lines.append(f"| {kind} | " + " | ".join(shown(figures.get(name, "-")) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="Parquet file of Flickr8k's validation split: image, image_id, captions")
+    parser.add_argument("--model", help="a captioner's folder; default: the package's own checkpoint")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    boxes = json.loads(BOXES.read_text(encoding="utf-8"))
+    rows = read_photographs(args.images, boxes)
+    missing = sorted(boxes.keys() - {row["image_id"] for row in rows})
+    if missing:
+        parser.error(f"{args.images} lacks {len(missing)} of the {len(boxes)} boxed photographs, such as {missing[0]}.")
+    found = play(args.model, rows, boxes)
+    print(table(found))
+    if args.output:
+        model = Path(args.model).resolve().name if args.model else "hf_attncap/checkpoint"
+        record = {"date": datetime.now(UTC).date().isoformat(), "model": model, "captions": found}
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
