@@ -14,7 +14,10 @@ LIVE_WEIGHTS_FILE = "live_weights.safetensors"
 
 
 class WeightAverage(TrainerCallback):
-    """After each step, average = decay * average + (1 - decay) * weights; batch norm statistics are the model's own.
+    """After each step, average = d * average + (1 - d) * weights; batch norm statistics are the model's own.
+
+    d = min(decay, (1 + n) / (10 + n)) after n earlier steps, as TensorFlow's `ExponentialMovingAverage` has it with `num_updates`:
+    else the weights that training began with would stay in the average for long.
 
     Args:
         model: whose weights are averaged; a copy of it holds the average.
@@ -22,10 +25,14 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
-        self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.model, self.decay, self._now = model, decay, decay
+        self.average = AveragedModel(model, multi_avg_fn=self._blend)
+
+    def _blend(self, averaged: Any, current: Any, steps: Any) -> None:
+        get_ema_multi_avg_fn(self._now)(averaged, current, steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._now = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         self.average.update_parameters(self.model)
 
     @property
