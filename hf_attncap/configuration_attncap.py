@@ -20,6 +20,8 @@ class AttnCapConfig(PreTrainedConfig):
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
+        trainable_blocks: where the trunk is trained, how many of its last blocks are (of MobileNetV2's 19, say; those before stay as
+            they are); `None` for all of them.
         freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
         image_mean, image_std: what the backbone's weights expect of their input, one value or one a channel; processors made for a
             new model take them from here.
@@ -64,6 +66,7 @@ class AttnCapConfig(PreTrainedConfig):
     backbone: str = "resnet152"
     backbone_padding: Literal["torch", "same"] = "torch"
     freeze_backbone: bool = True
+    trainable_blocks: int | None = None
     freeze_batch_norm: bool = True
     image_mean: float | list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
     image_std: float | list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
@@ -130,6 +133,10 @@ class AttnCapConfig(PreTrainedConfig):
             "max_word_distance",
         ):
             _check(getattr(self, name) >= 1, f"`{name}` is {getattr(self, name)}, but it must be at least 1.")
+        _check(
+            self.trainable_blocks is None or self.trainable_blocks >= 1,
+            f"`trainable_blocks` is {self.trainable_blocks}: set `freeze_backbone` to train none, or None to train all.",
+        )
         _check(0 <= self.dropout < 1, f"`dropout` is {self.dropout}, but it must be in [0, 1).")
         _check(
             0 <= self.label_smoothing < 1,

@@ -43,33 +43,57 @@ class GridEncoder(nn.Module):
         self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
         grid = config.grid_size
         self.pool = nn.Identity() if grid is None else nn.AdaptiveAvgPool2d(grid if isinstance(grid, int) else tuple(grid))
-        self.frozen = config.freeze_backbone
+        blocks = len(self.blocks())
+        if (config.trainable_blocks or 0) > blocks:
+            raise ValueError(
+                f"`trainable_blocks` is {config.trainable_blocks}, but {config.backbone} has {blocks} blocks: set at most that, or None."
+            )
+        learning = 0 if config.freeze_backbone else config.trainable_blocks or blocks
+        self.frozen_blocks = blocks - learning
         self.batch_norm_frozen = config.freeze_batch_norm
         self.gradient_checkpointing = False
         self.train()  # modules begin in training mode, frozen ones must not
 
     def train(self, mode: bool = True):
-        """A frozen backbone stays in evaluation mode, frozen batch norm too: their statistics do not move."""
+        """Frozen blocks stay in evaluation mode, frozen batch norm too: their statistics do not move."""
         super().train(mode)
-        for module in self.backbone.modules():
-            if self.frozen or (self.batch_norm_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)):
-                module.training = False
+        for number, block in enumerate(self.blocks()):
+            for module in block.modules():
+                if number < self.frozen_blocks or (
+                    self.batch_norm_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)
+                ):
+                    module.training = False
         return self
 
+    def blocks(self) -> list[nn.Module]:
+        """The trunk, block by block: its children, and the children of those that are sequences."""
+        children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in self.backbone]
+        return [block for blocks in children for block in blocks]
+
+    def freeze(self) -> None:
+        """Frozen blocks need no gradients."""
+        for block in self.blocks()[: self.frozen_blocks]:
+            block.requires_grad_(False)
+
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The trunk's map (B, D, h, w) of pictures (B, 3, height, width): what a cache for a frozen encoder keeps."""
+        """The map (B, D', h', w') of pictures (B, 3, height, width) that does not change in training: what a cache keeps.
+
+        It is that of the last frozen block; where all blocks learn, that of the last one, (B, D, h, w).
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` must be (B, 3, height, width), but its shape is {tuple(pixel_values.shape)}.")
         x = pixel_values.to(self.windows.weight.dtype)  # (B, 3, height, width)
-        for child in self.backbone:
-            stages = child if isinstance(child, nn.Sequential) else [child]
-            for stage in stages:
-                is_block = next(stage.children(), None) is not None
-                if self.gradient_checkpointing and self.training and is_block and x.requires_grad:
-                    x = run_checkpointed(stage, x, self._gradient_checkpointing_func)
-                else:
-                    x = stage(x)
-        return x  # (B, D, h, w)
+        return self._run(self.blocks()[: self.frozen_blocks or None], x)  # (B, D', h', w')
+
+    def _run(self, blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        """Map (B, ., ., .) to map through blocks, some of which may be computed anew for the gradient."""
+        for block in blocks:
+            has_parts = next(block.children(), None) is not None
+            if self.gradient_checkpointing and self.training and has_parts and x.requires_grad:
+                x = run_checkpointed(block, x, self._gradient_checkpointing_func)
+            else:
+                x = block(x)
+        return x
 
     def forward(
         self,
@@ -78,12 +102,13 @@ class GridEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> GridEncoderOutput:
-        """Regions of pictures (B, 3, height, width), or of their `features` (B, D, h, w) computed before."""
+        """Regions of pictures (B, 3, height, width), or of their `features` (B, D', h', w') computed before."""
         if backbone_features is None:
             if pixel_values is None:
-                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w).")
+                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D', h', w').")
             backbone_features = self.features(pixel_values)
-        f = backbone_features.to(self.windows.weight.dtype)  # (B, D, h, w)
+        x = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
+        f = self._run(self.blocks()[self.frozen_blocks :], x) if self.frozen_blocks else x  # (B, D, h, w)
         windows = self.windows(f).flatten(2).mT  # (B, h * w, C)
         grid = self.pool(windows.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
         a = grid.flatten(2).mT  # (B, N, C)

@@ -76,8 +76,7 @@ class AttnCapPreTrainedModel(PreTrainedModel):
     def _apply_freezing(self) -> None:
         """`requires_grad` as the config says; loading gives every parameter a gradient."""
         base: AttnCapModel = self.base_model  # type: ignore[assignment]
-        if self.config.freeze_backbone:
-            base.encoder.backbone.requires_grad_(False)
+        base.encoder.freeze()
         if self.config.freeze_word_embeddings:
             base.decoder.embed_tokens.requires_grad_(False)
 
@@ -122,7 +121,7 @@ class AttnCapModel(AttnCapPreTrainedModel):
         r"""Picture and words so far to what the output layer sees.
 
         Args:
-            pixel_values: (B, 3, height, width); or give `encoder_outputs`, or `backbone_features` (B, D, h, w).
+            pixel_values: (B, 3, height, width); or give `encoder_outputs`, or `backbone_features`, the encoder's `features`.
             decoder_input_ids: (R, T), R a multiple of B: the captions of one image are adjacent rows. Default: the start token.
             decoder_attention_mask: (R, T), or (R, t0 + T) with a cache of t0 positions; 0 marks padding, which changes nothing.
             past_key_values: the cache that an earlier call returned.

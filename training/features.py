@@ -1,4 +1,4 @@
-"""The maps of a frozen backbone, computed once and kept on disk in half precision."""
+"""The maps of a backbone's frozen blocks, computed once and kept on disk in half precision."""
 
 import hashlib
 import json
@@ -29,13 +29,13 @@ BLOCK = 4 * BATCH  # images between two records of what is done
 
 
 def cached_features(encoder, image_processor, dataset: Dataset, folder: str, workers: int = 0) -> np.ndarray:
-    """The backbone's maps of all images, (images, D, h, w) float16, memory-mapped, read-only.
+    """The encoder's `features` of all images, (images, D', h', w') float16, memory-mapped, read-only.
 
     One map an image, whatever the number of its captions, as it is before the C windows. Computed on the device of the process,
     to which the encoder moves for that time; under several processes each computes its share, and all must call this together
     and see `folder` as one.
 
-    The file's name is made of the backbone's weights, the image processing and the dataset's fingerprint, so that another of
+    The file's name is made of the frozen blocks' weights, the image processing and the dataset's fingerprint, so that another of
     these never finds a stale file; picture files that change under unchanged names are not noticed. It appears under its name
     only when it is whole. Until then it is a `.partial` beside a record of its finished blocks of 128 images, and a later call
     goes on from there, with any number of processes. A call that finds another one at work on the same file waits for it.
@@ -52,7 +52,7 @@ def cached_features(encoder, image_processor, dataset: Dataset, folder: str, wor
             a word ends the others at the latest after the time-out of their process group (`ddp_timeout`).
     """
     state = PartialState()
-    names = together(lambda: _fingerprint(encoder.backbone, image_processor, dataset))
+    names = together(lambda: _fingerprint(encoder, image_processor, dataset))
     if len(set(names)) > 1:
         raise SettingError(
             "`feature_cache`: the processes of this run see different pictures or backbone weights: give all of them the same "
@@ -74,11 +74,12 @@ def cached_features(encoder, image_processor, dataset: Dataset, folder: str, wor
     return np.load(path, mmap_mode="r")
 
 
-def _fingerprint(backbone: torch.nn.Module, image_processor, dataset: Dataset) -> str:
+def _fingerprint(encoder, image_processor, dataset: Dataset) -> str:
+    frozen = torch.nn.Sequential(*encoder.blocks()[: encoder.frozen_blocks])
     digest = hashlib.sha256(json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(dataset._fingerprint.encode())
-    digest.update(str(backbone).encode())  # padding is not among the weights
-    for name, tensor in sorted(backbone.state_dict().items()):
+    digest.update(str(frozen).encode())  # padding is not among the weights
+    for name, tensor in sorted(frozen.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, since numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

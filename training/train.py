@@ -126,13 +126,16 @@ def _pictures(
     training: CaptionTrainingArguments,
     chance: Chance,
 ) -> tuple[Any, Any]:
-    """What the Trainer iterates over for training and for validation: pictures, or the maps of a frozen backbone."""
+    """What the Trainer iterates over for training and for validation: pictures, or the maps of the backbone's frozen blocks."""
     change = Augmentation(processor.image_processor.size["height"], chance, data.augment, data.mirror)
     changed = data.augment or data.mirror
     if data.feature_cache is None:
         return augmented(splits.train, change) if changed else splits.train, splits.validation
-    if not model.config.freeze_backbone:
-        raise SettingError("`feature_cache` needs a frozen backbone: set `freeze_backbone: true` or leave the cache out.")
+    if not model.model.encoder.frozen_blocks:
+        raise SettingError(
+            "`feature_cache` keeps what frozen blocks make of the pictures, and all of the backbone learns: set `freeze_backbone: true`, "
+            "or `trainable_blocks`, or leave the cache out."
+        )
 
     def maps(images: Dataset) -> Any:
         workers = training.dataloader_num_workers
