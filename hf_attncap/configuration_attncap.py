@@ -20,8 +20,8 @@ class AttnCapConfig(PreTrainedConfig):
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
-        trainable_blocks: where the trunk is trained, how many of its last blocks are (of MobileNetV2's 19, say; those before stay as
-            they are); `None` for all of them.
+        trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2; those before
+            stay as they are. `None` for all of them.
         freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
         image_mean, image_std: what the backbone's weights expect of their input, one value or one a channel; processors made for a
             new model take them from here.

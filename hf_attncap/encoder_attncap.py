@@ -46,7 +46,7 @@ class GridEncoder(nn.Module):
         blocks = len(self.blocks())
         if (config.trainable_blocks or 0) > blocks:
             raise ValueError(
-                f"`trainable_blocks` is {config.trainable_blocks}, but {config.backbone} has {blocks} blocks: set at most that, or None."
+                f"`trainable_blocks` is {config.trainable_blocks}, but {config.backbone} has {blocks} blocks: set no more, or None."
             )
         learning = 0 if config.freeze_backbone else config.trainable_blocks or blocks
         self.frozen_blocks = blocks - learning
@@ -59,9 +59,7 @@ class GridEncoder(nn.Module):
         super().train(mode)
         for number, block in enumerate(self.blocks()):
             for module in block.modules():
-                if number < self.frozen_blocks or (
-                    self.batch_norm_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)
-                ):
+                if number < self.frozen_blocks or (self.batch_norm_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                     module.training = False
         return self
 

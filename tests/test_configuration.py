@@ -63,6 +63,7 @@ def test_defaults():
             for value, shown in ((50, "50"), (-1, "-1"))
         ),
         ({"eos_token_id": [2, 10_000]}, r"`eos_token_id` is \[2, 10000\], but the vocabulary has the ids 0 to 9999"),
+        ({"freeze_backbone": False, "trainable_blocks": 0}, "`trainable_blocks` is 0: set `freeze_backbone` to train none"),
         ({"vocab_size": 3}, r"`unk_token_id` is 3, .*\(`vocab_size` is 3\)"),
         (
             {"tie_word_embeddings": True, "freeze_word_embeddings": True},
@@ -125,6 +126,7 @@ OTHERS = {
     "backbone": "mobilenet_v2",
     "backbone_padding": "same",
     "freeze_backbone": False,
+    "trainable_blocks": 2,
     "freeze_batch_norm": False,
     "image_mean": [0.5, 0.4, 0.3],
     "image_std": [0.5, 0.25, 0.125],

@@ -331,6 +331,36 @@ def test_trained_backbone(origin, frozen_statistics, tmp_path):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("origin", ["fresh", "switched", "reloaded"])
+def test_last_blocks_learn_from_the_maps_before_them_as_from_the_pictures(origin, tmp_path):
+    model = with_batch_norm(origin, tmp_path, freeze_backbone=False, trainable_blocks=2, freeze_batch_norm=False, dropout=0.0)
+    encoder = model.model.encoder
+    learning = {id(parameter) for block in encoder.blocks()[-2:] for parameter in block.parameters()}
+    statistics = {id(value) for block in encoder.blocks()[-2:] for value in block.buffers()}
+    pictures, labels = torch.rand(2, 3, 64, 64), torch.tensor([[5, EOS], [6, EOS]])
+    with torch.no_grad():
+        features = encoder.features(pictures)
+        assert_close(model.eval()(backbone_features=features, labels=labels).loss, model(pixel_values=pictures, labels=labels).loss)
+    gradients = []
+    for way in ({"pixel_values": pictures}, {"backbone_features": features}):
+        before = batch_norm_statistics(model)
+        model.train().zero_grad()
+        model(labels=labels, **way).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        moved = {name for name, value in batch_norm_statistics(model).items() if not torch.equal(value, before[name])}
+        assert moved and {id(encoder.backbone.get_buffer(name)) for name in moved} <= statistics
+    for name, parameter in model.named_parameters():
+        learns = "backbone" not in name or id(parameter) in learning
+        assert (gradients[0][name] is not None) == learns, name
+        if learns:
+            assert_close(gradients[1][name], gradients[0][name])
+
+
+def test_blocks_that_there_are_not_cannot_learn():
+    with pytest.raises(ValueError, match=r"`trainable_blocks` is 99, but squeezenet1_1 has 13 blocks"):
+        tiny_model(backbone="squeezenet1_1", freeze_backbone=False, trainable_blocks=99)
+
+
 def test_frozen_words_get_no_gradient():
     model = tiny_model(freeze_word_embeddings=True).float().train()
     train_one_step(model)

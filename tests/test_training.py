@@ -101,6 +101,13 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
     assert any(key.endswith("0.weight") for key in moved)
     assert not any("running" in key for key in moved), "frozen batch norm statistics moved"
 
+    upper, blocks = tmp_path / "upper", '{"freeze_backbone": false, "trainable_blocks": 3}'
+    assert main(options(parquet, upper, **{**more, "model_config": blocks, "feature_cache": cache, "cached_views": 2})) == 0
+    tuned = AttnCapForConditionalGeneration.from_pretrained(upper)
+    for number, (was, now) in enumerate(zip(trained.model.encoder.blocks(), tuned.model.encoder.blocks(), strict=True)):
+        same = all(torch.equal(value, now.state_dict()[name]) for name, value in was.named_parameters())
+        assert same == (number < len(trained.model.encoder.blocks()) - 3 or not list(was.parameters())), number
+
     record = json.loads((second / "training.json").read_text())
     assert [stage["frozen_backbone"] for stage in record] == [True, False]
     assert [stage["images"] for stage in record] == [2 * len(COLOURS)] * 2
@@ -209,6 +216,18 @@ def test_cache_is_not_used_for_other_weights_or_processing(parquet, processor, t
         next(encoder.backbone.parameters()).mul_(1.5)
     cached_features(encoder, processor.image_processor, rows, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+    upper = AttnCapForConditionalGeneration(
+        type(config)(**{**config.to_dict(), "freeze_backbone": False, "trainable_blocks": 3})
+    ).model.encoder
+    upper.load_state_dict(encoder.state_dict())
+    cached_features(upper, processor.image_processor, rows, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 4
+    with torch.no_grad():
+        for block in upper.blocks()[-3:]:
+            for weight in block.parameters():
+                weight.mul_(1.5)
+    cached_features(upper, processor.image_processor, rows, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 4, "what learns is not in the maps"
 
 
 def test_yaml_first_command_line_over_it(tmp_path):

@@ -133,8 +133,8 @@ def _pictures(
         return augmented(splits.train, change) if changed else splits.train, splits.validation
     if not model.model.encoder.frozen_blocks:
         raise SettingError(
-            "`feature_cache` keeps what frozen blocks make of the pictures, and all of the backbone learns: set `freeze_backbone: true`, "
-            "or `trainable_blocks`, or leave the cache out."
+            "`feature_cache` keeps what frozen blocks make of the pictures, and all of the backbone learns: set "
+            "`freeze_backbone: true` or `trainable_blocks`, or leave the cache out."
         )
 
     def maps(images: Dataset) -> Any:
