@@ -77,12 +77,14 @@ def test_settings_are_known_and_of_their_types(name, tmp_path):
     assert AttnCapConfig(vocab_size=100, **model_config).freeze_backbone is model_config.get("freeze_backbone", True)
 
     argv = ["--config", f"{name}.yaml", "--train_file", "data.json", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    if "cached_views" in settings:
+        argv += ["--feature_cache", str(tmp_path)]  # a folder of the reader's, which the head of the file asks for
     model, data, training = parse_arguments(argv)
     assert model.model_config == model_config
     for key, value in settings.items():
         holder = next(group for group in (model, data, training) if hasattr(group, key))
         assert getattr(holder, key) == ([] if (key, value) == ("report_to", "none") else value)
-    assert 0 < training.learning_rate < 1e-3 and 0 < (training.encoder_learning_rate or 1e-5) <= 1e-4
+    assert 0 < training.learning_rate < 1e-3 and 0 < (training.encoder_learning_rate or 1e-5) <= training.learning_rate
 
 
 @pytest.mark.parametrize("name", NEW)

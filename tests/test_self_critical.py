@@ -476,7 +476,8 @@ def options(warm, parquet, output, **more) -> list[str]:
 def test_run_from_the_command_line_stops_early_and_keeps_the_best(warm, parquet, tmp_path):
     """Evaluations with beams choose the checkpoint; a learning rate of zero gets no better, so one more evaluation ends it."""
     config = Path(main.__code__.co_filename).parent / "configs" / "flickr8k_mobilenet_v2_self_critical.yaml"
-    more = {"feature_cache": tmp_path / "cache", "validation_file": parquet, "save_strategy": "epoch", "learning_rate": 0}
+    more = {"feature_cache": tmp_path / "cache", "validation_file": parquet, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    more |= {"learning_rate": 0, "encoder_learning_rate": 0}
     argv = options(warm, parquet, tmp_path / "run", num_train_epochs=6, early_stopping_patience=1, **more)
     assert main(["--config", str(config), *argv]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
