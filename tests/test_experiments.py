@@ -16,6 +16,7 @@ from torchvision.models import mobilenet_v2
 
 from hf_attncap import AttnCapConfig
 from training.arguments import parse_arguments
+from training.measure import measure
 
 ROOT = Path(__file__).parent.parent
 BASE = "flickr8k_mobilenet_v2_decoder.yaml"
@@ -154,3 +155,16 @@ def test_two_captioners_side_by_side(script, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "| image | before | after | a reference |" and len(said) == 4
     assert "| 1 | a dog (50) | two dogs (50) | a / b |" in said
+
+
+def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script, tiny_checkpoint, table, monkeypatch, tmp_path):
+    output = tmp_path / "decoding.json"
+    settings = ["--beams", 1, 3, "--length_penalties", 0.7, 2]
+    command(script("decoding"), monkeypatch, tiny_checkpoint, "--images", table, *settings, "--output", output)
+    found = json.loads(output.read_text())["settings"]
+    assert [(each["num_beams"], each["length_penalty"]) for each in found] == [(1, 0.7), (3, 0.7), (3, 2)]
+    own = measure(tiny_checkpoint, str(table))["scores"]  # three beams and 0.7 are the checkpoint's own
+    scores = found[1].keys() & own.keys()
+    assert len(scores) == 5 and {name: found[1][name] for name in scores} == pytest.approx(
+        {name: own[name] for name in scores}, abs=1e-5
+    )

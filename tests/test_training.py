@@ -177,7 +177,12 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
     model = AttnCapForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path / "whole")
-    pack(tmp_path / "whole", tmp_path / "half")
+    pack(tmp_path / "whole", tmp_path / "half", {"num_beams": 7, "length_penalty": 0.5})
+    said = json.loads((tmp_path / "half" / "generation_config.json").read_text())
+    assert (said["num_beams"], said["length_penalty"]) == (7, 0.5)
+    with pytest.raises(ValueError, match="no such settings of generation: beams"):
+        pack(tmp_path / "whole", tmp_path / "wrong", {"beams": 7})
+    assert not (tmp_path / "wrong").exists()
     whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
     assert half < 0.55 * whole
     loaded = AttnCapForConditionalGeneration.from_pretrained(tmp_path / "half")

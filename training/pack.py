@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,19 +14,23 @@ from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from .record import RECORD
 
 
-def pack(checkpoint: str | Path, out: str | Path) -> Path:
+def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | None = None) -> Path:
     """Write model and processor to `out`, weights in float16 (half the size), the config saying float32; the record goes along.
+
+    `generation` are settings that replace those of the checkpoint's `generation_config.json`.
 
     Loaded again the model is in float32, as fine-tuning needs; transformers takes the dtype from the config.
 
     Raises:
-        ValueError: if a weight does not fit float16.
+        ValueError: if a weight does not fit float16, or generation has no such setting.
     """
     model = AttnCapForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.abs().max() <= largest:
             raise ValueError(f"'{name}' in {checkpoint} has values beyond float16, up to {tensor.abs().max():.3g}.")
+    if unknown := model.generation_config.update(**(generation or {})):
+        raise ValueError(f"There are no such settings of generation: {', '.join(unknown)}.")
     model.half().save_pretrained(out)
     AttnCapProcessor.from_pretrained(checkpoint).save_pretrained(out)
     config = Path(out) / "config.json"
@@ -40,8 +45,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Store a checkpoint's weights in half precision.")
     parser.add_argument("checkpoint")
     parser.add_argument("out")
+    parser.add_argument("--generation", type=json.loads, help="""settings of generation as JSON: '{"num_beams": 5}'""")
     arguments = parser.parse_args()
-    print(pack(arguments.checkpoint, arguments.out))
+    print(pack(arguments.checkpoint, arguments.out, arguments.generation))
     return 0
 
 
