@@ -146,6 +146,18 @@ def test_a_region_is_inside_a_box_if_its_centre_is(script):
     assert within.tolist() == [[True] * 4 + [False] * 3, *[[False] * 7] * 6]
 
 
+@pytest.mark.slow
+def test_pointing_game_from_scenes_to_scores(script, monkeypatch, tmp_path):
+    pointing, output = script("pointing"), tmp_path / "pointing.json"
+    weights = tmp_path / "weights.safetensors"
+    save_file(mobilenet_v2().state_dict(), weights)
+    sizes = ["--seeds", 1, "--scenes", 16, "--tests", 3, "--epochs", 1]
+    command(pointing, monkeypatch, "--backbone_weights", weights, "--runs", tmp_path / "runs", "--output", output, *sizes)
+    found = json.loads(output.read_text())["runs"]
+    assert [run["word_attention"] for run in found] == list(pointing.KINDS)
+    assert all(0 <= run["shapes_with_colour"] <= run["shapes"] <= 1 for run in found)
+
+
 def test_two_captioners_side_by_side(script, monkeypatch, tmp_path, capsys):
     for name, caption in (("before", "a dog"), ("after", "two dogs")):
         (tmp_path / name).mkdir()
