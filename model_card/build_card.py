@@ -1,7 +1,8 @@
 """The model card of a checkpoint: `README.md`, rendered from `template.md` and what the folder says of itself.
 
 No figure is typed by hand. Of the folder are read: `config.json` and the headers of the weights; `results.json`, what
-`attncap card --images` measured; `training.json`, the stages that training recorded; `about.yaml`, the words of a person:
+`attncap card --images` measured; `pointing.json`, what `benchmarks/pointing_photographs.py` found; `training.json`, the stages that
+training recorded; `about.yaml`, the words of a person:
 
     title: My captioner
     summary: What it is and for whom.
@@ -81,6 +82,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         "pictures": (results or {}).get("pictures", []),
         "dataset": dataset.get("name"),
         "results": results if results and "scores" in results else None,
+        "pointing": _pointing(_read(folder / "pointing.json")),
     }
     measured = parts["results"]
     if measured:
@@ -193,6 +195,18 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
         "writing": {**limits["writing"], "cider": f"{100 * limits['writing']['cider']:.1f}"},
         "fifths": [f"{100 * value:.1f}" for value in limits["unusual"]["cider_by_fifth"]],
     }
+
+
+def _pointing(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What the pointing game says of the captioner's own captions and of references that it was made to say."""
+    lines = []
+    for kind, figures in (found or {"captions": {}})["captions"].items():
+        if "hits" in figures:  # there are none of fewer than two photographs
+            difference, low, high = (f"{100 * value:+.1f}" for value in figures["hits_minus_other_photographs"])
+            shares = {name: f"{100 * figures[name]:.1f}" for name in ("hits", "chance", "other_photographs")}
+            counts = {name: figures[name] for name in ("photographs", "words")}
+            lines.append({"captions": kind, "more": f"{difference} ({low} to {high})", **shares, **counts})
+    return lines
 
 
 def _example(results: dict[str, Any], name: str) -> dict[str, str]:

@@ -57,6 +57,18 @@ def captioned(tmp_path_factory, pictures) -> Path:
     return path
 
 
+def test_card_says_where_the_captioner_looks(checkpoint):
+    figures = {"photographs": 12, "words": 34, "too_small": 1, "hits": 0.625, "chance": 0.25, "other_photographs": 0.375}
+    figures |= {"hits_minus_chance": [0.375, 0.2, 0.5], "hits_minus_other_photographs": [0.25, -0.125, 0.5]}
+    few = {"photographs": 1, "words": 2, "too_small": 0}
+    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures, "references": few}}))
+    card = str(build_card(checkpoint))
+    assert "Objects of 12 photographs" in card and "| references |" not in card
+    assert "| own | 34 | 62.5 | 25.0 | 37.5 | +25.0 (-12.5 to +50.0) |" in card
+    (checkpoint / "pointing.json").unlink()
+    assert "Where it looks" not in str(build_card(checkpoint))
+
+
 def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
