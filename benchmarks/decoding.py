@@ -37,9 +37,10 @@ def encode(captioner: Captioner, rows: Any) -> torch.Tensor:
 
 def captions(captioner: Captioner, regions: torch.Tensor, **settings: Any) -> list[str]:
     """A caption for each row of regions (images, N, C)."""
+    model: Any = captioner.model
     texts: list[str] = []
     for some in regions.split(BATCH):
-        ids = captioner.model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=some), **settings)  # (B, T)
+        ids = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=some), **settings)  # (B, T)
         texts += captioner.processor.batch_decode(ids, skip_special_tokens=True)
     return texts
 

@@ -4,10 +4,15 @@ Three layers: the LSTM state, the words so far (for the attention over words) an
 All rows that caption one image are adjacent and share its regions, so that beams and samples never copy them.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+# What transformers calls the cache among arguments and outputs: "cache" from 5.24 on, "past_key_values" before.
+CACHE_NAME = "cache" if any(field.name == "cache" for field in fields(Seq2SeqLMOutput)) else "past_key_values"
 
 
 class _Layer(CacheLayerMixin):

@@ -56,6 +56,7 @@ class AttnCapConfig(PreTrainedConfig):
     model_type = "attncap"
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",  # the same, as transformers calls it from 5.24 on
         "encoder_last_hidden_state",
         "encoder_hidden_states",
         "decoder_hidden_states",

@@ -151,7 +151,7 @@ class DecoderOutput(ModelOutput):
     """`last_hidden_state`: what the output layer sees, (R, T, E), or (R, T, S) without deep output; the rest as in the model."""
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: AttnCapCache | None = None
+    cache: AttnCapCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     region_attention: torch.Tensor | None = None
     word_attention: torch.Tensor | None = None
@@ -191,13 +191,12 @@ class AttnCapDecoder(nn.Module):
         input_ids: torch.Tensor,
         regions: Any,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: AttnCapCache | None = None,
+        past: AttnCapCache | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> DecoderOutput:
         """Unroll over the words (R, T), after those that the cache already holds."""
         rows, length = input_ids.shape
-        past = past_key_values
         e = self.embed_tokens(input_ids)  # (R, T, E)
         kind, attend = self.attention.kind, self.attention
         u = attend.word_proj(e) if kind != "none" else None  # (R, T, A)
@@ -248,7 +247,7 @@ class AttnCapDecoder(nn.Module):
             out = self._repeat_at_padding(out, attention_mask)  # (R, T, E) or (R, T, S)
         return DecoderOutput(
             last_hidden_state=out,
-            past_key_values=past,
+            cache=past,
             hidden_states=(states, torch.stack(cells, dim=1)) if output_hidden_states else None,
             region_attention=torch.stack(alphas, dim=1) if output_attentions else None,  # (R, T, N)
             word_attention=self._stack_word_attention(betas) if output_attentions and betas[0] is not None else None,

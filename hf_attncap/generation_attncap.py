@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache_attncap import AttnCapCache
+from .cache_attncap import CACHE_NAME, AttnCapCache
 
 # Modes that left transformers' core, each with what does their work there.
 GONE = {
@@ -55,7 +55,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         if (first != start[:, 0]).any():
             prompt = torch.cat([start, prompt], dim=1)  # (B, 1 + t)
             mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
             # It goes with the whole sequence; `generate` cuts off what it holds where a mask says that it is the whole.
             mask = torch.ones_like(prompt) if mask is None else mask
@@ -115,14 +115,14 @@ class AttnCapGenerationMixin(GenerationMixin):
         return input_ids, {**model_kwargs, "encoder_outputs": encoder_outputs}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
                     f"`cache_implementation='{generation_config.cache_implementation}'` does not fit a recurrent decoder, whose "
                     "state is small and has one form: leave it out."
                 )
-            model_kwargs["past_key_values"] = AttnCapCache()
+            model_kwargs[CACHE_NAME] = AttnCapCache()
         elif given is not None:
             given._is_user_defined = True
 

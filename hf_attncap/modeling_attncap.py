@@ -17,7 +17,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_attncap import build_trunk, load_backbone_weights
-from .cache_attncap import AttnCapCache
+from .cache_attncap import CACHE_NAME, AttnCapCache
 from .configuration_attncap import AttnCapConfig
 from .decoder_attncap import AttnCapDecoder, DualAttention
 from .encoder_attncap import GridEncoder, GridEncoderOutput
@@ -35,7 +35,7 @@ class AttnCapPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["GridEncoder", "AttnCapDecoder"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """As for transformers' own models: containers without weights of their own are asked as well, the encoder is one."""
@@ -116,6 +116,7 @@ class AttnCapModel(AttnCapPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: AttnCapCache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         r"""Picture and words so far to what the output layer sees.
@@ -124,7 +125,7 @@ class AttnCapModel(AttnCapPreTrainedModel):
             pixel_values: (B, 3, height, width); or give `encoder_outputs`, or `backbone_features`, the encoder's `features`.
             decoder_input_ids: (R, T), R a multiple of B: the captions of one image are adjacent rows. Default: the start token.
             decoder_attention_mask: (R, T), or (R, t0 + T) with a cache of t0 positions; 0 marks padding, which changes nothing.
-            past_key_values: the cache that an earlier call returned.
+            past_key_values, cache: the cache that an earlier call returned, by its name before transformers 5.24 or since.
 
         Returns:
             `last_hidden_state` (R, T, E) or, without deep output, (R, T, S); `cross_attentions`: one (R, 1, T, N);
@@ -134,8 +135,8 @@ class AttnCapModel(AttnCapPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        past_key_values = _checked_cache(past_key_values, bool(use_cache))
-        if encoder_outputs is None and (past_key_values is None or not past_key_values.is_initialized):
+        past = _checked_cache(past_key_values if cache is None else cache, bool(use_cache))
+        if encoder_outputs is None and (past is None or not past.is_initialized):
             encoder_outputs = self.encoder(pixel_values, backbone_features, output_hidden_states=output_hidden_states)
         elif isinstance(encoder_outputs, (tuple, list)):
             encoder_outputs = GridEncoderOutput(last_hidden_state=encoder_outputs[0])
@@ -148,14 +149,14 @@ class AttnCapModel(AttnCapPreTrainedModel):
         out = self.decoder(
             decoder_input_ids,
             regions,
-            _mask_of_new_words(decoder_attention_mask, decoder_input_ids, past_key_values),
-            past_key_values,
+            _mask_of_new_words(decoder_attention_mask, decoder_input_ids, past),
+            past,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=out.past_key_values,
+            **{CACHE_NAME: out.cache},
             decoder_hidden_states=out.hidden_states,
             decoder_attentions=None if out.word_attention is None else (out.word_attention[:, None],),
             cross_attentions=None if out.region_attention is None else (out.region_attention[:, None],),
@@ -169,7 +170,7 @@ def _checked_cache(cache: Any, use_cache: bool) -> AttnCapCache | None:
         return AttnCapCache() if use_cache else None
     if not isinstance(cache, AttnCapCache):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__}, but the decoder's state is an `AttnCapCache`: pass the one that an "
+            f"`{CACHE_NAME}` is a {type(cache).__name__}, but the decoder's state is an `AttnCapCache`: pass the one that an "
             "earlier call returned, or none."
         )
     return cache
@@ -277,6 +278,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: AttnCapCache | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
@@ -298,7 +300,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         want_attention = self.config.output_attentions if output_attentions is None else output_attentions
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        prompted = decoder_attention_mask is not None or past_key_values is not None
+        past = past_key_values if cache is None else cache
+        prompted = decoder_attention_mask is not None or past is not None
         plain = not (want_attention or want_states or use_cache or prompted)
         if self.training and plain and labels is not None and decoder_input_ids is not None:
             if encoder_outputs is None:
@@ -310,7 +313,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             decoder_attention_mask,
             encoder_outputs,
             backbone_features,
-            past_key_values,
+            past,
             use_cache=use_cache,
             output_attentions=want_attention or labels is not None,
             output_hidden_states=want_states,
@@ -323,7 +326,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE_NAME: out.get(CACHE_NAME)},
             decoder_hidden_states=out.decoder_hidden_states,
             decoder_attentions=out.decoder_attentions if want_attention else None,
             cross_attentions=out.cross_attentions if want_attention else None,

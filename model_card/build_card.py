@@ -68,8 +68,8 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
     results, stages = _read(folder / "results.json"), _read(folder / "training.json") or []
     dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results else {})
-    name = about.get("repository") or folder.resolve().name
-    title = about.get("title") or name
+    name = about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
+    title = about.get("title") or folder.resolve().name
     code = FROM_HUB if "auto_map" in config else FROM_FOLDER
     parts = {
         "mark": MARK,

@@ -285,7 +285,7 @@ def test_clear_errors():
         run(model, regions, torch.full((2, 3), BOS), torch.ones(2, 2))
     with pytest.raises(ValueError, match="`pixel_values`"):
         model(decoder_input_ids=torch.tensor([[BOS]]))
-    with pytest.raises(ValueError, match="`past_key_values` is a tuple"):
+    with pytest.raises(ValueError, match="is a tuple, but the decoder.s state"):
         run(model, regions, torch.full((2, 1), BOS), past_key_values=())
 
 

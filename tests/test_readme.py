@@ -1,4 +1,5 @@
-"""Every command and every Python snippet of the README, docs/metrics.md and training/README.md runs, on generated data."""
+"""Every command and every Python snippet of the README, docs/metrics.md and training/README.md runs, on generated data; those of
+RESULTS.md are at least known."""
 
 import io
 import json
@@ -14,6 +15,8 @@ import torch
 import torchvision
 from datasets import Dataset
 from PIL import Image
+
+from training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -120,6 +123,23 @@ def test_shell_commands_of_training(folder):
         result = run(command, folder)
         assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
     assert (folder / "runs" / "hub" / "modeling_attncap.py").exists()
+
+
+def test_commands_of_the_results_name_scripts_and_settings_that_there_are(tmp_path):
+    """They take hours: that each script does its work is for its own tests."""
+    commands = [shlex.split(command) for command in shell_commands("RESULTS.md")]
+    assert len(commands) > 10
+    for words in commands:
+        if words[:3] == ["python", "-m", "training.train"]:
+            parse_arguments([*words[3:]])
+            continue
+        if words[0] == "attncap":
+            source = ROOT / "hf_attncap" / "cli.py"
+        else:
+            assert words[0] == "python"
+            source = ROOT / (words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1])
+        text = source.read_text(encoding="utf-8")
+        assert not [word for word in words if word.startswith("--") and f'"{word}"' not in text], words
 
 
 @pytest.mark.parametrize("snippet", blocks("python", "README.md") + blocks("python", "docs/metrics.md"))

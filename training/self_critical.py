@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hf_attncap.cache_attncap import CACHE_NAME
 from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
@@ -164,8 +165,8 @@ def draw(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     going_on = torch.ones_like(words, dtype=torch.bool)  # (R, 1)
     state, drawn = None, []
     for _ in range(captioner.generation_config.max_new_tokens):
-        out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, past_key_values=state, use_cache=True)
-        state = out.past_key_values
+        out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, use_cache=True, **{CACHE_NAME: state})
+        state = out[CACHE_NAME]
         words = torch.multinomial(policy(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
         drawn.append(words.masked_fill(~going_on, IGNORED_LABEL))
         going_on = going_on & (words != captioner.config.eos_token_id)
