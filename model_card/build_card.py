@@ -81,6 +81,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         "origins": about.get("origins", []),
         "pictures": (results or {}).get("pictures", []),
         "dataset": dataset.get("name"),
+        "split": results and _split(results, dataset),
         "results": results if results and "scores" in results else None,
         "pointing": _pointing(_read(folder / "pointing.json")),
     }
@@ -135,7 +136,7 @@ def _metadata(title: str, about: dict[str, Any], dataset: dict[str, Any], result
                 task_type="image-to-text",
                 dataset_type=dataset.get("id") or dataset["name"],
                 dataset_name=dataset["name"],
-                dataset_split=results["data"]["split"] or dataset.get("split"),
+                dataset_split=_split(results, dataset),
                 metric_type=kind.partition("_")[0] if kind.startswith(("bleu", "rouge")) else kind,
                 metric_name=name,
                 metric_value=round(100 * results["scores"][kind], 2),
@@ -154,6 +155,10 @@ def _metadata(title: str, about: dict[str, Any], dataset: dict[str, Any], result
         metrics=["bleu", "rouge", "cider"] if results else None,
         **scored,
     )
+
+
+def _split(results: dict[str, Any], dataset: dict[str, Any]) -> str | None:
+    return results.get("data", {}).get("split") or dataset.get("split")
 
 
 def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
