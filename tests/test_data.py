@@ -532,6 +532,8 @@ def test_broken_picture_ends_a_run_with_one_sentence(workers, tmp_path, capsys):
 def test_configs_go_with_parquet_files(name, tmp_path):
     config = Path(__file__).parent.parent / "training" / "configs" / f"{name}.yaml"
     files = {key: str(value) for key, value in as_parquet(tmp_path).items()}
+    if "cached_views" in config.read_text():
+        files["feature_cache"] = str(tmp_path)
     argv = [word for key, value in files.items() for word in (f"--{key}", value)]
     _, data, _ = parse_arguments(["--config", str(config), *argv, "--output_dir", str(tmp_path)])
     assert len(load_data(data).train) == len(ROWS)

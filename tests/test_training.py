@@ -123,6 +123,22 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
     assert trained.generation_config.num_beams == 3 and trained.generation_config.max_new_tokens == 21
 
 
+def test_weights_decay_at_the_rate_of_their_part_and_vectors_do_not(parquet, tmp_path):
+    first = tmp_path / "first"
+    assert main(options(parquet, first, max_steps=1)) == 0
+    tuned = {"model_name_or_path": first, "max_steps": 1, "learning_rate": 0.01, "encoder_learning_rate": 0.001}
+    tuned["model_config"] = '{"freeze_backbone": false}'
+    after = []
+    for decay in (0.0, 0.5):
+        assert main(options(parquet, tmp_path / f"decay {decay}", **tuned, weight_decay=decay)) == 0
+        after.append(AttnCapForConditionalGeneration.from_pretrained(tmp_path / f"decay {decay}").state_dict())
+    plain, decayed = after
+    for name, before in AttnCapForConditionalGeneration.from_pretrained(first).named_parameters():
+        rate = 0.001 if ".backbone." in name else 0.01
+        lost = 0.5 * rate * before.detach() if before.ndim > 1 else torch.zeros_like(before)
+        assert torch.allclose(plain[name] - decayed[name], lost, rtol=1e-3, atol=1e-6), name
+
+
 def scores_by_hand(folder, parquet, **settings) -> dict:
     """Scores of what a saved captioner says of each picture, one by one, against all raw captions of each."""
     model, processor = AttnCapForConditionalGeneration.from_pretrained(folder), AttnCapProcessor.from_pretrained(folder)

@@ -153,14 +153,17 @@ class CaptionTrainer(ResumableTrainer):
             captioner: Any = self.model if model is None else model
             args: Any = self.args
             backbone = {id(p) for p in captioner.base_model.encoder.backbone.parameters()}
-            trained = [p for p in captioner.parameters() if p.requires_grad]
             rate = args.learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
-            groups = [
-                {"params": [p for p in trained if id(p) not in backbone]},
-                {"params": [p for p in trained if id(p) in backbone], "lr": rate},
-            ]
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            for parameter in captioner.parameters():
+                if parameter.requires_grad:
+                    own = rate if id(parameter) in backbone else args.learning_rate
+                    decay = args.weight_decay if parameter.ndim > 1 else 0.0  # no biases, no batch norm, which transformers decays
+                    groups.setdefault((own, decay), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, captioner)
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+            self.optimizer = optimizer_class(
+                [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()], **options
+            )
         return self.optimizer
 
     def prediction_step(
