@@ -14,6 +14,7 @@ from PIL import Image
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CaptionMetrics
 from training.arguments import DataArguments, parse_arguments
+from training.blend import blend
 from training.collator import CaptionCollator
 from training.data import load_data
 from training.features import cached_features
@@ -208,6 +209,30 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
     with torch.no_grad():
         expected = model(pixel_values=pixels, decoder_input_ids=ids).logits
         torch.testing.assert_close(loaded(pixel_values=pixels, decoder_input_ids=ids).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
+    config = AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
+    states = {}
+    for name in ("first", "second"):
+        model = AttnCapForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        states[name] = model.state_dict()
+    (tmp_path / "second" / "training.json").write_text('[{"steps": 7}]')
+    out = blend(tmp_path / "first", tmp_path / "second", tmp_path / "out", 0.75)
+    for name, value in AttnCapForConditionalGeneration.from_pretrained(out).state_dict().items():
+        first, second = states["first"][name], states["second"][name]
+        assert torch.allclose(value.double(), 0.25 * first.double() + 0.75 * second.double(), atol=1e-6), name
+    assert AttnCapProcessor.from_pretrained(out).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert json.loads((out / "training.json").read_text()) == [{"steps": 7}]
+
+    AttnCapForConditionalGeneration(config.__class__(**{**config.to_dict(), "hidden_size": 16})).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"differ in shape: blend checkpoints of one captioner"):
+        blend(tmp_path / "other", tmp_path / "second", tmp_path / "wrong", 0.5)
+    with pytest.raises(ValueError, match="`share` is 1.5"):
+        blend(tmp_path / "first", tmp_path / "second", tmp_path / "wrong", 1.5)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):
