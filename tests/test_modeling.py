@@ -12,7 +12,7 @@ from reference import BOS, EOS, KINDS, PAD, Reference, load, random_regions, tin
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hf_attncap.cache_attncap import AttnCapCache
+from hf_attncap.cache_attncap import CACHE_NAME, AttnCapCache
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration, GridEncoderOutput
 
 EXACT: Any = {"rtol": 1e-10, "atol": 1e-10}
@@ -285,7 +285,7 @@ def test_clear_errors():
         run(model, regions, torch.full((2, 3), BOS), torch.ones(2, 2))
     with pytest.raises(ValueError, match="`pixel_values`"):
         model(decoder_input_ids=torch.tensor([[BOS]]))
-    with pytest.raises(ValueError, match="is a tuple, but the decoder.s state"):
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` is a tuple, but the decoder's state"):
         run(model, regions, torch.full((2, 1), BOS), past_key_values=())
 
 

@@ -10,15 +10,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import TrainerState
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import DataArguments, parse_arguments
+from training.arguments import DataArguments, ModelArguments, parse_arguments
 from training.blend import blend
 from training.collator import CaptionCollator
 from training.data import load_data
 from training.features import cached_features
 from training.pack import pack
+from training.record import stage
 from training.train import main
 from training.vocabulary import build_tokenizer
 
@@ -138,6 +140,13 @@ def test_weights_decay_at_the_rate_of_their_part_and_vectors_do_not(parquet, tmp
         rate = 0.001 if ".backbone." in name else 0.01
         lost = 0.5 * rate * before.detach() if before.ndim > 1 else torch.zeros_like(before)
         assert torch.allclose(plain[name] - decayed[name], lost, rtol=1e-3, atol=1e-6), name
+
+
+def test_record_names_files_without_their_places():
+    said = stage((ModelArguments(backbone_weights="/my/own/net.pth", word_vectors="captions"),), TrainerState(), 8, True)[
+        "settings"
+    ]
+    assert said["backbone_weights"] == "net.pth" and said["word_vectors"] == "captions"
 
 
 def scores_by_hand(folder, parquet, **settings) -> dict:

@@ -1,15 +1,14 @@
 """Blend two checkpoints of one captioner: `python -m training.blend FIRST SECOND OUT --share 0.75` averages their weights."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
+from hf_attncap import AttnCapForConditionalGeneration
 
-from .record import RECORD
+from .record import hand_on
 
 
 def blend(first: str | Path, second: str | Path, out: str | Path, share: float) -> Path:
@@ -35,9 +34,7 @@ def blend(first: str | Path, second: str | Path, out: str | Path, share: float) 
     blended = {name: torch.lerp(other[name], own[name], share) if own[name].is_floating_point() else own[name] for name in own}
     model.load_state_dict(blended)
     model.save_pretrained(out)
-    AttnCapProcessor.from_pretrained(second).save_pretrained(out)
-    if (Path(second) / RECORD).exists():
-        shutil.copyfile(Path(second) / RECORD, Path(out) / RECORD)
+    hand_on(second, out)
     return Path(out)
 
 

@@ -2,16 +2,15 @@
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
+from hf_attncap import AttnCapForConditionalGeneration
 
-from .record import RECORD
+from .record import hand_on
 
 
 def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | None = None) -> Path:
@@ -32,12 +31,10 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
     if unknown := model.generation_config.update(**(generation or {})):
         raise ValueError(f"There are no such settings of generation: {', '.join(unknown)}.")
     model.half().save_pretrained(out)
-    AttnCapProcessor.from_pretrained(checkpoint).save_pretrained(out)
+    hand_on(checkpoint, out)
     config = Path(out) / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
-    if (Path(checkpoint) / RECORD).exists():
-        shutil.copyfile(Path(checkpoint) / RECORD, Path(out) / RECORD)
     return Path(out)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 import transformers
 from transformers.utils.hub import cached_file
 
+from hf_attncap import AttnCapProcessor
+
 RECORD = "training.json"
 # They say where files lay on one machine, or what a run shows, and not what was learned.
 PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
+FILES = {"backbone_weights", "word_vectors"}  # or names of weights; of a path its last part is kept
 SHOWN = {"disable_tqdm", "report_to", "run_name", "logging_steps", "sample_images", "push_to_hub", "hub_token", "hub_model_id"}
 MACHINE = {"dataloader_num_workers", "dataloader_pin_memory", "use_cpu", "resume_from_checkpoint", "save_total_limit"}
 SET_BY_CODE = {"remove_unused_columns", "use_cache", "logging_nan_inf_filter", "prediction_loss_only"}
@@ -59,6 +63,13 @@ def stage(groups: tuple[Any, ...], state: Any, images: int | None, frozen_backbo
     }
 
 
+def hand_on(checkpoint: str | Path, out: str | Path) -> None:
+    """What goes along with weights made of a checkpoint's: its processor, and its record if it has one."""
+    AttnCapProcessor.from_pretrained(checkpoint).save_pretrained(out)
+    if (Path(checkpoint) / RECORD).exists():
+        shutil.copyfile(Path(checkpoint) / RECORD, Path(out) / RECORD)
+
+
 def elapsed(log_history: list[dict[str, Any]]) -> float:
     """Seconds of a run until its last log entry."""
     return max((entry.get("elapsed", 0.0) for entry in log_history), default=0.0)
@@ -84,4 +95,5 @@ def _changed(group: Any) -> dict[str, Any]:
     default = type(group)()
     values = {item.name: getattr(group, item.name) for item in fields(group) if item.init and item.name not in NOT_RECORDED}
     changed = {name: value for name, value in values.items() if name in ALWAYS or value != getattr(default, name)}
+    changed |= {name: Path(changed[name]).name for name in FILES & changed.keys() if changed[name]}
     return {name: getattr(value, "value", value) for name, value in changed.items()}  # of enumerations

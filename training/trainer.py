@@ -157,12 +157,12 @@ class CaptionTrainer(ResumableTrainer):
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for parameter in captioner.parameters():
                 if parameter.requires_grad:
-                    own = rate if id(parameter) in backbone else args.learning_rate
+                    lr = rate if id(parameter) in backbone else args.learning_rate
                     decay = args.weight_decay if parameter.ndim > 1 else 0.0  # no biases, no batch norm, which transformers decays
-                    groups.setdefault((own, decay), []).append(parameter)
+                    groups.setdefault((lr, decay), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, captioner)
             self.optimizer = optimizer_class(
-                [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()], **options
+                [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **options
             )
         return self.optimizer
 
