@@ -25,7 +25,8 @@ from training import self_critical
 from training.arguments import CaptionTrainingArguments, DataArguments
 from training.collator import CaptionCollator
 from training.data import load_data
-from training.self_critical import SelfCriticalTrainer, draw, silence
+from training.dropout import silence
+from training.self_critical import SelfCriticalTrainer, draw
 from training.train import main
 from training.trainer import CaptionTrainer, new_images, policy
 

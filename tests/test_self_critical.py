@@ -22,7 +22,8 @@ from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
 from training import self_critical
 from training.arguments import CaptionTrainingArguments, SettingError
 from training.collator import CaptionCollator
-from training.self_critical import SelfCriticalTrainer, advantages, draw, silence
+from training.dropout import silence
+from training.self_critical import SelfCriticalTrainer, advantages, draw
 from training.train import main
 from training.trainer import CaptionTrainer, policy
 from training.vocabulary import build_tokenizer

@@ -141,6 +141,13 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "Share of regions and word embeddings that training drops, beside the model's own `dropout` of outputs."},
     )
+    distill_from: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Trained captioners of the same vocabulary whose mean word probabilities are learned with the captions."},
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "With `distill_from`: share of these probabilities in the loss; the rest is the captions'."}
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Evaluate and save the exponential average of the weights with this decay; default: the weights."},
@@ -189,6 +196,12 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError(f"`scheduled_sampling_steps` is {self.scheduled_sampling_steps}: it must be at least 1.")
         if not 0 <= self.input_dropout < 1:
             raise SettingError(f"`input_dropout` is {self.input_dropout}: it must be at least 0 and below 1.")
+        if not 0 <= self.distill_weight <= 1:
+            raise SettingError(f"`distill_weight` is {self.distill_weight}: it is a share, 0 to 1.")
+        if self.distill_from and self.self_critical:
+            raise SettingError(
+                "`distill_from` is for training on captions: leave out `self_critical`, or go on with it afterwards."
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
         if self.sample_images < 0:

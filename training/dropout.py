@@ -1,4 +1,4 @@
-"""Dropout on what the decoder reads, beside the model's own on what it says."""
+"""Dropout on what the decoder reads, beside the model's own on what it says; and none at all."""
 
 from typing import Any
 
@@ -18,3 +18,11 @@ def drop_inputs(captioner: Any, share: float) -> None:
 
     captioner.base_model.encoder.windows.register_forward_hook(drop)
     captioner.get_input_embeddings().register_forward_hook(drop)
+
+
+def silence(captioner: torch.nn.Module) -> None:
+    """No layer behaves by chance or moves statistics. Containers stay in training, which for them means to checkpoint gradients."""
+    captioner.train()
+    for module in captioner.modules():
+        if next(module.children(), None) is None:
+            module.eval()

@@ -16,6 +16,7 @@ from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from .arguments import SettingError
+from .dropout import silence
 from .processes import on_main_process
 from .trainer import CaptionTrainer, policy
 
@@ -139,14 +140,6 @@ class SelfCriticalTrainer(CaptionTrainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, {name: x for name, x in inputs.items() if name != "image_ids"}, *args, **kwargs)
-
-
-def silence(captioner: torch.nn.Module) -> None:
-    """No layer behaves by chance or moves statistics. Containers stay in training, which for them means to checkpoint gradients."""
-    captioner.train()
-    for module in captioner.modules():
-        if next(module.children(), None) is None:
-            module.eval()
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from .chance import Chance
 from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
 from .data import CaptionData, load_data
+from .distillation import Teachers
 from .features import cached_features
 from .inspection import inspect_data
 from .processes import on_main_process
@@ -177,6 +178,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
+    cached = data.feature_cache is not None
+    teachers = Teachers(training.distill_from, processor, model, cached) if training.distill_from else None
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
@@ -185,6 +188,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         data_collator=collator,
         eval_data_collator=replace(collator, chance=Chance(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
+        teachers=teachers,
         compute_metrics=_caption_scores(validation, processor) if validation and training.predict_with_generate else None,
         callbacks=[chance, *sharing, *([EarlyStopping(patience)] if patience is not None else [])],
     )

@@ -11,7 +11,9 @@ from transformers.trainer_utils import has_length
 
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
+from .arguments import SettingError
 from .averaging import WeightAverage
+from .distillation import Teachers
 from .dropout import drop_inputs
 from .resumable import ResumableTrainer
 
@@ -26,14 +28,18 @@ class CaptionTrainer(ResumableTrainer):
     Batches of evaluations are made by `eval_data_collator`, if there is one.
 
     With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
+    With `teachers`, the training loss is (1 - w) * loss + w * cross-entropy against what they say, w = `distill_weight`.
     With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
     """
 
     _average: WeightAverage | None = None
     _evaluated: torch.Tensor  # the losses of all words added up, and their number
 
-    def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
+    def __init__(self, *args: Any, eval_data_collator: Any = None, teachers: Teachers | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if teachers and self.args.n_gpu > 1:
+            raise SettingError("`distill_from` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
+        self._teachers = teachers
         self._eval_data_collator = eval_data_collator or self.data_collator
         order = self.accelerator.dataloader_config
         order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # one for all, unlike the noise
@@ -117,11 +123,21 @@ class CaptionTrainer(ResumableTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         args: Any = self.args
+        pictures = {name: inputs[name] for name in ("pixel_values", "backbone_features") if name in inputs}
         if model.training and args.scheduled_sampling:
             share = min(1.0, self.state.global_step / (args.scheduled_sampling_steps or self.state.max_steps))
             if share:
                 inputs = self._with_own_words(inputs, share * args.scheduled_sampling)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (model.training and self._teachers):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
+        words = {name: inputs[name] for name in ("labels", "decoder_input_ids") if name in inputs}
+        with self.accelerator.autocast():
+            taught = self._teachers.loss({**pictures, **words}, outputs.logits)  # summed over the words of this batch
+        taught = taught * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged over the processes
+        loss = (1 - args.distill_weight) * loss + args.distill_weight * taught
+        return (loss, outputs) if return_outputs else loss
 
     def _with_own_words(self, inputs: dict[str, Any], chance: float) -> dict[str, Any]:
         """The batch with words of the model's own among those that captions go on from.
