@@ -78,7 +78,7 @@ class AttnCapConfig(PreTrainedConfig):
     word_embed_dim: int = 256
     hidden_size: int = 512
     attention_dim: int = 512
-    word_attention: Literal["none", "score", "channel", "history"] = "history"
+    word_attention: Literal["none", "score", "channel", "history"] = "score"
     max_word_distance: int = 16
     gate: bool = True
     deep_output: bool = True

@@ -36,7 +36,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
                 word_embed_dim=12,
                 hidden_size=16,
                 attention_dim=8,
-                **config,
+                **{"word_attention": "history", **config},
             )
         )
         _sharpen(model)

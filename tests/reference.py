@@ -234,6 +234,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> Any:
             "word_embed_dim": 5,
             "hidden_size": 6,
             "attention_dim": 3,
+            "word_attention": "history",  # of all kinds the one with most to go wrong
             "max_word_distance": 4,
             **settings,
         }

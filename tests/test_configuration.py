@@ -15,7 +15,7 @@ def test_defaults():
     config = AttnCapConfig()
     assert (config.backbone, config.backbone_padding, config.grid_size) == ("resnet152", "torch", None)
     assert (config.encoder_channels, config.word_embed_dim, config.hidden_size, config.attention_dim) == (512, 256, 512, 512)
-    assert (config.word_attention, config.gate, config.deep_output) == ("history", True, True)
+    assert (config.word_attention, config.gate, config.deep_output) == ("score", True, True)
     assert (config.alpha_c, config.label_smoothing, config.dropout) == (1.0, 0.0, 0.5)
     assert config.freeze_backbone and not config.freeze_word_embeddings and not config.tie_word_embeddings
     assert config.use_cache and config.is_encoder_decoder and config.model_type == "attncap"

@@ -33,6 +33,7 @@ def tiny(backbone: str = "squeezenet1_1", seed: int = 0, **settings: Any) -> Att
             "word_embed_dim": 10,
             "hidden_size": 14,
             "attention_dim": 8,
+            "word_attention": "history",
             "dropout": 0.0,
             **settings,
         }

@@ -47,6 +47,7 @@ MODEL = {
     "encoder_channels": 24,
     "hidden_size": 32,
     "attention_dim": 16,
+    "word_attention": "history",
     "word_embed_dim": 16,
     "dropout": 0.0,
     "alpha_c": 1.0,  # of 2 x 2 regions at 64 pixels

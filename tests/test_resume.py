@@ -34,6 +34,7 @@ MODEL = {
     "encoder_channels": 24,
     "hidden_size": 32,
     "attention_dim": 16,
+    "word_attention": "history",
     "word_embed_dim": 16,
     "dropout": 0.4,
     "alpha_c": 0.0,

@@ -53,7 +53,8 @@ def processor():
 
 
 def captioner(processor, **config) -> AttnCapForConditionalGeneration:
-    settings = {"dropout": 0.3, "alpha_c": 1.0, "hidden_size": 32, "word_embed_dim": 16, "attention_dim": 16, **config}
+    sizes = {"hidden_size": 32, "word_embed_dim": 16, "attention_dim": 16}
+    settings = {"dropout": 0.3, "alpha_c": 1.0, "word_attention": "history", **sizes, **config}
     torch.manual_seed(0)
     model = AttnCapForConditionalGeneration(
         AttnCapConfig(backbone="mobilenet_v3_small", encoder_channels=24, vocab_size=len(processor.tokenizer), **settings)
