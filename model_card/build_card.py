@@ -77,7 +77,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         "summary": about.get("summary") or "A captioner that shows where it looked for each word.",
         "snippet": code.format(name=name),
         "model": list(_model(folder, config).items()),
-        "stages": [_stage(stage) for stage in stages],
+        **_training(stages),
         "origins": about.get("origins", []),
         "pictures": (results or {}).get("pictures", []),
         "dataset": dataset.get("name"),
@@ -220,12 +220,37 @@ def _example(results: dict[str, Any], name: str) -> dict[str, str]:
     return {"id": name, "cider": f"{100 * results['cider'][name]:.0f}", **cells}
 
 
-def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+def _training(record: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs that `training.json` tells of, each once, and how the weights came of them if they are a mean."""
+    runs: list[dict[str, Any]] = []
+
+    def path(stages: list[dict[str, Any]]) -> str:
+        steps = []
+        for stage in stages:
+            if "blend" in stage:
+                parts = [f"{path(part['stages']) or 'as it was'} (share {part['share']:g})" for part in stage["blend"]]
+                steps.append(f"mean of [{'; '.join(parts)}]")
+                continue
+            if stage not in runs:
+                runs.append(stage)
+            steps.append(str(runs.index(stage) + 1))
+        return " → ".join(steps)
+
+    whole = path(record)
+    return {
+        "stages": [_stage(number, run) for number, run in enumerate(runs, 1)],
+        "lineage": whole if any("blend" in stage for stage in record) else None,
+    }
+
+
+def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     settings = stage["settings"]
     learned = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
     name = "self-critical" if settings.get("self_critical") else "cross-entropy"
+    name += ", distilled" if settings.get("distill_from") else ""
     rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
     return {
+        "number": number,
         "name": f"{learned}, {name}",
         "learning_rate": ", encoder ".join(f"{rate:g}" for rate in rates if rate is not None),
         "images": "a stream" if stage["images"] is None else f"{stage['images']:,}",

@@ -69,6 +69,22 @@ def test_card_says_where_the_captioner_looks(checkpoint):
     assert "Where it looks" not in str(build_card(checkpoint))
 
 
+def test_card_says_how_blended_weights_came_to_be(checkpoint):
+    critical = {**STAGE, "settings": {**STAGE["settings"], "self_critical": True}}
+    distilled = {**STAGE, "settings": {**STAGE["settings"], "distill_from": ["one", "two"]}, "steps": 77}
+    parts = [{"share": 1, "stages": []}, {"share": 2, "stages": [critical]}, {"share": 0.5, "stages": [distilled, critical]}]
+    (checkpoint / "training.json").write_text(json.dumps([STAGE, {"blend": parts}]))
+    card = str(build_card(checkpoint))
+    assert "1 → mean of [as it was (share 1); 2 (share 2); 3 → 2 (share 0.5)]." in card
+    assert [
+        re.search(rf"^\| {row} \| .*decoder, {what} \|", card, re.MULTILINE) is not None
+        for row, what in ((1, "cross-entropy"), (2, "self-critical"), (3, "cross-entropy, distilled"))
+    ] == [True] * 3
+    assert card.count("an abacus |") == 3
+    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    assert "How the weights came" not in str(build_card(checkpoint))
+
+
 def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))

@@ -228,19 +228,27 @@ def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
         states[name] = model.state_dict()
-    (tmp_path / "second" / "training.json").write_text('[{"steps": 7}]')
-    out = blend(tmp_path / "first", tmp_path / "second", tmp_path / "out", 0.75)
+    (tmp_path / "first" / "training.json").write_text('[{"steps": 5}]')
+    (tmp_path / "second" / "training.json").write_text('[{"steps": 5}, {"steps": 7}]')
+    out = blend([tmp_path / "first", tmp_path / "second"], tmp_path / "out", [1, 3])
     for name, value in AttnCapForConditionalGeneration.from_pretrained(out).state_dict().items():
         first, second = states["first"][name], states["second"][name]
         assert torch.allclose(value.double(), 0.25 * first.double() + 0.75 * second.double(), atol=1e-6), name
     assert AttnCapProcessor.from_pretrained(out).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert json.loads((out / "training.json").read_text()) == [{"steps": 7}]
+    parts = [{"share": 1, "stages": []}, {"share": 3, "stages": [{"steps": 7}]}]
+    assert json.loads((out / "training.json").read_text()) == [{"steps": 5}, {"blend": parts}]
+
+    same = blend([tmp_path / "first", tmp_path / "second", out], tmp_path / "same")  # equal shares
+    for name, value in AttnCapForConditionalGeneration.from_pretrained(same).state_dict().items():
+        mean = (1.25 * states["first"][name].double() + 1.75 * states["second"][name].double()) / 3
+        assert torch.allclose(value.double(), mean, atol=1e-6), name
 
     AttnCapForConditionalGeneration(config.__class__(**{**config.to_dict(), "hidden_size": 16})).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"differ in shape: blend checkpoints of one captioner"):
-        blend(tmp_path / "other", tmp_path / "second", tmp_path / "wrong", 0.5)
-    with pytest.raises(ValueError, match="`share` is 1.5"):
-        blend(tmp_path / "first", tmp_path / "second", tmp_path / "wrong", 1.5)
+        blend([tmp_path / "other", tmp_path / "second"], tmp_path / "wrong")
+    for shares in ([1], [1, 0], [1, -1]):
+        with pytest.raises(ValueError, match="give 2 above 0, one for each"):
+            blend([tmp_path / "first", tmp_path / "second"], tmp_path / "wrong", shares)
     assert not (tmp_path / "wrong").exists()
 
 

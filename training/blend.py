@@ -1,52 +1,62 @@
-"""Blend two checkpoints of one captioner: `python -m training.blend FIRST SECOND OUT --share 0.75` averages their weights."""
+"""Blend checkpoints of one captioner: `python -m training.blend FIRST SECOND ... --output OUT` averages their weights."""
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_attncap import AttnCapForConditionalGeneration
 
-from .record import hand_on
+from .record import RECORD, blended, hand_on
 
 
-def blend(first: str | Path, second: str | Path, out: str | Path, share: float) -> Path:
-    """Write (1 - share) * first + share * second to `out`, with the processor, the settings and the record of the second.
+def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[float] | None = None) -> Path:
+    """Write the mean of the weights of checkpoints to `out`, with the processor and the settings of the last.
 
-    Worth a try where the second learned on from the first: between what it began with and what it came to often lies a captioner
-    that overfits less than the one and knows more than the other (Wortsman et al., 2022, "Robust fine-tuning of zero-shot models").
+    Worth a try where they learned on from the same one: between what they began with and what they came to often lies a captioner
+    that overfits less than any and knows more (Wortsman et al., 2022, "Robust fine-tuning of zero-shot models" and "Model soups").
 
     Args:
-        share: of the second, 0 to 1; choose it on validation images.
+        shares: of each in the mean, in any unit; `None` for equal ones. Choose them on validation images.
 
     Raises:
-        ValueError: if the share is none, or the two have different weights, the first of which is named.
+        ValueError: if there are not as many shares as checkpoints, one is not positive, or weights differ; the first is named.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"`share` is {share:g}: it must be between 0 and 1.")
-    model = AttnCapForConditionalGeneration.from_pretrained(second, dtype=torch.float32)
+    shares = [1.0] * len(checkpoints) if shares is None else shares
+    if len(shares) != len(checkpoints) or min(shares) <= 0:
+        given = ", ".join(f"{share:g}" for share in shares)
+        raise ValueError(f"The shares are {given}: give {len(checkpoints)} above 0, one for each checkpoint.")
+    model: Any = AttnCapForConditionalGeneration.from_pretrained(checkpoints[-1], dtype=torch.float32)
     own = model.state_dict()
-    other = AttnCapForConditionalGeneration.from_pretrained(first, dtype=torch.float32).state_dict()
-    for name in own.keys() | other.keys():
-        if name not in own or name not in other or own[name].shape != other[name].shape:
-            raise ValueError(f"'{name}' of {first} and of {second} differ in shape: blend checkpoints of one captioner.")
-    blended = {name: torch.lerp(other[name], own[name], share) if own[name].is_floating_point() else own[name] for name in own}
-    model.load_state_dict(blended)
+    mean = {name: value * (shares[-1] / sum(shares)) for name, value in own.items() if value.is_floating_point()}
+    for checkpoint, share in zip(checkpoints[:-1], shares):
+        other = AttnCapForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        for name in own.keys() | other.keys():
+            if name not in own or name not in other or own[name].shape != other[name].shape:
+                raise ValueError(
+                    f"'{name}' of {checkpoint} and of {checkpoints[-1]} differ in shape: blend checkpoints of one captioner."
+                )
+        for name, value in mean.items():
+            value += other[name] * (share / sum(shares))
+    model.load_state_dict(own | mean)
     model.save_pretrained(out)
-    hand_on(second, out)
+    hand_on(checkpoints[-1], out)
+    (Path(out) / RECORD).write_text(json.dumps(blended(checkpoints, shares), indent=1) + "\n", encoding="utf-8")
     return Path(out)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Average the weights of two checkpoints of one captioner.")
-    parser.add_argument("first")
-    parser.add_argument("second")
-    parser.add_argument("out")
-    parser.add_argument("--share", type=float, default=0.5, help="of the second checkpoint, 0 to 1")
+    parser = argparse.ArgumentParser(description="Average the weights of checkpoints of one captioner.")
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--shares", type=float, nargs="+", help="of each checkpoint in the mean, in any unit; default: equal ones")
     arguments = parser.parse_args()
     try:
-        print(blend(arguments.first, arguments.second, arguments.out, arguments.share))
+        print(blend(arguments.checkpoints, arguments.output, arguments.shares))
     except ValueError as error:
         parser.error(str(error))
     return 0

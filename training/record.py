@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def stage(groups: tuple[Any, ...], state: Any, images: int | None, frozen_backbo
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "log": [entry for entry in log if len(entry) > 1],
     }
+
+
+def blended(checkpoints: Sequence[str | Path], shares: Sequence[float]) -> list[dict[str, Any]]:
+    """The record of a mean of weights: the stages that all share, then `blend`, a list of each one's `share` and own `stages`."""
+    records = [earlier_stages(str(checkpoint)) for checkpoint in checkpoints]
+    together = 0
+    while all(len(record) > together and record[together] == records[0][together] for record in records):
+        together += 1
+    parts = [{"share": share, "stages": record[together:]} for share, record in zip(shares, records)]
+    return [*records[0][:together], {"blend": parts}]
 
 
 def hand_on(checkpoint: str | Path, out: str | Path) -> None:
