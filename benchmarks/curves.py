@@ -27,12 +27,15 @@ def plot(name: str, log: list[dict[str, Any]], above: Axes, below: Axes) -> None
     learned = "reward" if any("reward" in entry for entry in log) else "loss"
     for axes, curves in ((above, (learned, f"eval_{learned}")), (below, ("eval_cider",))):
         for curve in curves:
-            points = [(entry["step"], entry[curve]) for entry in log if curve in entry]
+            # A run ends with an evaluation of its best weights, which are not those of its last step.
+            points = {entry["step"]: entry[curve] for entry in reversed(log) if curve in entry}
             if points:
                 scale = 100 if curve == "eval_cider" else 1
                 label = curve.replace("eval_", "validation ").replace("cider", "CIDEr").replace("reward", "reward of samples")
                 axes.plot(
-                    *zip(*((step, scale * value) for step, value in points)), marker="." * curve.startswith("eval"), label=label
+                    *zip(*((step, scale * value) for step, value in sorted(points.items()))),
+                    marker="." * curve.startswith("eval"),
+                    label=label,
                 )
         if axes.lines:
             axes.legend()
