@@ -313,6 +313,7 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
         ({"metric_for_best_model": "cider"}, "set `predict_with_generate`"),
         ({"cross_entropy_weight": 0.5}, "goes with `self_critical`"),
         ({"self_critical": True, "scheduled_sampling": 0.2}, "set `cross_entropy_weight`"),
+        ({"self_critical": True, "input_dropout": 0.1}, "leave it out"),
         ({"scheduled_sampling_steps": 5}, "goes with `scheduled_sampling`"),
         ({"scheduled_sampling": 25}, "`scheduled_sampling` is 25"),
         ({"scheduled_sampling": 0.2, "scheduled_sampling_steps": 0}, "`scheduled_sampling_steps` is 0"),

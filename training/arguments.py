@@ -234,6 +234,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
         if self.scheduled_sampling and not self.cross_entropy_weight:
             raise SettingError("`scheduled_sampling` is for the cross-entropy: set `cross_entropy_weight` or leave it out.")
+        if self.input_dropout:
+            raise SettingError("`input_dropout` does nothing in self-critical training, which reads inputs whole: leave it out.")
 
     def _check_trackers(self) -> None:
         """The Trainer would find out when all data are loaded."""
