@@ -120,7 +120,10 @@ def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | 
         if row.against and scores[row.against]:
             found = against(scores[row.against], scores[row.name])
             interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-            difference = [f"{row.against}: {100 * found.difference:+.1f} ({interval})", f"{found.p:.3f}"]
+            difference = [
+                f"{row.against}: {100 * found.difference:+.1f} ({interval})",
+                f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001",
+            ]
         lines.append("| " + " | ".join([row.name, row.what, str(len(scores[row.name])), *values, *difference]) + " |")
     return "\n".join(lines)
 

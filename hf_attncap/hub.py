@@ -40,6 +40,7 @@ COPIED = (
     "README.md",
     # What its card is made of.
     "results.json",
+    "pointing.json",
     "training.json",
     "about.yaml",
     "picture_*.png",
@@ -75,8 +76,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
     """
     source, target = Path(checkpoint), Path(out)
     config = _checked_config(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"'{target}' is there already and is not an empty folder: name another, or remove it first.")
+    refuse_occupied(target)
     processor = _read(source / "processor_config.json")
     processor["auto_map"] = PROCESSOR_CLASS
     processor["image_processor"] = {**processor["image_processor"], "auto_map": IMAGE_PROCESSOR_CLASS}
@@ -100,6 +100,12 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
             target.rmdir()
         folder.rename(target)
     return target
+
+
+def refuse_occupied(target: Path) -> None:
+    """Raises FileExistsError if something is there that is not an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"'{target}' is there already and is not an empty folder: name another, or remove it first.")
 
 
 def _checked_config(source: Path) -> dict[str, Any]:

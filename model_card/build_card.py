@@ -30,6 +30,7 @@ ABOUT = "about.yaml"
 CARD = "README.md"
 MARK = "Rendered by `attncap card`, which replaces it: words of your own belong into about.yaml."
 SHOWN, FAILURES, SEED = 10, 5, 0
+FEW = 100  # images, of which scores depend on which they are
 SCORES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -67,7 +68,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
     if config is None or not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
     results, stages = _read(folder / "results.json"), _read(folder / "training.json") or []
-    dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results else {})
+    dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results and "data" in results else {})
     name = about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
     title = about.get("title") or folder.resolve().name
     code = FROM_HUB if "auto_map" in config else FROM_FOLDER
@@ -118,7 +119,10 @@ def _read(path: Path) -> Any:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     known = {"title", "summary", "license", "repository", "base_model", "dataset", "origins"}
     if not isinstance(about, dict) or set(about) - known:
         what = ", ".join(map(str, sorted(set(about) - known))) if isinstance(about, dict) else "no lines at all"
@@ -192,6 +196,7 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
     failures = chosen.sample(worst, min(FAILURES, len(worst)))
     return {
         "decoding": ", ".join(f"{name} {value}" for name, value in results["decoding"].items()),
+        "few": len(ids) < FEW,
         "scores": [{"name": name, "value": f"{100 * scores[kind]:.1f}"} for kind, name in SCORES.items()],
         "examples": [_example(results, name) for name in examples],
         "failures": [_example(results, name) for name in failures],
@@ -247,7 +252,8 @@ def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     settings = stage["settings"]
     learned = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
     name = "self-critical" if settings.get("self_critical") else "cross-entropy"
-    name += ", distilled" if settings.get("distill_from") else ""
+    if teachers := settings.get("distill_from"):
+        name += f", distilled from {', '.join(teachers)}"
     rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
     return {
         "number": number,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from hf_attncap import AttnCapForConditionalGeneration, Captioner
 from hf_attncap.cli import main
 from hf_attncap.metrics import CaptionMetrics
 from model_card.build_card import build_card, write_card
+from training import measure
+from training.arguments import SettingError
 from training.limits import genders, numbers, unusual, writing
 from training.pack import pack
-from training.record import earlier_stages, elapsed
+from training.record import earlier_stages, elapsed, provenance
 
 REFERENCES = [["A black dog is running .", "two red dogs", "a house while it rains"], ["a child in the rain"]]
 ABOUT = {
@@ -78,7 +81,7 @@ def test_card_says_how_blended_weights_came_to_be(checkpoint):
     assert "1 → mean of [as it was (share 1); 2 (share 2); 3 → 2 (share 0.5)]." in card
     assert [
         re.search(rf"^\| {row} \| .*decoder, {what} \|", card, re.MULTILINE) is not None
-        for row, what in ((1, "cross-entropy"), (2, "self-critical"), (3, "cross-entropy, distilled"))
+        for row, what in ((1, "cross-entropy"), (2, "self-critical"), (3, "cross-entropy, distilled from one, two"))
     ] == [True] * 3
     assert card.count("an abacus |") == 3
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
@@ -115,6 +118,12 @@ def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     assert picture and picture[1] == captioner.caption(pictures[0]).text
     assert Image.open(checkpoint / picture[2]).width > 300
     assert "{{" not in text and "None" not in text
+    assert "So few images" in text and "Of 0 images" not in text
+
+    first = checkpoint / picture[2]
+    another = shutil.copy(pictures[0], checkpoint.parent / "another.png")
+    assert main(["card", str(checkpoint), "--pictures", str(another)]) == 0
+    assert not first.exists() and (checkpoint / "picture_another.png").exists()
 
 
 def test_card_of_a_bare_checkpoint_leaves_out_what_nobody_knows(checkpoint):
@@ -124,6 +133,13 @@ def test_card_of_a_bare_checkpoint_leaves_out_what_nobody_knows(checkpoint):
     model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"| parameters | {count / 1e6:.1f} million |" in card.text
+
+
+def test_card_of_pictures_alone(checkpoint, pictures):
+    for _ in range(2):
+        assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
+    text = (checkpoint / "README.md").read_text()
+    assert "](picture_" in text and "## Scores" not in text
 
 
 def test_first_snippet_runs(checkpoint, pictures, monkeypatch, capsys):
@@ -144,9 +160,10 @@ def test_first_snippet_runs(checkpoint, pictures, monkeypatch, capsys):
 def test_export_takes_along_what_the_card_is_made_of(checkpoint):
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
+    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {}}))
     exported = checkpoint.parent / "exported"
     assert main(["export-hub", str(checkpoint), str(exported)]) == 0
-    assert {"training.json", "about.yaml", "README.md"} <= {file.name for file in exported.iterdir()}
+    assert {"training.json", "about.yaml", "pointing.json", "README.md"} <= {file.name for file in exported.iterdir()}
     text = (exported / "README.md").read_text()
     assert "an abacus" in text and 'model="someone/tiny"' in text
 
@@ -160,7 +177,8 @@ def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("about", "message"), [("titel: x\n", "about.yaml has titel: it may have base_model"), ("just words\n", "no lines at all")]
+    ("about", "message"),
+    [("titel: x\n", "about.yaml has titel: it may have base_model"), ("just words\n", "no lines at all"), ("a: [", "is no YAML")],
 )
 def test_strange_lines_about_a_checkpoint_are_named(checkpoint, capsys, about, message):
     (checkpoint / "about.yaml").write_text(about)
@@ -234,11 +252,32 @@ def test_checkpoints_without_record_have_no_earlier_stages(checkpoint):
     assert earlier_stages(str(checkpoint)) == [STAGE]
 
 
-def test_packed_checkpoint_keeps_its_record(checkpoint, tmp_path):
+def test_provenance_is_read_or_its_file_named(checkpoint):
+    assert provenance(None) is None and provenance(str(checkpoint)) is None
+    (checkpoint / "about.yaml").write_text("origins: [")
+    with pytest.raises(SettingError, match="about.yaml of .* is no YAML"):
+        provenance(str(checkpoint))
+
+
+def test_commit_is_the_one_of_this_code_alone(tmp_path, monkeypatch):
+    """Not of a repository that an installed package happens to lie in."""
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "measure.py").touch()
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))
+    assert measure.commit() is None
+    subprocess.run(["git", "add", "measure.py"], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{40}-dirty", measure.commit() or "")
+
+
+def test_packed_checkpoint_keeps_its_record_and_provenance(checkpoint, tmp_path):
     model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
     torch.nn.init.normal_(model.model.encoder.windows.weight)  # the fixture's do not fit half precision
     model.save_pretrained(checkpoint)
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     packed = pack(checkpoint, tmp_path / "packed")
     assert json.loads((packed / "training.json").read_text()) == [STAGE]
+    kept = {"license": "apache-2.0", "origins": ["Captions: our own."]}
+    assert yaml.safe_load((packed / "about.yaml").read_text()) == kept
     assert AttnCapForConditionalGeneration.from_pretrained(packed).dtype == torch.float32

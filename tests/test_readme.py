@@ -97,6 +97,7 @@ def test_shell_commands_in_their_order(folder):
         result = run(command, folder)
         assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
     assert (folder / "hub_folder" / "modeling_attncap.py").exists()
+    assert "Flickr8k" in (folder / "hub_folder" / "README.md").read_text(), "what it was fine-tuned from came from"
 
 
 def test_shell_commands_of_the_metrics(folder):

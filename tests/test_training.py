@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -244,12 +245,17 @@ def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
         assert torch.allclose(value.double(), mean, atol=1e-6), name
 
     AttnCapForConditionalGeneration(config.__class__(**{**config.to_dict(), "hidden_size": 16})).save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"differ in shape: blend checkpoints of one captioner"):
         blend([tmp_path / "other", tmp_path / "second"], tmp_path / "wrong")
-    for shares in ([1], [1, 0], [1, -1]):
-        with pytest.raises(ValueError, match="give 2 above 0, one for each"):
+    for shares in ([1], [1, 0], [1, -1], [1, math.inf], [math.nan, 1]):
+        with pytest.raises(ValueError, match="give 2 finite ones above 0, one for each"):
             blend([tmp_path / "first", tmp_path / "second"], tmp_path / "wrong", shares)
     assert not (tmp_path / "wrong").exists()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        blend([tmp_path / "first", tmp_path / "second"], tmp_path / "first")
+    with pytest.raises(OSError, match="nowhere.*is no folder"):
+        blend([tmp_path / "first", tmp_path / "nowhere"], tmp_path / "wrong")
 
 
 def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):

@@ -2,14 +2,14 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_attncap import AttnCapForConditionalGeneration
+from hf_attncap import Captioner
+from hf_attncap.hub import refuse_occupied
 
 from .record import RECORD, blended, hand_on
 
@@ -25,16 +25,19 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
 
     Raises:
         ValueError: if there are not as many shares as checkpoints, one is not positive, or weights differ; the first is named.
+        FileExistsError: `out` is there already and is not an empty folder.
+        OSError: a checkpoint cannot be loaded.
     """
     shares = [1.0] * len(checkpoints) if shares is None else shares
-    if len(shares) != len(checkpoints) or min(shares) <= 0:
+    if len(shares) != len(checkpoints) or not all(0 < share < math.inf for share in shares):
         given = ", ".join(f"{share:g}" for share in shares)
-        raise ValueError(f"The shares are {given}: give {len(checkpoints)} above 0, one for each checkpoint.")
-    model: Any = AttnCapForConditionalGeneration.from_pretrained(checkpoints[-1], dtype=torch.float32)
+        raise ValueError(f"The shares are {given}: give {len(checkpoints)} finite ones above 0, one for each checkpoint.")
+    refuse_occupied(Path(out))
+    model = _load(checkpoints[-1])
     own = model.state_dict()
     mean = {name: value * (shares[-1] / sum(shares)) for name, value in own.items() if value.is_floating_point()}
     for checkpoint, share in zip(checkpoints[:-1], shares):
-        other = AttnCapForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        other = _load(checkpoint).state_dict()
         for name in own.keys() | other.keys():
             if name not in own or name not in other or own[name].shape != other[name].shape:
                 raise ValueError(
@@ -49,6 +52,10 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
     return Path(out)
 
 
+def _load(checkpoint: str | Path) -> Any:
+    return Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Average the weights of checkpoints of one captioner.")
     parser.add_argument("checkpoints", nargs="+")
@@ -57,7 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         print(blend(arguments.checkpoints, arguments.output, arguments.shares))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
 

@@ -23,7 +23,9 @@ from .formats import Entry, Role, Source, choose_split, from_shards, from_table,
 logger = logging.getLogger(__name__)
 
 TABLE = Features({"captions": List(Value("string")), "image_id": Value("string")})
-WAY_OUT = "`--inspect` lists all that is wrong with the data, `--skip_broken_images` leaves such images out."
+WAY_OUT = (
+    "`--inspect` lists all that is wrong with the data, `--skip_broken_images` leaves such images out (both of `attncap train`)."
+)
 BUSY = 200  # pictures that are worth a process of their own
 
 

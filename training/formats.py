@@ -176,7 +176,9 @@ def check_columns(name: str, columns: Iterable[str], arguments: DataArguments) -
     wanted += [("captions_column", column) for column in captions_columns(arguments)]
     for setting, column in wanted:
         if column and column not in columns:
-            raise SettingError(f"{name} has no column '{column}', only {', '.join(columns)}: set `{setting}` to one of them.")
+            raise SettingError(
+                f"{name} has no column '{column}', only {', '.join(columns)}: set `{setting}` to one of them, or rename it."
+            )
 
 
 def captions_columns(arguments: DataArguments) -> list[str]:

@@ -89,13 +89,18 @@ def speed(captioner: Captioner, rows: Any) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, with `-dirty` behind it where files differ; None outside its repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the code, with `-dirty` behind it where files differ; None outside its repository, also in another's."""
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if not _git("ls-files", Path(__file__).name):
+            return None
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+
+
+def _git(*command: str) -> str:
+    """What git says in the folder of this file, nothing where it fails."""
+    return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def draw_pictures(checkpoint: str | Path, pictures: Sequence[str]) -> list[dict[str, str]]:
@@ -127,6 +132,7 @@ def update_results(
     """
     place = Path(checkpoint) / RESULTS
     results = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    drawn = {picture["file"] for picture in results.get("pictures", [])}
     if pictures:
         results["pictures"] = draw_pictures(checkpoint, pictures)
     if file is not None:
@@ -134,3 +140,5 @@ def update_results(
     unfinished = place.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(place)
+    for name in drawn - {picture["file"] for picture in results.get("pictures", [])}:
+        (Path(checkpoint) / name).unlink(missing_ok=True)

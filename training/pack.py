@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_attncap import AttnCapForConditionalGeneration
+from hf_attncap import Captioner
 
 from .record import hand_on
 
@@ -22,8 +22,9 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
 
     Raises:
         ValueError: if a weight does not fit float16, or generation has no such setting.
+        OSError: the checkpoint cannot be loaded.
     """
-    model = AttnCapForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.abs().max() <= largest:
@@ -44,7 +45,10 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("--generation", type=json.loads, help="""settings of generation as JSON: '{"num_beams": 5}'""")
     arguments = parser.parse_args()
-    print(pack(arguments.checkpoint, arguments.out, arguments.generation))
+    try:
+        print(pack(arguments.checkpoint, arguments.out, arguments.generation))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return 0
 
 

@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers.utils.hub import cached_file
 
 from hf_attncap import AttnCapProcessor
 
+from .arguments import SettingError
+
 RECORD = "training.json"
+ABOUT = "about.yaml"
+PROVENANCE = ("license", "origins")  # lines of it that hold for what is made of the weights, too
 # They say where files lay on one machine, or what a run shows, and not what was learned.
 PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
 FILES = {"backbone_weights", "word_vectors"}  # or names of weights; of a path its last part is kept
@@ -30,12 +35,32 @@ LOGGED = ("loss", "reward", "sample_length", "learning_rate", "eval_loss", "eval
 
 def earlier_stages(model_name_or_path: str | None) -> list[dict[str, Any]]:
     """The stages that a checkpoint, a folder or a name on the Hub, went through; none if it does not say."""
+    text = _text(model_name_or_path, RECORD)
+    return json.loads(text) if text else []
+
+
+def provenance(model_name_or_path: str | None) -> str | None:
+    """What the `about.yaml` of a checkpoint says of licence, data and weights it came from, as YAML; None if it does not say.
+
+    Raises:
+        SettingError: it is no YAML.
+    """
+    try:
+        about = yaml.safe_load(_text(model_name_or_path, ABOUT) or "")
+    except yaml.YAMLError as error:
+        raise SettingError(f"{ABOUT} of {model_name_or_path} is no YAML: {' '.join(str(error).split())}.") from error
+    kept = {name: about[name] for name in PROVENANCE if name in about} if isinstance(about, dict) else {}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=132) if kept else None
+
+
+def _text(model_name_or_path: str | None, name: str) -> str | None:
+    """What a file of a checkpoint holds; None without a checkpoint or file."""
     if model_name_or_path is None:
-        return []
+        return None
     file = cached_file(
-        model_name_or_path, RECORD, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        model_name_or_path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else []
+    return Path(file).read_text(encoding="utf-8") if file else None
 
 
 def stage(groups: tuple[Any, ...], state: Any, images: int | None, frozen_backbone: bool) -> dict[str, Any]:
@@ -76,10 +101,13 @@ def blended(checkpoints: Sequence[str | Path], shares: Sequence[float]) -> list[
 
 
 def hand_on(checkpoint: str | Path, out: str | Path) -> None:
-    """What goes along with weights made of a checkpoint's: its processor, and its record if it has one."""
+    """What goes along with weights made of a checkpoint's: its processor, its record and its provenance, if it has them."""
     AttnCapProcessor.from_pretrained(checkpoint).save_pretrained(out)
     if (Path(checkpoint) / RECORD).exists():
         shutil.copyfile(Path(checkpoint) / RECORD, Path(out) / RECORD)
+    origins = provenance(str(checkpoint))
+    if origins and not (Path(out) / ABOUT).exists():
+        (Path(out) / ABOUT).write_text(origins, encoding="utf-8")
 
 
 def elapsed(log_history: list[dict[str, Any]]) -> float:

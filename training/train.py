@@ -34,7 +34,7 @@ from .distillation import Teachers
 from .features import cached_features
 from .inspection import inspect_data
 from .processes import on_main_process
-from .record import RECORD, earlier_stages, stage
+from .record import ABOUT, RECORD, earlier_stages, provenance, stage
 from .samples import SampleCaptions
 from .self_critical import SelfCriticalTrainer
 from .sharing import HubSharing
@@ -168,6 +168,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
         trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model, processor = build_captioner(model_arguments, captions, output)
+    origins = provenance(model_arguments.model_name_or_path)
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
     train_rows, validation_rows = _pictures(splits, model, processor, data, training, chance)
@@ -204,6 +205,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
         stages = [*earlier_stages(model_arguments.model_name_or_path), own]
         texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
+        texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
         with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
             trainer.state.save_to_json(str(files / "trainer_state.json"))
             for name, text in texts.items():
