@@ -202,6 +202,7 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
         "failures": [_example(results, name) for name in failures],
         "numbers": limits["numbers"],
         "genders": limits["genders"],
+        "doubles": limits["doubles"],
         "writing": {**limits["writing"], "cider": f"{100 * limits['writing']['cider']:.1f}"},
         "fifths": [f"{100 * value:.1f}" for value in limits["unusual"]["cider_by_fifth"]],
     }

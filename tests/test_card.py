@@ -19,7 +19,7 @@ from hf_attncap.metrics import CaptionMetrics
 from model_card.build_card import build_card, write_card
 from training import measure
 from training.arguments import SettingError
-from training.limits import genders, numbers, unusual, writing
+from training.limits import doubles, genders, numbers, unusual, writing
 from training.pack import pack
 from training.record import earlier_stages, elapsed, provenance
 
@@ -224,6 +224,12 @@ def test_genders_count_where_references_agree_and_none_differs():
     found = genders(by_id("a man", "a person", "a man and a woman", "a boy", "a man", "a man"), references)
     assert found["men"] == {"images": 2, "same": 1, "other": 0, "both": 0, "neither": 1}
     assert found["women"] == {"images": 2, "same": 0, "other": 1, "both": 1, "neither": 0}
+
+
+def test_doubles_are_the_same_words_around_and():
+    doubled = ["a man and a man run", "two dogs and two dogs"]
+    found = doubles(by_id(*doubled, "a man and a dog", "and a man", "man and man", "a man and a"))
+    assert found == {"images": 6, "doubled": 2}
 
 
 def test_writing_counts_where_any_reference_speaks_of_it():

@@ -1,4 +1,4 @@
-"""Where captions go wrong, measured against the references: numbers, men and women, writing, unusual pictures.
+"""Where captions go wrong, measured against the references: numbers, men and women, doubles, writing, unusual pictures.
 
 Captions are lists of tokens as `hf_attncap.metrics.tokenize` gives them; the words are English.
 """
@@ -34,6 +34,7 @@ def limits(
     return {
         "numbers": numbers(captions, references),
         "genders": genders(captions, references),
+        "doubles": doubles(captions),
         "writing": writing(captions, references, cider),
         "unusual": unusual(references, cider),
     }
@@ -55,6 +56,18 @@ def numbers(captions: Mapping[str, Tokens], references: Mapping[str, Sequence[To
         own = next(iter(_numbers(caption)), None)
         found["same" if own == agreed[0] else "none" if own is None else "other"] += 1
     return {"images": found.total(), **{kind: found[kind] for kind in ("same", "other", "none")}}
+
+
+def doubles(captions: Mapping[str, Tokens]) -> dict[str, int]:
+    """Captions in which the same two words stand on both sides of "and", as in "a man and a man"."""
+    doubled = sum(
+        any(
+            word == "and" and place >= 2 and caption[place - 2 : place] == caption[place + 1 : place + 3]
+            for place, word in enumerate(caption)
+        )
+        for caption in captions.values()
+    )
+    return {"images": len(captions), "doubled": doubled}
 
 
 def genders(captions: Mapping[str, Tokens], references: Mapping[str, Sequence[Tokens]]) -> dict[str, dict[str, int]]:
