@@ -87,7 +87,7 @@ def read_file(path: str, arguments: DataArguments, role: Role) -> Source:
         try:
             table = load_dataset("parquet", data_files=path, split="train")
         except Exception as error:  # pyarrow and datasets raise many kinds
-            raise SettingError(f"{path} cannot be read as Parquet: {error.__cause__ or error}.") from error
+            raise SettingError(f"{path} cannot be read as Parquet: {str(error.__cause__ or error).rstrip('.')}.") from error
         return from_table(table, path, arguments, folder)
     if ending in (".csv", ".tsv"):
         return _from_records(path, _csv(path, "\t" if ending == ".tsv" else ","), arguments, folder, "lines")
@@ -151,7 +151,7 @@ def load_shards(path: str, streaming: bool) -> Any:
     try:
         return load_dataset("webdataset", data_files=path, split="train", streaming=streaming)
     except Exception as error:  # tarfile, json and datasets raise many kinds
-        raise SettingError(f"{path} cannot be read as WebDataset: {error.__cause__ or error}.") from error
+        raise SettingError(f"{path} cannot be read as WebDataset: {str(error.__cause__ or error).rstrip('.')}.") from error
 
 
 def shard_image_column(path: str, features: Features, arguments: DataArguments) -> str:
