@@ -1,9 +1,14 @@
 """What several test files share: small saved checkpoints and generated pictures."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
+
+# Sums of several threads on a busy machine are not the same to the last bit, as tests of resumed runs want them; and the tests
+# themselves run side by side. Set before torch is loaded, here and by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
