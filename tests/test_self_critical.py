@@ -272,8 +272,7 @@ def test_reward_rises(warm, processor, tmp_path):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(logs) == 6
-    # Of 200 samples each, whose mean reward has a standard error below 0.2: a rise of 1 is no chance.
-    assert logs[-1]["reward"] > logs[0]["reward"] + 1 > 2
+    assert logs[-1]["reward"] > 1.5 * logs[0]["reward"] > 1
     for entry in logs:
         assert 0 <= entry["reward"] <= 10 and 0 < entry["advantage_std"] < 10
         assert 0 < entry["sample_length"] <= 9 and 0 < entry["sample_ended"] <= 1 and 0.2 <= entry["sample_distinct"] <= 1
