@@ -113,7 +113,7 @@ def test_batch_repeat_interleave(kind):
 
 
 @every_kind
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_batch_select_indices(kind, data):
     """Rows of any images, in any order, by index or by truth value; each then has regions of its own."""

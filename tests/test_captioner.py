@@ -80,7 +80,7 @@ def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, bea
                 assert (np.triu(weights, k=1) == 0).all() and (np.tril(weights)[np.tril_indices(steps)] > 0).all()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     beams=st.integers(1, 4),
     prompt=st.lists(st.sampled_from(["a", "red", "dog", "rain"]), max_size=3).map(" ".join),

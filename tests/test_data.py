@@ -266,7 +266,7 @@ def test_same_files_make_the_same_dataset_again_and_exchanged_pictures_another(t
     assert first == same != load_data(arguments).train._fingerprint
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["a dog", "two cats", "", " \n"])), max_size=12))
 def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
     """Each written caption is once where its image is; an image without any is told."""
@@ -280,7 +280,7 @@ def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
     assert not split.problems
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=8))
 def test_lists_of_captions_name_an_image_once(names):
     entries = [Entry(number, None, name, ["a dog"], False) for number, name in enumerate(names)]

@@ -146,7 +146,7 @@ def test_captions_that_look_like_commands_or_are_too_long_take_no_other_caption_
     assert answers == [False, True, False, False, True, True, True, True, *[False] * len(ODD), True]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=40)))
 def test_every_caption_gets_its_own_answer(grammar, stand_in, texts):
     captions = [caption for text in texts for caption in (f"{text} it parses", f"{text} it does not")]

@@ -328,7 +328,7 @@ def test_an_image_without_pixels():
         load_image(Image.new("RGB", (0, 5)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]))
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_bytes_give_an_image_or_an_image_error(data, kind):
@@ -344,7 +344,7 @@ def test_damaged_bytes_give_an_image_or_an_image_error(data, kind):
 # ---------------------------------------------------------------------------------------------- arrays
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(5, 12),
     width=st.integers(5, 12),

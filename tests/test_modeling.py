@@ -96,7 +96,7 @@ def batches(draw):
 
 
 @every_kind
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=batches())
 def test_any_shape_and_any_padding_equals_the_formulas(kind, batch):
     regions, ids, mask = batch
@@ -108,7 +108,7 @@ def test_any_shape_and_any_padding_equals_the_formulas(kind, batch):
 
 
 @every_kind
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=batches(), data=st.data())
 def test_any_split_into_cached_steps_equals_the_whole(kind, batch, data):
     regions, ids, mask = batch

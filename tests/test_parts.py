@@ -156,7 +156,7 @@ def windows(size: int, kernel: int, stride: int, dilation: int = 1) -> list[list
     return [[first + i * stride + k * dilation for k in range(kernel)] for i in range(outputs)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=axis, columns=axis)
 def test_same_padding_of_convolutions(rows, columns):
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_same_padding_of_convolutions(rows, columns):
     assert_close(conv(picture[None, None]).detach()[0, 0], torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=axis, columns=axis)
 def test_same_padding_of_pools(rows, columns):
     rows, columns = rows[:3], columns[:3]

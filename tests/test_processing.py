@@ -71,7 +71,7 @@ def test_twenty_words_are_kept_by_default(processor):
     captions=st.lists(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), min_size=1, max_size=5),
     limit=st.integers(1, 9),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_labels_say_the_caption_then_the_end_then_nothing(kind, captions, limit):
     processor = PROCESSORS[kind]
     labels = processor(text_target=captions, max_target_length=limit, return_tensors="pt")["labels"]

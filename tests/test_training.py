@@ -397,7 +397,7 @@ def test_image_without_captions_is_named(tmp_path):
 words = st.sampled_from(["a", "red", "blue", "square", "there", "is"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.lists(st.lists(st.lists(words, min_size=1, max_size=6), min_size=1, max_size=4), min_size=1, max_size=4))
 def test_collator_keeps_every_word_and_pads_with_minus_100(processor, rows):
     """Each image gets k label rows, made of its own captions, each word and the end token kept."""

@@ -155,7 +155,7 @@ CAPTION_LIKE = st.text(alphabet="adgos'-n \u2019.,\u0301S", max_size=30)
 
 @kinds
 @given(text=st.text(max_size=60) | CAPTION_LIKE)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_known_text_comes_back_clean_and_stays_so(kind, text):
     try:
         tokenizer = build_tokenizer([text], kind, min_count=1)
@@ -170,7 +170,7 @@ def test_known_text_comes_back_clean_and_stays_so(kind, text):
 
 @kinds
 @given(text=st.text(max_size=60) | CAPTION_LIKE)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_unknown_text_leaves_clean_text(kind, text):
     decoded = decode(kind, text)
     assert decoded == " ".join(decoded.split())
@@ -178,7 +178,7 @@ def test_unknown_text_leaves_clean_text(kind, text):
 
 @kinds
 @given(words=st.lists(st.sampled_from(WORDS)), noise=st.lists(st.sampled_from([" ", ", ", " . ", '! "', " & "])))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_known_words_survive_punctuation_and_case(kind, words, noise):
     seams = [noise[i % len(noise)] if noise else " " for i in range(len(words))]
     text = "".join(word + seam for word, seam in zip(words, seams, strict=True))
