@@ -26,7 +26,7 @@ from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.metrics.score import CaptionScores
 from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
-from training.arguments import CONFIGS, DataArguments
+from training.arguments import CONFIGS, DataArguments, SettingError
 from training.data import load_data
 from training.measure import caption, commit
 
@@ -102,6 +102,8 @@ def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | 
     metrics = CaptionMetrics(dict(zip(images["image_id"], images["captions"])))
     files = {row.name: _files(row, results) for row in rows}
     scores = {name: [metrics.score(json.loads(file.read_text("utf-8"))["captions"]) for file in own] for name, own in files.items()}
+    if not any(files.values()):
+        sys.exit(f"error: {results} holds no results of ablation.yaml's rows; leave --table out to train them.")
     names = [*SCORES, "full_parse"] if grammar else SCORES
     parsed = json.loads(grammar.read_text("utf-8"))["results"] if grammar else {}
     lines = [
@@ -172,4 +174,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # training has said why
+    except (OSError, SettingError) as error:
+        sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ Each folder is the output of a run, with its `trainer_state.json`. The log is wh
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -8,6 +8,7 @@ The pictures are encoded once. Nothing is changed in the checkpoint: `python -m 
 import argparse
 import itertools
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import DataArguments
+from training.arguments import DataArguments, SettingError
 from training.data import load_data
 from training.measure import BATCH, commit
 
@@ -74,4 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SettingError) as error:
+        sys.exit(f"error: {error}")

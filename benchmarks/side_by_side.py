@@ -8,6 +8,7 @@ The files are what `attncap card CHECKPOINT --images` leaves in a checkpoint's f
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 SEED, SHOWN = 0, 10
@@ -28,4 +29,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

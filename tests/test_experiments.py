@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,23 @@ def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script,
     assert len(scores) == 5 and {name: found[1][name] for name in scores} == pytest.approx(
         {name: own[name] for name in scores}, abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["benchmarks/curves.py", "MISSING", "--output", "curves.png"],
+        ["benchmarks/side_by_side.py", "MISSING/results.json", "MISSING/results.json"],
+        ["benchmarks/grammar.py", "MISSING.json"],
+        ["benchmarks/pointing_photographs.py", "--images", "MISSING.parquet"],
+        ["-m", "benchmarks.decoding", "MISSING", "--images", "TABLE"],
+        ["-m", "benchmarks.decoding", "hf_attncap/checkpoint", "--images", "MISSING.parquet"],
+        ["-m", "benchmarks.ablation", "--table", "--results", "MISSING", "--validation_file", "TABLE"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_what_is_missing_is_named_in_one_line(table, arguments):
+    arguments = [argument.replace("TABLE", str(table)) for argument in arguments]
+    found = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode
+    assert "MISSING" in found.stderr.splitlines()[-1] and "error:" in found.stderr and "Traceback" not in found.stderr
