@@ -44,7 +44,7 @@ METRICS_FLOORS = [
     {"__init__"},
     {"report", "trainer"},
     {"score"},
-    {"matching"},
+    {"matching", "reward"},
     {"bleu", "cider", "diversity", "files", "java", "modules", "ptb", "rouge", "significance"},
     {"ngrams", "ptb_rules"},
 ]

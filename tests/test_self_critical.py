@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
+from hf_attncap.metrics.bleu import Bleu
 from training import self_critical
 from training.arguments import CaptionTrainingArguments, SettingError
 from training.collator import CaptionCollator
@@ -267,6 +268,18 @@ def test_unfinished_sample_earns_less(warm, processor, tmp_path):
     assert ended > 0.1 and cut == pytest.approx(-ended)
 
 
+def test_a_sample_earns_its_bleu_as_well(warm, processor, tmp_path):
+    text = "a red square on the table"
+    words = processor(text_target=[text], return_tensors="pt")["labels"][0]
+    samples = torch.stack([words, words.flip(0).roll(-1)])
+    plain = trainer_of(load(warm), processor, tmp_path / "plain")._judge(samples, ["red"])
+    mixed = trainer_of(load(warm), processor, tmp_path / "mixed", bleu_weight=2.0)._judge(samples, ["red"])
+    both = [[*tokenize(processor.decode(row, skip_special_tokens=True)), "."] for row in samples]
+    bleu = Bleu([[[*tokenize(caption), "."] for caption in WORDS["red"]]] * 2).score(both).per_image[:, 3]
+    assert bleu[0] > 2 * bleu[1]
+    assert float((mixed - plain)[0]) == pytest.approx(2.0 * (bleu[0] - bleu[1]), abs=1e-5)
+
+
 def test_reward_rises(warm, processor, tmp_path):
     trainer = trainer_of(load(warm), processor, tmp_path, max_steps=60, learning_rate=0.005, logging_steps=10)
     trainer.train()
@@ -310,6 +323,8 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
     [
         ({"self_critical": True, "samples_per_image": 1}, "`samples_per_image` is 1"),
         ({"self_critical": True, "cross_entropy_weight": 1.5}, "`cross_entropy_weight` is 1.5"),
+        ({"self_critical": True, "bleu_weight": -1.0}, "`bleu_weight` is -1.0"),
+        ({"bleu_weight": 1.0}, "`bleu_weight` is a part of the reward"),
         ({"metric_for_best_model": "cider"}, "set `predict_with_generate`"),
         ({"cross_entropy_weight": 0.5}, "goes with `self_critical`"),
         ({"self_critical": True, "scheduled_sampling": 0.2}, "set `cross_entropy_weight`"),

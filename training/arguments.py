@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,11 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Self-critical: share of the cross-entropy (by word) in the loss; the rest goes by caption."},
     )
 
+    bleu_weight: float = field(
+        default=0.0,
+        metadata={"help": "Self-critical: how often BLEU-4 of a caption, 0 to 1, is added to its CIDEr-D, 0 to 10."},
+    )
+
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
@@ -224,6 +230,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         if not self.self_critical:
             if self.cross_entropy_weight:
                 raise SettingError("`cross_entropy_weight` goes with `self_critical`, without which all is cross-entropy.")
+            if self.bleu_weight:
+                raise SettingError("`bleu_weight` is a part of the reward of `self_critical`: set that too, or leave it out.")
             return
         if self.samples_per_image < 2:
             raise SettingError(
@@ -232,6 +240,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             )
         if not 0 <= self.cross_entropy_weight <= 1:
             raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
+        if not 0 <= self.bleu_weight < math.inf:
+            raise SettingError(f"`bleu_weight` is {self.bleu_weight}: it must be a number from 0 on, 1 for example.")
         if self.scheduled_sampling and not self.cross_entropy_weight:
             raise SettingError("`scheduled_sampling` is for the cross-entropy: set `cross_entropy_weight` or leave it out.")
         if self.input_dropout:

@@ -1,4 +1,4 @@
-"""Self-critical training: captions that the model draws are made likelier the more CIDEr-D they earn.
+"""Self-critical training: captions that the model draws are made likelier the more CIDEr-D, and BLEU-4 if wanted, they earn.
 
 Rennie et al. (2017), "Self-critical sequence training for image captioning", with the baseline of Luo (2020), "A better variant of
 self-critical sequence training": what the other samples of the same image earn on average.
@@ -49,7 +49,8 @@ class SelfCriticalTrainer(CaptionTrainer):
         if self.args.n_gpu > 1:
             raise SettingError("`self_critical` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
         tokens = {name: [tokenize(caption) for caption in captions] for name, captions in references.items()}
-        self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())))
+        weight = self.args.bleu_weight  # type: ignore[attr-defined]
+        self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())), weight)
         self._samples = 0  # of all accumulated batches and processes
         self._tally = torch.zeros(6, dtype=torch.float64)
 

@@ -1,8 +1,9 @@
 """What captions are worth: the field's scores, their significance and the files they come from, without torch."""
 
-from .cider import CiderReward, DocumentFrequencies
+from .cider import DocumentFrequencies
 from .modules import evaluate_module
 from .ptb import tokenize
+from .reward import CiderReward
 from .score import CaptionMetrics, CaptionScores, compare
 from .trainer import caption_compute_metrics
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .ngrams import LONGEST, Floats, Matches, References, Tokens
+from .ngrams import LONGEST, Floats, Ints, Matches, References, Tokens
 
 # Added to matches and guesses by pycocoevalcap: a caption too short for any n-gram scores (1e-15 / 1e-9)^(1/n), not 0 / 0.
 TINY, SMALL = 1e-15, 1e-9
@@ -52,21 +52,25 @@ class Bleu:
             TypeError: a prediction is a string.
             ValueError: there are not as many predictions as images.
         """
-        matches = self.references.match(predictions)
-        found, inside, images = matches.found, matches.groups >= 0, len(self.references)
-        clipped = np.minimum(found.counts[inside], self.references.most[matches.groups[inside]])
-        correct = np.bincount(found.slots[inside], weights=clipped, minlength=images * LONGEST).reshape(images, LONGEST)
-        guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (I, 4)
-        lengths = np.stack([found.lengths, self._closest(found.lengths)], axis=1)  # (I, 2)
-        statistics = np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)
+        statistics = self.statistics(self.references.match(predictions))
         return BleuScores(corpus_bleu(statistics.sum(axis=0)), corpus_bleu(statistics), statistics)
 
-    def _closest(self, lengths: np.ndarray) -> np.ndarray:
-        """(I,): of each image's reference lengths, the closest to the prediction's."""
-        own = self.references.lengths  # (C,)
-        scale = own.max() + 1
-        distance = np.abs(own - np.repeat(lengths, self.references.per_image))
-        return np.minimum.reduceat(distance * scale + own, self.references.starts) % scale
+    def statistics(self, matches: Matches) -> Floats:
+        """Of P predictions, any number for an image, what `BleuScores.statistics` holds of each: (P, 10)."""
+        found, inside, rows = matches.found, matches.groups >= 0, len(matches.images)
+        clipped = np.minimum(found.counts[inside], self.references.most[matches.groups[inside]])
+        correct = np.bincount(found.slots[inside], weights=clipped, minlength=rows * LONGEST).reshape(rows, LONGEST)
+        guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (P, 4)
+        lengths = np.stack([found.lengths, self._closest(found.lengths, matches.images)], axis=1)  # (P, 2)
+        return np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)
+
+    def _closest(self, lengths: Ints, images: Ints) -> Ints:
+        """Of the reference lengths of each prediction's image, the closest to the prediction's: (P,)."""
+        starts, rows, own = self.references.pairs(images)  # (P,), (Q,), (Q,)
+        found = self.references.lengths[own]  # (Q,)
+        scale = self.references.lengths.max() + 1
+        distance = np.abs(found - lengths[rows])  # (Q,)
+        return np.minimum.reduceat(distance * scale + found, starts) % scale if len(rows) else lengths
 
 
 def corpus_bleu(totals: ArrayLike) -> Floats:

@@ -1,7 +1,6 @@
-"""CIDEr-D as pycocoevalcap computes it (under the name CIDEr), and the same as a reward for training.
+"""CIDEr-D as pycocoevalcap computes it (under the name CIDEr).
 
-Vedantam, Zitnick and Parikh (2015), "CIDEr: consensus-based image description evaluation". The reward: Rennie et al. (2017),
-"Self-critical sequence training for image captioning".
+Vedantam, Zitnick and Parikh (2015), "CIDEr: consensus-based image description evaluation".
 """
 
 import io
@@ -10,7 +9,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from .ngrams import (
     References,
     Tokens,
     check_references,
-    check_tokens,
 )
 
 SIGMA = 6.0  # of the Gaussian over the difference of lengths
@@ -57,7 +55,7 @@ class DocumentFrequencies:
             TypeError: a caption is a string.
             ValueError: no image, or an image without a reference.
         """
-        prepared = References(_ending(references) if end_token else references)
+        prepared = References(ending(references) if end_token else references)
         return cls(prepared.index, prepared.images_with(), len(prepared), end_token)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -155,10 +153,7 @@ class CiderD:
     def score_matches(self, matches: Matches) -> Floats:
         """CIDEr-D of P predictions, any number for an image: (P,)."""
         references, found, images = self.references, matches.found, matches.images
-        pairs = references.per_image[images]  # (P,) references each prediction is compared with
-        starts = np.cumsum(pairs) - pairs  # (P,)
-        rows = np.repeat(np.arange(len(images)), pairs)  # (Q,) prediction of each pair
-        own = np.arange(len(rows)) + np.repeat(references.starts[images] - starts, pairs)  # (Q,) reference of each pair
+        starts, rows, own = references.pairs(images)  # (P,), (Q,), (Q,)
         weights = self._weights(found.grams)  # (K,)
         norms = _norms(found.slots, found.counts * weights, len(images))  # (P, 4)
         dots = self._dots(matches, weights, starts, len(rows))  # (Q, 4)
@@ -166,7 +161,7 @@ class CiderD:
         cosines = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
         longer = found.lengths[rows] - references.lengths[own]  # (Q,)
         similar = cosines.mean(axis=1) * np.exp(-(longer**2) / (2 * SIGMA**2))  # (Q,)
-        return SCALE * np.bincount(rows, weights=similar, minlength=len(images)) / pairs
+        return SCALE * np.bincount(rows, weights=similar, minlength=len(images)) / references.per_image[images]
 
     def _dots(self, matches: Matches, weights: Floats, starts: Ints, pairs: int) -> Floats:
         """(Q, 4): clipped inner products of each prediction with each reference of its image, for each n."""
@@ -194,58 +189,7 @@ class CiderD:
         return self._idf[np.minimum(grams, len(self._idf) - 1)]
 
 
-class CiderReward:
-    """CIDEr-D of sampled captions with fixed document frequencies, for self-critical training; references are counted once.
-
-    Args:
-        references: for each image's id, one or more lists of tokens.
-        frequencies: of the training references. Made with `end_token=True`, each reference ends with an end token here as well.
-
-    Raises:
-        TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
-    """
-
-    def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies):
-        self._end_token = frequencies.end_token
-        self._place = {name: i for i, name in enumerate(references)}
-        captions = list(references.values())
-        self._cider = CiderD(_ending(captions) if self._end_token else captions, frequencies)
-
-    def reward(self, ids: Sequence[str], samples: Sequence[Tokens], ended: Sequence[bool] | None = None) -> Floats:
-        """CIDEr-D of P samples, any number for an image.
-
-        Args:
-            ids: the image of each sample.
-            samples: P lists of tokens, without an end token.
-            ended: whether each sample came to its end by itself; one cut off at the longest length earns less. Given with
-                frequencies that count the end of captions, and only then.
-
-        Returns:
-            (P,), 0 to 10.
-
-        Raises:
-            TypeError: a sample is a string.
-            ValueError: an id is unknown, the numbers differ, or `ended` does not go with the frequencies.
-        """
-        unknown = [name for name in ids if name not in self._place]
-        if unknown:
-            raise ValueError(f"There are no references for the image '{unknown[0]}': give the reward those of every image.")
-        if self._end_token != (ended is not None):
-            need = "count the end of captions: say which samples `ended`" if self._end_token else "know no end: leave `ended` out"
-            raise ValueError(f"The document frequencies {need}, or make them with end_token={not self._end_token}.")
-        if len(ids) != len(samples):
-            raise ValueError(f"{len(ids)} ids for {len(samples)} samples: give the id of each sample's image.")
-        check_tokens(samples, "a sample")
-        if ended is not None:
-            if len(ended) != len(samples):
-                raise ValueError(f"{len(ended)} values of `ended` for {len(samples)} samples: give one for each.")
-            samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
-        images = np.array([self._place[name] for name in ids], dtype=np.int64)
-        return self._cider.score_matches(self._cider.references.match(samples, images))
-
-
-def _ending(references: Sequence[Sequence[Tokens]]) -> list[list[list[str]]]:
+def ending(references: Sequence[Sequence[Tokens]]) -> list[list[list[str]]]:
     """The references, each with an end token."""
     check_references(references)
     return [[[*caption, END] for caption in captions] for captions in references]

@@ -141,6 +141,20 @@ class References:
         """(len(index),): the number of images that have each n-gram in some reference."""
         return np.bincount(self.group_keys & LOW, minlength=len(self.index))
 
+    def pairs(self, images: Ints) -> tuple[Ints, Ints, Ints]:
+        """The Q pairs of a prediction and a reference of its image, prediction by prediction.
+
+        Args:
+            images: (P,) the image of each prediction.
+
+        Returns:
+            (P,) the first pair of each prediction; (Q,) the prediction and (Q,) the reference of each pair.
+        """
+        sizes = self.per_image[images]  # (P,)
+        starts = np.cumsum(sizes) - sizes  # (P,)
+        rows = np.repeat(np.arange(len(images)), sizes)  # (Q,)
+        return starts, rows, np.arange(len(rows)) + np.repeat(self.starts[images] - starts, sizes)
+
     def match(self, predictions: "Sequence[Tokens] | Matches", images: Ints | None = None) -> "Matches":
         """Count predictions and find their n-grams among the references of their image.
 

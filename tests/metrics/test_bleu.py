@@ -25,6 +25,15 @@ def test_equals_the_formula(corpus):
     np.testing.assert_allclose(scores.per_image, [bleu([image]) for image in corpus], rtol=0, atol=1e-12)
 
 
+@given(images, st.data())
+def test_any_number_of_predictions_for_an_image_in_any_order(corpus, data):
+    predictions, references = split(corpus)
+    bleu = Bleu(references)
+    order = data.draw(st.lists(st.sampled_from(range(len(corpus))), max_size=8))
+    matches = bleu.references.match([predictions[i] for i in order], np.array(order, dtype=np.int64))
+    np.testing.assert_array_equal(bleu.statistics(matches), bleu.score(predictions).statistics[order])
+
+
 def test_statistics_say_what_was_counted():
     references = [[["a", "dog", "runs", "fast", "home"], ["a", "dog", "and", "a", "cat", "run", "home"]]]
     statistics = Bleu(references).score([["a", "a", "a", "dog", "runs", "fast"]]).statistics
