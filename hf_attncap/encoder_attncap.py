@@ -83,6 +83,15 @@ class GridEncoder(nn.Module):
         x = pixel_values.to(self.windows.weight.dtype)  # (B, 3, height, width)
         return self._run(self.blocks()[: self.frozen_blocks or None], x)  # (B, D', h', w')
 
+    def trunk_map(self, pixel_values: torch.Tensor | None = None, backbone_features: torch.Tensor | None = None) -> torch.Tensor:
+        """The trunk's map f (B, D, h, w) of pictures (B, 3, height, width), or of their `features` (B, D', h', w')."""
+        if backbone_features is None:
+            if pixel_values is None:
+                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D', h', w').")
+            backbone_features = self.features(pixel_values)
+        x = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
+        return self._run(self.blocks()[self.frozen_blocks :], x) if self.frozen_blocks else x  # (B, D, h, w)
+
     def _run(self, blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
         """Map (B, ., ., .) to map through blocks, some of which may be computed anew for the gradient."""
         for block in blocks:
@@ -101,12 +110,7 @@ class GridEncoder(nn.Module):
         **kwargs: Any,
     ) -> GridEncoderOutput:
         """Regions of pictures (B, 3, height, width), or of their `features` (B, D', h', w') computed before."""
-        if backbone_features is None:
-            if pixel_values is None:
-                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D', h', w').")
-            backbone_features = self.features(pixel_values)
-        x = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
-        f = self._run(self.blocks()[self.frozen_blocks :], x) if self.frozen_blocks else x  # (B, D, h, w)
+        f = self.trunk_map(pixel_values, backbone_features)  # (B, D, h, w)
         windows = self.windows(f).flatten(2).mT  # (B, h * w, C)
         grid = self.pool(windows.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
         a = grid.flatten(2).mT  # (B, N, C)

@@ -88,6 +88,16 @@ def test_card_says_how_blended_weights_came_to_be(checkpoint):
     assert "How the weights came" not in str(build_card(checkpoint))
 
 
+def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
+    critical = {**STAGE["settings"], "self_critical": True, "bleu_weight": 0.5}
+    contrastive = {**STAGE, "settings": {**STAGE["settings"], "contrastive": True}, "frozen_backbone": False}
+    (checkpoint / "training.json").write_text(json.dumps([contrastive, {**STAGE, "settings": critical}]))
+    card = str(build_card(checkpoint))
+    assert (
+        "| 1 | encoder, contrastive |" in card and "| 2 | encoder and decoder, self-critical on CIDEr-D and 0.5 x BLEU-4 |" in card
+    )
+
+
 def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))

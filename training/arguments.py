@@ -164,6 +164,12 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             "evaluation; 0: none."
         },
     )
+    contrastive: bool = field(
+        default=False,
+        metadata={
+            "help": "Before a decoder learns: the backbone's blocks that are not frozen learn which captions are of which picture."
+        },
+    )
     self_critical: bool = field(
         default=False, metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."}
     )
@@ -213,6 +219,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         if self.sample_images < 0:
             raise SettingError(f"`sample_images` is {self.sample_images}: it must be at least 0.")
         self._check_early_stopping()
+        self._check_contrastive()
         self._check_self_critical()
         self._check_trackers()
 
@@ -225,6 +232,19 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError("`early_stopping_patience` needs `metric_for_best_model`: `cider` or `loss`.")
         if self.eval_strategy == "no":
             raise SettingError("`early_stopping_patience` needs evaluations: set `eval_strategy` to `epoch` or `steps`.")
+
+    def _check_contrastive(self) -> None:
+        if not self.contrastive:
+            return
+        for name in ("self_critical", "predict_with_generate", "distill_from", "scheduled_sampling", "input_dropout"):
+            if getattr(self, name):
+                raise SettingError(f"`{name}` is for a decoder, which does not take part in `contrastive` training: leave it out.")
+        if self.push_to_hub:
+            raise SettingError(
+                "`push_to_hub`: after `contrastive` training a captioner says nothing yet. Share it after a later stage."
+            )
+        if self.per_device_train_batch_size < 2:
+            raise SettingError("`contrastive` tells the pictures of a batch apart: set `per_device_train_batch_size` to 2 or more.")
 
     def _check_self_critical(self) -> None:
         if not self.self_critical:

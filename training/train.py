@@ -29,6 +29,7 @@ from .augmentation import Augmentation, augmented, with_mirrored
 from .chance import Chance
 from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
+from .contrastive import ContrastiveTrainer
 from .data import CaptionData, load_data
 from .distillation import Teachers
 from .features import cached_features
@@ -163,11 +164,13 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     checkpoint = _checkpoint_to_resume(training, output)
     splits, captions = _load(data, training)
     validation = splits.validation
-    trainer_class: Any = CaptionTrainer
+    trainer_class: Any = ContrastiveTrainer if training.contrastive else CaptionTrainer
     if training.self_critical:
         references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
         trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model, processor = build_captioner(model_arguments, captions, output)
+    if training.contrastive and model.config.freeze_backbone:
+        raise SettingError("`contrastive` trains the backbone, which is frozen: set `freeze_backbone: false` in `model_config`.")
     origins = provenance(model_arguments.model_name_or_path)
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
@@ -176,7 +179,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     training.use_cache = True  # the Trainer would switch it off in the checkpoints
     training.logging_nan_inf_filter = False
     training.dataloader_pin_memory &= training.device.type == "cuda"
-    training.prediction_loss_only = not training.predict_with_generate
+    training.prediction_loss_only = not (training.predict_with_generate or training.contrastive)
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
     cached = data.feature_cache is not None
@@ -194,7 +197,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         callbacks=[chance, *sharing, *([EarlyStopping(patience)] if patience is not None else [])],
     )
     alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a process that has all the weights
-    if validation and training.sample_images and alone:
+    if validation and training.sample_images and alone and not training.contrastive:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
     result = trainer.train(resume_from_checkpoint=checkpoint)
