@@ -115,6 +115,10 @@ def test_retrieval_counts_what_is_nearer(pictures, k, seed):
         assert found[f"caption_within_{count}"] == pytest.approx(hits / pictures)
 
 
+def test_nothing_is_found_where_all_places_are_one():
+    assert set(retrieval(np.ones((20, 3)), np.ones((40, 3))).values()) == {0.0}
+
+
 def test_padding_says_nothing_and_all_places_have_length_one():
     torch.manual_seed(0)
     matcher = Matcher(AttnCapForConditionalGeneration(AttnCapConfig(vocab_size=20, **MODEL))).eval()
@@ -126,7 +130,7 @@ def test_padding_says_nothing_and_all_places_have_length_one():
     torch.testing.assert_close(torch.cat([found, seen]).norm(dim=-1), torch.ones(5))
 
 
-def test_pictures_find_their_captions_and_a_decoder_goes_on_from_there(table, backbone, tmp_path):
+def test_pictures_find_their_captions_and_a_decoder_goes_on_from_there(table, backbone, tmp_path, capsys):
     first, second = tmp_path / "contrastive", tmp_path / "decoder"
     assert main(options(table, backbone, first)) == 0
     metrics = json.loads((first / "metrics.json").read_text())
@@ -139,6 +143,14 @@ def test_pictures_find_their_captions_and_a_decoder_goes_on_from_there(table, ba
     assert numbers == {10, 11, 12} and not any("running" in name for name in moved)
     assert not any("reader" in name for name in after)
 
+    assert main(options(table, backbone, second, model_name_or_path=first)) == 2
+    assert "`backbone_weights` are for a new captioner" in capsys.readouterr().err
+    start = {"backbone_weights": None, "contrastive": False, "model_config": "{}"}
+    critical = options(table, backbone, second, model_name_or_path=first, **start, self_critical=True)
+    assert main(critical) == 2 and "train its decoder first" in capsys.readouterr().err
+    wider = options(table, backbone, second, model_name_or_path=first, **start | {"model_config": json.dumps({"hidden_size": 20})})
+    assert main(wider) == 2 and "weights of other sizes" in capsys.readouterr().err
+
     more = {"model_name_or_path": first, "model_config": json.dumps({"freeze_backbone": True}), "backbone_weights": None}
     assert main(options(table, backbone, second, **more, contrastive=False, num_train_epochs=1)) == 0
     own = load_file(second / "model.safetensors")
@@ -147,7 +159,7 @@ def test_pictures_find_their_captions_and_a_decoder_goes_on_from_there(table, ba
     assert [stage["settings"].get("contrastive", False) for stage in stages] == [True, False]
 
 
-def test_cached_maps_and_a_run_that_goes_on_give_the_same_weights(table, backbone, tmp_path):
+def test_cached_maps_and_a_run_that_goes_on_give_the_same_weights(table, backbone, tmp_path, capsys):
     short = {"num_train_epochs": 4, "save_strategy": "epoch", "feature_cache": tmp_path / "maps"}
     assert main(options(table, backbone, tmp_path / "whole", **short)) == 0
     checkpoint = tmp_path / "whole" / "checkpoint-2"
@@ -156,6 +168,9 @@ def test_cached_maps_and_a_run_that_goes_on_give_the_same_weights(table, backbon
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert any("reader" in name for name in load_file(checkpoint / "model.safetensors"))
+    start = {"model_name_or_path": checkpoint, "model_config": "{}", "backbone_weights": None, "contrastive": False}
+    assert main(options(table, backbone, tmp_path / "decoder", **start)) == 2
+    assert "has no config.json and is no captioner" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,6 +179,9 @@ def test_cached_maps_and_a_run_that_goes_on_give_the_same_weights(table, backbon
         ({"self_critical": True}, "`self_critical` is for a decoder"),
         ({"predict_with_generate": True}, "`predict_with_generate` is for a decoder"),
         ({"input_dropout": 0.1}, "`input_dropout` is for a decoder"),
+        ({"bleu_weight": 1.0}, "`bleu_weight` is for a decoder"),
+        ({"metric_for_best_model": "cider"}, "choose by `loss`"),
+        ({"gradient_checkpointing": True}, "leave it out"),
         ({"push_to_hub": True}, "a captioner says nothing yet"),
         ({"per_device_train_batch_size": 1}, "set `per_device_train_batch_size` to 2"),
         (

@@ -167,11 +167,13 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     contrastive: bool = field(
         default=False,
         metadata={
-            "help": "Before a decoder learns: the backbone's blocks that are not frozen learn which captions are of which picture."
+            "help": "Before a decoder learns: the backbone's blocks that are not frozen learn which captions are of which picture. "
+            "What comes out says nothing yet: go on from it with `--model_name_or_path`."
         },
     )
     self_critical: bool = field(
-        default=False, metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."}
+        default=False,
+        metadata={"help": "Learn from CIDEr-D (and BLEU-4) of captions that the model draws, from a trained checkpoint on."},
     )
     samples_per_image: int = field(default=5, metadata={"help": "Self-critical: captions drawn of an image, at least 2."})
     cross_entropy_weight: float = field(
@@ -194,6 +196,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
                 "`label_smoothing` in `model_config` instead."
             )
+        self._check_contrastive()
         metric = self.metric_for_best_model
         if metric not in (None, "loss", "eval_loss") and not self.predict_with_generate:
             raise SettingError(f"`metric_for_best_model: {metric}` is a score of generated captions: set `predict_with_generate`.")
@@ -219,7 +222,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         if self.sample_images < 0:
             raise SettingError(f"`sample_images` is {self.sample_images}: it must be at least 0.")
         self._check_early_stopping()
-        self._check_contrastive()
         self._check_self_critical()
         self._check_trackers()
 
@@ -236,9 +238,22 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     def _check_contrastive(self) -> None:
         if not self.contrastive:
             return
-        for name in ("self_critical", "predict_with_generate", "distill_from", "scheduled_sampling", "input_dropout"):
+        for name in (
+            "self_critical",
+            "bleu_weight",
+            "predict_with_generate",
+            "distill_from",
+            "scheduled_sampling",
+            "input_dropout",
+        ):
             if getattr(self, name):
                 raise SettingError(f"`{name}` is for a decoder, which does not take part in `contrastive` training: leave it out.")
+        if (metric := self.metric_for_best_model) not in (None, "loss", "eval_loss"):
+            raise SettingError(f"`metric_for_best_model: {metric}` is of captions: of `contrastive` training choose by `loss`.")
+        if self.gradient_checkpointing:
+            raise SettingError("`gradient_checkpointing` does nothing for `contrastive` training: leave it out.")
+        if self.n_gpu > 1:
+            raise SettingError("`contrastive` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
         if self.push_to_hub:
             raise SettingError(
                 "`push_to_hub`: after `contrastive` training a captioner says nothing yet. Share it after a later stage."

@@ -26,7 +26,7 @@ WITHIN = (1, 5, 10)
 class Matcher(nn.Module):
     """A captioner's encoder, and what it is trained with: a reader of captions, a GRU, and a space where the two meet.
 
-    Nothing of the captioner learns but its encoder's blocks that are not frozen.
+    Nothing of the captioner learns but its encoder's blocks that are not frozen: a new one's decoder stays as random as it came.
     """
 
     def __init__(self, captioner: Any):
@@ -92,18 +92,19 @@ def retrieval(pictures: np.ndarray, captions: np.ndarray) -> dict[str, float]:
     """
     near = captions @ pictures.T  # (R, I)
     own = np.repeat(np.arange(len(pictures)), len(captions) // len(pictures))  # (R)
-    to_own = near[np.arange(len(captions)), own]  # (R)
-    ranks = {"picture": (near > to_own[:, None]).sum(axis=1)}  # (R) nearer ones
-    best = np.maximum.reduceat(to_own, np.flatnonzero(np.diff(own, prepend=-1)))  # (I)
-    ranks["caption"] = (near > best).sum(axis=0)  # (I)
+    pair = np.arange(len(captions)), own
+    to_own = near[pair]  # (R)
+    best = to_own.reshape(len(pictures), -1).max(axis=1)  # (I)
+    near[pair] = -np.inf  # others that are as near count as nearer
+    ranks = {"picture": (near >= to_own[:, None]).sum(axis=1), "caption": (near >= best).sum(axis=0)}  # (R), (I)
     return {f"{kind}_within_{count}": float((rank < count).mean()) for kind, rank in ranks.items() for count in WITHIN}
 
 
 class ContrastiveTrainer(CaptionTrainer):
     """`CaptionTrainer` of a `Matcher`; evaluations say how well pictures and captions find each other among all, `retrieval`.
 
-    The captions that a picture is told apart by are those of its own batch, in its own process. Checkpoints hold the matcher; what
-    is saved at the end is the captioner.
+    The captions that a picture is told apart by are those of its own batch, in its own process: the loss, at evaluations too, is
+    the mean over pictures and depends on the size of batches. Checkpoints hold the matcher; at the end the captioner is saved.
     """
 
     def __init__(self, *, model: Any, **kwargs: Any):

@@ -62,13 +62,26 @@ def build_captioner(
     if arguments.model_name_or_path:
         if arguments.word_vectors:
             raise SettingError("`word_vectors` are for a new captioner, `model_name_or_path` has its own: leave one of them out.")
+        if arguments.backbone_weights:
+            raise SettingError(
+                "`backbone_weights` are for a new captioner, `model_name_or_path` has its own: leave one of them out."
+            )
         path = arguments.model_name_or_path
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            raise SettingError(
+                f"`model_name_or_path`: {path} has no config.json and is no captioner. (A checkpoint within a `contrastive` run is "
+                "for `--resume_from_checkpoint`; give the `output_dir` of the whole run.)"
+            )
         try:
             model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
             return model, AttnCapProcessor.from_pretrained(path)
         except (OSError, StrictDataclassError) as error:
             raise SettingError(
                 f"`model_name_or_path`: {path} cannot be loaded as a captioner: {str(error).splitlines()[0]}"
+            ) from error
+        except RuntimeError as error:  # of tensors of other shapes, after transformers' list of them
+            raise SettingError(
+                f"`model_config`: {path} has weights of other sizes, which are chosen when a captioner is made: leave them out."
             ) from error
     if arguments.backbone_weights is None:
         logger.warning("a new captioner whose backbone knows nothing yet: give `--backbone_weights`, or `--model_name_or_path`")
@@ -147,6 +160,15 @@ def _pictures(
     return rows, FeatureRows(splits.validation, maps) if splits.validation else None
 
 
+def _check_contrastive(model: AttnCapForConditionalGeneration, images: Any, trained: bool) -> None:
+    if model.config.freeze_backbone:
+        raise SettingError("`contrastive` trains the backbone, which is frozen: set `freeze_backbone: false` in `model_config`.")
+    if isinstance(images, Dataset) and len(images) < 2:
+        raise SettingError("`contrastive` tells pictures apart, and there is only one to train on.")
+    if trained:
+        logger.warning("contrastive: the decoder of this captioner will no longer fit its backbone; train it again afterwards")
+
+
 def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
     """The Trainer's `compute_metrics`: generated captions against all captions of each image."""
     return caption_compute_metrics(images["captions"][:], lambda ids: processor.batch_decode(ids, skip_special_tokens=True))
@@ -159,6 +181,12 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if training.fp16 and training.device.type == "cpu":
         raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
     sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
+    for name, path in (
+        ("self_critical", model_arguments.model_name_or_path),
+        *(("distill_from", p) for p in training.distill_from or []),
+    ):
+        if getattr(training, name) and (before := earlier_stages(path)) and before[-1].get("settings", {}).get("contrastive"):
+            raise SettingError(f"`{name}`: {path} comes from `contrastive` training and says nothing yet: train its decoder first.")
     set_seed(training.seed)
     output = Path(str(training.output_dir))
     checkpoint = _checkpoint_to_resume(training, output)
@@ -169,8 +197,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
         trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model, processor = build_captioner(model_arguments, captions, output)
-    if training.contrastive and model.config.freeze_backbone:
-        raise SettingError("`contrastive` trains the backbone, which is frozen: set `freeze_backbone: false` in `model_config`.")
+    if training.contrastive:
+        _check_contrastive(model, splits.train, bool(model_arguments.model_name_or_path))
     origins = provenance(model_arguments.model_name_or_path)
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
@@ -251,12 +279,14 @@ def _checkpoint_to_resume(training: CaptionTrainingArguments, output: Path) -> s
 def _summary(trainer: CaptionTrainer, metrics: dict[str, float], output: Path) -> str:
     """What a run came to, in a line."""
     state = trainer.state
-    scores = [f"{name} {metrics[f'eval_{name}']:.4g}" for name in ("loss", "cider", "bleu_4") if f"eval_{name}" in metrics]
+    told = ("loss", "cider", "bleu_4", "picture_within_1", "caption_within_1")
+    scores = [f"{name} {metrics[f'eval_{name}']:.4g}" for name in told if f"eval_{name}" in metrics]
     said = f"step {state.global_step} of {state.max_steps}"
     if state.best_global_step and trainer.args.load_best_model_at_end:
         said += f", best at step {state.best_global_step}"
     on_validation = f"; on the validation images {', '.join(scores)}" if scores else ""
-    return f"{said}{on_validation}; the captioner is in {output}, all scores in {output / 'metrics.json'}"
+    what = "backbone, which a decoder learns on by `--model_name_or_path`," if trainer.args.contrastive else "captioner"  # type: ignore[attr-defined]
+    return f"{said}{on_validation}; the {what} is in {output}, all scores in {output / 'metrics.json'}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 Rennie et al. (2017), "Self-critical sequence training for image captioning".
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,10 +23,12 @@ class CiderReward:
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: no image, or an image without a reference; `bleu_weight` is negative or no number.
     """
 
     def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies, bleu_weight: float = 0.0):
+        if not 0 <= bleu_weight < math.inf:
+            raise ValueError(f"`bleu_weight` is {bleu_weight}: it must be a number from 0 on, 1 for example.")
         self._end_token = frequencies.end_token
         self._place = {name: i for i, name in enumerate(references)}
         captions = list(references.values())
