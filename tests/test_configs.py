@@ -84,7 +84,8 @@ def test_settings_are_known_and_of_their_types(name, tmp_path):
     for key, value in settings.items():
         holder = next(group for group in (model, data, training) if hasattr(group, key))
         assert getattr(holder, key) == ([] if (key, value) == ("report_to", "none") else value)
-    assert 0 < training.learning_rate <= 1e-3 and 0 < (training.encoder_learning_rate or 1e-5) <= training.learning_rate
+    assert 0 < training.learning_rate < 1e-3 or (training.contrastive and training.learning_rate == 1e-3)
+    assert 0 < (training.encoder_learning_rate or 1e-5) <= training.learning_rate
 
 
 @pytest.mark.parametrize("name", NEW)

@@ -128,9 +128,8 @@ class ContrastiveTrainer(CaptionTrainer):
         matcher: Any = self.model
         if self._unfinished is not None:
             weights = matcher.state_dict() if state_dict is None else state_dict
-            return super()._save(
-                output_dir, {name: weight.contiguous() for name, weight in weights.items()}
-            )  # as the file wants it
+            # safetensors refuses weights that are channels last.
+            return super()._save(output_dir, {name: weight.contiguous() for name, weight in weights.items()})
         self.model = matcher.captioner
         try:
             super()._save(output_dir, None)

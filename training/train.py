@@ -160,6 +160,15 @@ def _pictures(
     return rows, FeatureRows(splits.validation, maps) if splits.validation else None
 
 
+def _refuse_untrained(setting: str, checkpoint: str) -> None:
+    """Raises if the last stage of a checkpoint was contrastive, after which its decoder is random."""
+    stages = earlier_stages(checkpoint)
+    if stages and stages[-1].get("settings", {}).get("contrastive"):
+        raise SettingError(
+            f"`{setting}`: {checkpoint} comes from `contrastive` training and says nothing yet: train its decoder first."
+        )
+
+
 def _check_contrastive(model: AttnCapForConditionalGeneration, images: Any, trained: bool) -> None:
     if model.config.freeze_backbone:
         raise SettingError("`contrastive` trains the backbone, which is frozen: set `freeze_backbone: false` in `model_config`.")
@@ -181,12 +190,10 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if training.fp16 and training.device.type == "cpu":
         raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
     sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
-    for name, path in (
-        ("self_critical", model_arguments.model_name_or_path),
-        *(("distill_from", p) for p in training.distill_from or []),
-    ):
-        if getattr(training, name) and (before := earlier_stages(path)) and before[-1].get("settings", {}).get("contrastive"):
-            raise SettingError(f"`{name}`: {path} comes from `contrastive` training and says nothing yet: train its decoder first.")
+    if training.self_critical:
+        _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
+    for teacher in training.distill_from or []:
+        _refuse_untrained("distill_from", teacher)
     set_seed(training.seed)
     output = Path(str(training.output_dir))
     checkpoint = _checkpoint_to_resume(training, output)
