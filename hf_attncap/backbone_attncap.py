@@ -19,7 +19,7 @@ HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 DRY_RUN_SIDE = 128
 
 
-def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
+def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = False) -> nn.Sequential:
     """The convolutional part of torchvision's classifier `name`, freshly initialised as torchvision does.
 
     The children keep torchvision's names, so that its state dicts fit. Input (B, 3, height, width), output (B, D, h, w).
@@ -27,6 +27,10 @@ def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
     Args:
         name: one of `torchvision.models.list_models`, ending in a spatial map.
         padding: `"torch"`, or `"same"` to pad strided convolutions and pools as TensorFlow does.
+        dilate_last_stage: a map twice as high and wide, of the same weights.
+
+    Raises:
+        ValueError: if the last stage is to be dilated and begins with pooling.
     """
     options: dict = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     on_meta = torch.get_default_device().type == "meta"
@@ -46,7 +50,38 @@ def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
     trunk = nn.Sequential(children)
     if padding == "same":
         _pad_like_tensorflow(trunk)
+    if dilate_last_stage:
+        _dilate_last_stage(trunk, name)
     return trunk
+
+
+def _dilate_last_stage(trunk: nn.Module, name: str) -> None:
+    """The last strided convolutions lose their stride, and those behind them look twice as far apart.
+
+    At every second place of every second row the map is then what it was before.
+    """
+    layers = [layer for layer in trunk.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
+    strided = [number for number, layer in enumerate(layers) if max(_pair(layer.stride)) > 1]
+    if not isinstance(layers[strided[-1]], nn.Conv2d) or name == "inception_v3":  # which pools within a block's forward
+        raise ValueError(f"`dilate_last_stage`: the last stage of {name} begins with pooling: leave it out.")
+    parent = {layer: block for block in blocks_of(trunk) for layer in block.modules()}
+    first = next(number for number in strided if parent[layers[number]] is parent[layers[strided[-1]]])
+    for number, layer in enumerate(layers[first:], first):
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if number in strided:
+            layer.stride = (1, 1)
+            if isinstance(layer, SameConv2d):
+                layer.__class__ = DenseSameConv2d
+        elif max(layer.kernel_size) > 1:
+            layer.dilation = tuple(2 * side for side in layer.dilation)
+            layer.padding = tuple(2 * int(side) for side in layer.padding)
+
+
+def blocks_of(trunk: nn.Module) -> list[nn.Module]:
+    """A trunk block by block: its children, and the children of those that are sequences."""
+    children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in trunk.children()]
+    return [block for blocks in children for block in blocks]
 
 
 def trunk_channels(trunk: nn.Module) -> int:
@@ -157,6 +192,16 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(F.pad(input, pad), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
+class DenseSameConv2d(SameConv2d):
+    """At every second place what a `SameConv2d` of stride 2 has at every place; stride 1."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        right, bottom = ((kernel - 1) * dilation for kernel, dilation in zip(self.kernel_size[::-1], self.dilation[::-1]))
+        left, _, top, _ = same_padding(input.shape[-2:], self.kernel_size, (2, 2), self.dilation)
+        x = F.pad(input, [left, right - left, top, bottom - top])
+        return F.conv2d(x, self.weight, self.bias, 1, 0, self.dilation, self.groups)
+
+
 class SameMaxPool2d(nn.MaxPool2d):
     """A maximum pool padded as TensorFlow's SAME."""
 
@@ -188,4 +233,4 @@ def _pad_like_tensorflow(module: nn.Module) -> None:
             child.__class__ = SameMaxPool2d
 
 
-__all__ = ["build_trunk", "load_backbone_weights", "run_checkpointed", "trunk_channels"]
+__all__ = ["blocks_of", "build_trunk", "load_backbone_weights", "run_checkpointed", "trunk_channels"]

@@ -19,6 +19,8 @@ class AttnCapConfig(PreTrainedConfig):
             classifier, is the encoder.
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
+        dilate_last_stage: the trunk's last stage keeps the resolution of the one before, by dilated convolutions, so that the
+            grid is twice as high and wide: 14 x 14 regions of 224 pixels in place of 7 x 7, of the same pretrained weights.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
         trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2; those before
             stay as they are. `None` for all of them.
@@ -66,6 +68,7 @@ class AttnCapConfig(PreTrainedConfig):
 
     backbone: str = "resnet152"
     backbone_padding: Literal["torch", "same"] = "torch"
+    dilate_last_stage: bool = False
     freeze_backbone: bool = True
     trainable_blocks: int | None = None
     freeze_batch_norm: bool = True

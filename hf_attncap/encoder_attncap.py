@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from .backbone_attncap import build_trunk, run_checkpointed, trunk_channels
+from .backbone_attncap import blocks_of, build_trunk, run_checkpointed, trunk_channels
 from .configuration_attncap import AttnCapConfig
 
 
@@ -37,7 +37,7 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
-        self.backbone = build_trunk(config.backbone, config.backbone_padding)
+        self.backbone = build_trunk(config.backbone, config.backbone_padding, config.dilate_last_stage)
         for module in self.backbone.modules():
             module.keep_torchvision_init = True  # type: ignore[assignment]
         self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
@@ -64,9 +64,8 @@ class GridEncoder(nn.Module):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """The trunk, block by block: its children, and the children of those that are sequences."""
-        children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in self.backbone]
-        return [block for blocks in children for block in blocks]
+        """The trunk, block by block."""
+        return blocks_of(self.backbone)
 
     def freeze(self) -> None:
         """Frozen blocks need no gradients."""

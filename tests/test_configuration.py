@@ -125,6 +125,7 @@ def test_every_cnn_classifier_of_torchvision_is_taken_and_no_transformer():
 OTHERS = {
     "backbone": "mobilenet_v2",
     "backbone_padding": "same",
+    "dilate_last_stage": True,
     "freeze_backbone": False,
     "trainable_blocks": 2,
     "freeze_batch_norm": False,
