@@ -27,7 +27,7 @@ def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = Fal
     Args:
         name: one of `torchvision.models.list_models`, ending in a spatial map.
         padding: `"torch"`, or `"same"` to pad strided convolutions and pools as TensorFlow does.
-        dilate_last_stage: a map twice as high and wide, of the same weights.
+        dilate_last_stage: a map as high and wide as that of the stage before, of the same weights.
 
     Raises:
         ValueError: if the last stage is to be dilated and begins with pooling.
@@ -58,12 +58,16 @@ def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = Fal
 def _dilate_last_stage(trunk: nn.Module, name: str) -> None:
     """The last strided convolutions lose their stride, and those behind them look twice as far apart.
 
-    At every second place of every second row the map is then what it was before.
+    At every second place of every second row the map is then what it was before, but for squeeze-and-excitation (as in
+    EfficientNets), whose averages are over other places.
     """
     layers = [layer for layer in trunk.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
     strided = [number for number, layer in enumerate(layers) if max(_pair(layer.stride)) > 1]
     if not isinstance(layers[strided[-1]], nn.Conv2d) or name == "inception_v3":  # which pools within a block's forward
-        raise ValueError(f"`dilate_last_stage`: the last stage of {name} begins with pooling: leave it out.")
+        raise ValueError(
+            f"`dilate_last_stage`: {name}'s last stage begins with pooling, and only a convolution can be dilated: leave the "
+            "setting out, or take a backbone such as resnet50 or mobilenet_v2."
+        )
     parent = {layer: block for block in blocks_of(trunk) for layer in block.modules()}
     first = next(number for number in strided if parent[layers[number]] is parent[layers[strided[-1]]])
     for number, layer in enumerate(layers[first:], first):

@@ -19,8 +19,10 @@ class AttnCapConfig(PreTrainedConfig):
             classifier, is the encoder.
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
-        dilate_last_stage: the trunk's last stage keeps the resolution of the one before, by dilated convolutions, so that the
-            grid is twice as high and wide: 14 x 14 regions of 224 pixels in place of 7 x 7, of the same pretrained weights.
+        dilate_last_stage: the trunk's last stage keeps the resolution of the one before, by dilated convolutions of the same
+            weights: of 224 pixels ResNets and MobileNets make a grid of 14 x 14 in place of 7 x 7. For a trained captioner that
+            means to train on. Backbones whose last stage begins with pooling (VGG, DenseNet, SqueezeNet, GoogLeNet, Inception)
+            have none that could be dilated.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
         trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2; those before
             stay as they are. `None` for all of them.

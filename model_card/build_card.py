@@ -177,7 +177,9 @@ def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             parameters += math.prod(shape)
     grid = config.get("grid_size")
     return {
-        "encoder": f"{config['backbone']}, {config['encoder_channels']} windows" + (f", grid {grid}" if grid else ""),
+        "encoder": f"{config['backbone']}, {config['encoder_channels']} windows"
+        + (", last stage dilated" if config.get("dilate_last_stage") else "")
+        + (f", grid {grid}" if grid else ""),
         "decoder": f"LSTM of {config['hidden_size']}, words of {config['word_embed_dim']}",
         "attention": WORD_ATTENTION[config["word_attention"]],
         "vocabulary": f"{config['vocab_size']:,}",
