@@ -61,25 +61,30 @@ def _dilate_last_stage(trunk: nn.Module, name: str) -> None:
     At every second place of every second row the map is then what it was before, but for squeeze-and-excitation (as in
     EfficientNets), whose averages are over other places.
     """
-    layers = [layer for layer in trunk.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
-    strided = [number for number, layer in enumerate(layers) if max(_pair(layer.stride)) > 1]
-    if not isinstance(layers[strided[-1]], nn.Conv2d) or name == "inception_v3":  # which pools within a block's forward
+    blocks = blocks_of(trunk)
+    first = max(number for number, block in enumerate(blocks) if _strided(block))
+    layers = _strided(blocks[first])
+    if not all(isinstance(layer, nn.Conv2d) for layer in layers) or name == "inception_v3":  # which pools within a block's forward
         raise ValueError(
             f"`dilate_last_stage`: {name}'s last stage begins with pooling, and only a convolution can be dilated: leave the "
             "setting out, or take a backbone such as resnet50 or mobilenet_v2."
         )
-    parent = {layer: block for block in blocks_of(trunk) for layer in block.modules()}
-    first = next(number for number in strided if parent[layers[number]] is parent[layers[strided[-1]]])
-    for number, layer in enumerate(layers[first:], first):
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        if number in strided:
+    begun = False
+    for layer in (layer for block in blocks[first:] for layer in block.modules() if isinstance(layer, nn.Conv2d)):
+        if layer in layers:
+            begun = True
             layer.stride = (1, 1)
             if isinstance(layer, SameConv2d):
                 layer.__class__ = DenseSameConv2d
-        elif max(layer.kernel_size) > 1:
+        elif begun and max(layer.kernel_size) > 1:
             layer.dilation = tuple(2 * side for side in layer.dilation)
             layer.padding = tuple(2 * int(side) for side in layer.padding)
+
+
+def _strided(block: nn.Module) -> list[nn.Module]:
+    """The layers of a block that make its map smaller."""
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    return [layer for layer in block.modules() if isinstance(layer, kinds) and max(_pair(layer.stride)) > 1]
 
 
 def blocks_of(trunk: nn.Module) -> list[nn.Module]:
