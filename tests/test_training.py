@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import DataArguments, ModelArguments, parse_arguments
+from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
 from training.blend import blend
 from training.collator import CaptionCollator
 from training.data import load_data
@@ -148,6 +148,12 @@ def test_record_names_files_without_their_places():
         "settings"
     ]
     assert said["backbone_weights"] == "net.pth" and said["word_vectors"] == "captions"
+
+
+@pytest.mark.parametrize("kept, said", [(True, 3), (False, None)])
+def test_record_names_the_best_step_where_its_weights_were_kept(tmp_path, kept, said):
+    arguments = CaptionTrainingArguments(str(tmp_path), load_best_model_at_end=kept, eval_strategy="steps", use_cpu=True)
+    assert stage((arguments,), TrainerState(best_global_step=3), 8, True)["best_step"] == said
 
 
 def scores_by_hand(folder, parquet, **settings) -> dict:
