@@ -75,6 +75,9 @@ def test_card_says_where_the_captioner_looks(checkpoint):
     card = str(build_card(checkpoint))
     assert "Objects of 12 photographs" in card and "| references |" not in card
     assert "| own | 34 | 62.5 | 25.0 | 37.5 | +25.0 (-12.5 to +50.0) |" in card
+    of_people = {**figures, "photographs": 14}  # some of the boxed have no word of the captioner's own
+    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures, "references": of_people}}))
+    assert "Objects of 14 photographs" in str(build_card(checkpoint))
     (checkpoint / "pointing.json").unlink()
     assert "Where it looks" not in str(build_card(checkpoint))
 

@@ -1,5 +1,6 @@
 """The configs that come with the package: all can be read, and the stages run one behind the other as their heads say."""
 
+import itertools
 import json
 import re
 import shlex
@@ -147,14 +148,12 @@ def put_weights(path: Path, make: Callable[..., torch.nn.Module]) -> Path:
 def flickr8k(folder: Path) -> dict[str, list[str]]:
     """What is to be given with the configs of Flickr8k, by their stages."""
     weights = put_weights(folder / "mobilenet_v2.pth", torchvision.models.mobilenet_v2)
-    more = {
-        "decoder": ["--backbone_weights", str(weights), "--feature_cache", "maps"],
-        "encoder": ["--model_name_or_path", "decoder", "--feature_cache", "maps"],
-        "self_critical": ["--model_name_or_path", "encoder", "--feature_cache", "maps"],
-    }
-    data = ["--train_file", "dataset_flickr8k.json", "--image_dir", KARPATHY["flickr8k"]]
+    begin = {"contrastive": ["--backbone_weights", str(weights), "--image_size", "64"]}
+    begin |= {stage: ["--model_name_or_path", before] for before, stage in itertools.pairwise(("contrastive", *STAGES))}
+    data = ["--train_file", "dataset_flickr8k.json", "--image_dir", KARPATHY["flickr8k"], "--feature_cache", "maps"]
     return {
-        stage: ["--config", f"flickr8k_mobilenet_v2_{stage}.yaml", *data, *more[stage], "--output_dir", stage] for stage in STAGES
+        stage: ["--config", f"flickr8k_mobilenet_v2_{stage}.yaml", *data, *given, "--output_dir", stage]
+        for stage, given in begin.items()
     }
 
 
@@ -175,9 +174,13 @@ def test_stages_run_from_data_to_captions(dataset, folder, monkeypatch):
         put_weights(folder / "torch" / "hub" / "checkpoints" / file, torchvision.models.resnet152)
         commands = {stage: command_of(f"{dataset}_resnet152_{stage}") for stage in STAGES}
     short = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
+    if dataset == "flickr8k":
+        assert main([*commands.pop("contrastive"), *short]) == 0
+    else:
+        commands["decoder"] += ["--image_size", "64"]
     states, outputs = [], [Path(option(commands[stage], "output_dir")) for stage in STAGES]
     for stage, output in zip(STAGES, outputs):
-        assert main([*commands[stage], *short, *(["--image_size", "64"] if stage == "decoder" else [])]) == 0
+        assert main([*commands[stage], *short]) == 0
         metrics = json.loads((output / "metrics.json").read_text())
         assert np.isfinite(metrics["train_loss"]) and np.isfinite(metrics["eval_loss"]) and "eval_cider" in metrics
         assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
@@ -187,6 +190,9 @@ def test_stages_run_from_data_to_captions(dataset, folder, monkeypatch):
 
     decoder_stage, encoder_stage, last = states
     backbone = {key for key in last if ".backbone." in key}
+    if dataset == "flickr8k":  # a new decoder on the backbone as it was handed on
+        contrastive = AttnCapForConditionalGeneration.from_pretrained("contrastive").state_dict()
+        assert not backbone & moved(contrastive, decoder_stage)
     assert backbone & moved(decoder_stage, encoder_stage) and not any(
         "running" in key for key in moved(decoder_stage, encoder_stage)
     )

@@ -77,13 +77,13 @@ def stage(groups: tuple[Any, ...], state: Any, images: int | None, frozen_backbo
         `seconds` of training and evaluations, over all its parts if it was interrupted, `hardware`, `versions` and `log`.
     """
     log = [{name: entry[name] for name in ("step", *LOGGED) if name in entry} for entry in state.log_history]
-    best_kept = any(getattr(group, "load_best_model_at_end", False) for group in groups)
+    settings = {name: value for group in groups for name, value in _changed(group).items()}
     return {
-        "settings": {name: value for group in groups for name, value in _changed(group).items()},
+        "settings": settings,
         "images": images,
         "frozen_backbone": frozen_backbone,
         "steps": state.global_step,
-        "best_step": (best_kept and state.best_global_step) or None,
+        "best_step": (settings.get("load_best_model_at_end") and state.best_global_step) or None,
         "epochs": round(state.epoch or 0, 3),
         "seconds": round(elapsed(state.log_history)),
         "hardware": hardware(),
