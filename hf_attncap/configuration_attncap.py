@@ -6,6 +6,8 @@ import torchvision
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .efficientnet_lite_attncap import EFFICIENTNET_LITE
+
 # Their last hidden state is a sequence of windows or patches, not the map of a convolution.
 ATTENTION_BACKBONES = ("vit_", "swin_", "maxvit_")
 
@@ -15,8 +17,8 @@ class AttnCapConfig(PreTrainedConfig):
     r"""Configuration of [`AttnCapModel`] and [`AttnCapForConditionalGeneration`].
 
     Args:
-        backbone: name of a torchvision CNN classifier (`torchvision.models.list_models`); its trunk, without pooling and
-            classifier, is the encoder.
+        backbone: name of a torchvision CNN classifier (`torchvision.models.list_models`), or `"efficientnet_lite0"` to 4; its
+            trunk, without pooling and classifier, is the encoder.
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
         dilate_last_stage: the trunk's last stage keeps the resolution of the one before, by dilated convolutions of the same
@@ -206,7 +208,7 @@ def _check(condition: bool, message: str) -> None:
 
 def _check_backbone(name: str) -> None:
     known: list[Any] = torchvision.models.list_models(module=torchvision.models)
-    usable = [other for other in known if not other.startswith(ATTENTION_BACKBONES)]
+    usable = sorted([*(other for other in known if not other.startswith(ATTENTION_BACKBONES)), *EFFICIENTNET_LITE])
     if name.startswith(ATTENTION_BACKBONES):
         raise ValueError(
             f"`backbone` is '{name}', a transformer, which has no convolutional map to attend to: use a CNN, for instance "

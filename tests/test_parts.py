@@ -329,7 +329,8 @@ def unreadable_files(folder) -> dict[str, str]:
 def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
     trunk = build_trunk("squeezenet1_1")
     for name, said in unreadable_files(tmp_path).items():
-        with pytest.raises(ValueError, match=f"{name}' {said}.*: expected torchvision's squeezenet1_1 as a .safetensors file, or"):
+        expected = "expected squeezenet1_1 in torchvision's layout as a .safetensors file, or"
+        with pytest.raises(ValueError, match=f"{name}' {said}.*: {expected}"):
             load_backbone_weights(trunk, "squeezenet1_1", tmp_path / name)
     numbers = dict.fromkeys(trunk.state_dict(), 1.0)
     torch.save(numbers, tmp_path / "numbers.pth")
