@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +21,7 @@ from torchvision.models import ResNet152_Weights
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
 from hf_attncap.captioner import Captioner
+from hf_attncap.efficientnet_lite_attncap import efficientnet_lite
 from training.arguments import CONFIGS, CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
 from training.train import main
 
@@ -28,6 +30,12 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 STAGES = ("decoder", "encoder", "self_critical")
 NEW = [name for name in NAMES if "resnet152" in name]
 KARPATHY = {"flickr8k": "images", "flickr30k": "flickr30k-images", "coco": "coco"}
+# Of the captioners on Flickr8k: what makes their backbone, and which of its blocks learn on.
+MOBILENET, LITE = "flickr8k_mobilenet_v2", "flickr8k_efficientnet_lite2"
+FLICKR8K = {
+    MOBILENET: (torchvision.models.mobilenet_v2, set(range(14, 19))),
+    LITE: (partial(efficientnet_lite, "efficientnet_lite2"), {6, 7, 8}),
+}
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
 RARE = ["dog", "cat", "house", "tree"]  # twice at most in the captions to learn from: too seldom for the vocabulary
@@ -145,15 +153,15 @@ def put_weights(path: Path, make: Callable[..., torch.nn.Module]) -> Path:
     return path
 
 
-def flickr8k(folder: Path) -> dict[str, list[str]]:
-    """What is to be given with the configs of Flickr8k, by their stages."""
-    weights = put_weights(folder / "mobilenet_v2.pth", torchvision.models.mobilenet_v2)
-    begin = {"contrastive": ["--backbone_weights", str(weights), "--image_size", "64"]}
-    begin |= {stage: ["--model_name_or_path", before] for before, stage in itertools.pairwise(("contrastive", *STAGES))}
+def flickr8k(folder: Path, captioner: str) -> dict[str, list[str]]:
+    """What is to be given with the configs of a captioner on Flickr8k, by their stages."""
+    weights = put_weights(folder / "backbone.pth", FLICKR8K[captioner][0])
+    stages = ("contrastive", *STAGES) if captioner == MOBILENET else STAGES
+    begin = {stages[0]: ["--backbone_weights", str(weights), "--image_size", "64"]}
+    begin |= {stage: ["--model_name_or_path", before] for before, stage in itertools.pairwise(stages)}
     data = ["--train_file", "dataset_flickr8k.json", "--image_dir", KARPATHY["flickr8k"], "--feature_cache", "maps"]
     return {
-        stage: ["--config", f"flickr8k_mobilenet_v2_{stage}.yaml", *data, *given, "--output_dir", stage]
-        for stage, given in begin.items()
+        stage: ["--config", f"{captioner}_{stage}.yaml", *data, *given, "--output_dir", stage] for stage, given in begin.items()
     }
 
 
@@ -162,22 +170,22 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", KARPATHY)
-def test_stages_run_from_data_to_captions(dataset, folder, monkeypatch):
+@pytest.mark.parametrize("captioner", [*FLICKR8K, "flickr30k_resnet152", "coco_resnet152"])
+def test_stages_run_from_data_to_captions(captioner, folder, monkeypatch):
+    dataset = captioner.partition("_")[0]
     picture = put_data(folder, dataset)
-    if dataset == "flickr8k":
-        commands = flickr8k(folder)
+    if captioner in FLICKR8K:
+        commands = flickr8k(folder, captioner)
     else:
         # Where torchvision finds what it has downloaded before.
         monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
         file = Path(ResNet152_Weights.DEFAULT.url).name
         put_weights(folder / "torch" / "hub" / "checkpoints" / file, torchvision.models.resnet152)
-        commands = {stage: command_of(f"{dataset}_resnet152_{stage}") for stage in STAGES}
-    short = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
-    if dataset == "flickr8k":
-        assert main([*commands.pop("contrastive"), *short]) == 0
-    else:
+        commands = {stage: command_of(f"{captioner}_{stage}") for stage in STAGES}
         commands["decoder"] += ["--image_size", "64"]
+    short = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
+    if captioner == MOBILENET:
+        assert main([*commands.pop("contrastive"), *short]) == 0
     states, outputs = [], [Path(option(commands[stage], "output_dir")) for stage in STAGES]
     for stage, output in zip(STAGES, outputs):
         assert main([*commands[stage], *short]) == 0
@@ -190,7 +198,7 @@ def test_stages_run_from_data_to_captions(dataset, folder, monkeypatch):
 
     decoder_stage, encoder_stage, last = states
     backbone = {key for key in last if ".backbone." in key}
-    if dataset == "flickr8k":  # a new decoder on the backbone as it was handed on
+    if captioner == MOBILENET:  # a new decoder on the backbone as it was handed on
         contrastive = AttnCapForConditionalGeneration.from_pretrained("contrastive").state_dict()
         assert not backbone & moved(contrastive, decoder_stage)
     assert backbone & moved(decoder_stage, encoder_stage) and not any(
@@ -198,17 +206,21 @@ def test_stages_run_from_data_to_captions(dataset, folder, monkeypatch):
     )
     learned = backbone & moved(encoder_stage, last)
     assert moved(encoder_stage, last) - backbone
-    if dataset == "flickr8k":  # the last five of whose 19 blocks learn on
-        assert {int(key.split(".")[4]) for key in learned} == set(range(14, 19)) and not any("running" in key for key in learned)
+    if captioner in FLICKR8K:
+        assert {int(key.split(".")[4]) for key in learned} == FLICKR8K[captioner][1] and not any(
+            "running" in key for key in learned
+        )
     else:
         assert not learned
 
-    captioner = Captioner.from_pretrained(outputs[-1], device="cpu")
-    vocabulary = captioner.processor.tokenizer.get_vocab()
+    trained = Captioner.from_pretrained(outputs[-1], device="cpu")
+    vocabulary = trained.processor.tokenizer.get_vocab()
     # "red" is there often enough only with the second red picture, which of COCO's is in restval.
     assert vocabulary.keys() >= {"a", "square", "red"} and not vocabulary.keys() & {*RARE, "zebra"}
-    expected = [0.5] * 3 if dataset == "flickr8k" else list(ResNet152_Weights.DEFAULT.transforms().mean)
-    assert captioner.processor.image_processor.image_mean == pytest.approx(expected)
-    result = captioner.caption(picture, prompt="a red")
+    expected = list(ResNet152_Weights.DEFAULT.transforms().mean)
+    if captioner in FLICKR8K:
+        expected = settings_of(f"{captioner}_decoder")["model_config"]["image_mean"]
+    assert trained.processor.image_processor.image_mean == pytest.approx(expected)
+    result = trained.caption(picture, prompt="a red")
     assert result.text.startswith("a red") and result.attention.shape == (len(result.words), 2, 2)
     assert set(result.words) <= vocabulary.keys()
