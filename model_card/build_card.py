@@ -257,6 +257,8 @@ def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     name = "self-critical" if settings.get("self_critical") else "cross-entropy"
     if weight := settings.get("bleu_weight"):
         name += f" on CIDEr-D and {weight:g} x BLEU-4"
+    if share := settings.get("cross_entropy_weight"):
+        name += f", {share:g} of it cross-entropy"
     if settings.get("contrastive"):
         learned, name = "encoder", "contrastive"
     if teachers := settings.get("distill_from"):

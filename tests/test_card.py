@@ -99,12 +99,13 @@ def test_card_says_how_blended_weights_came_to_be(checkpoint):
 
 
 def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
-    critical = {**STAGE["settings"], "self_critical": True, "bleu_weight": 0.5}
+    critical = {**STAGE["settings"], "self_critical": True, "bleu_weight": 0.5, "cross_entropy_weight": 0.25}
     contrastive = {**STAGE, "settings": {**STAGE["settings"], "contrastive": True}, "frozen_backbone": False}
     (checkpoint / "training.json").write_text(json.dumps([contrastive, {**STAGE, "settings": critical}]))
     card = str(build_card(checkpoint))
     assert (
-        "| 1 | encoder, contrastive |" in card and "| 2 | encoder and decoder, self-critical on CIDEr-D and 0.5 x BLEU-4 |" in card
+        "| 1 | encoder, contrastive |" in card
+        and "| 2 | encoder and decoder, self-critical on CIDEr-D and 0.5 x BLEU-4, 0.25 of it cross-entropy |" in card
     )
 
 
