@@ -26,8 +26,8 @@ class AttnCapConfig(PreTrainedConfig):
             means to train on. Backbones whose last stage begins with pooling (VGG, DenseNet, SqueezeNet, GoogLeNet, Inception)
             have none that could be dilated.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
-        trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2; those before
-            stay as they are. `None` for all of them.
+        trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2 and of 9 in
+            EfficientNets, where each stage is one; those before stay as they are. `None` for all of them.
         freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
         image_mean, image_std: what the backbone's weights expect of their input, one value or one a channel; processors made for a
             new model take them from here.
