@@ -27,7 +27,7 @@ class AttnCapGenerationMixin(GenerationMixin):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """The tokens each of which ends a caption: `eos_token_id` of `generation_config`, or else of `config`; none, one or several."""
+        """The tokens each of which ends a caption: `eos_token_id` of `generation_config`, or else of `config`."""
         ends = self.generation_config.eos_token_id
         ends = self.config.eos_token_id if ends is None else ends
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -193,8 +193,8 @@ def _label_rows(labels: torch.Tensor, *pictures: Any) -> torch.Tensor:
         given = given[0]  # of the encoder's output
     if given is not None and given.shape[0] != labels.shape[0]:
         raise ValueError(
-            f"`labels` {tuple(labels.shape)} are of {labels.shape[0]} images, but {given.shape[0]} were given: pass (images, captions "
-            "per image, words)."
+            f"`labels` {tuple(labels.shape)} are of {labels.shape[0]} images, but {given.shape[0]} were given: pass (images, "
+            "captions per image, words)."
         )
     return labels.flatten(0, 1)
 

@@ -70,9 +70,10 @@ def word(number: int) -> str:
     return "abcdefghij"[number // 10] + "klmnopqrst"[number % 10]
 
 
-def captions(number: int) -> list[str]:
-    """Of different lengths, so that batches differ in theirs."""
-    return [f"{word(number)} is here", " ".join(["this is", *["very"] * (number % 7), word(number)]), f"see {word(number)}"]
+def captions(number: int, varied: bool = True) -> list[str]:
+    """Of different lengths, so that batches differ in theirs, or of equal ones."""
+    middle = ["very"] * (number % 7 if varied else 1)
+    return [f"{word(number)} is here", " ".join(["this is", *middle, word(number)]), f"see {word(number)}"]
 
 
 def png(number: int) -> bytes:
@@ -81,14 +82,14 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(folder: Path, sizes: list[int]) -> str:
+def write_shards(folder: Path, sizes: list[int], varied: bool) -> str:
     """WebDataset shards of so many images, whose numbers go on from shard to shard."""
     folder.mkdir()
     numbers = iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for number in (next(numbers) for _ in range(size)):
-                texts = json.dumps({"captions": captions(number)}).encode()
+                texts = json.dumps({"captions": captions(number, varied)}).encode()
                 for name, data in ((f"{number:03}.png", png(number)), (f"{number:03}.json", texts)):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(data)
@@ -125,11 +126,12 @@ def runs(tmp_path_factory) -> Path:
     for name, (sizes, size, accumulated, workers, steps) in STREAMS.items():
         more = {**new, "streaming": True, "max_steps": steps, "dataloader_num_workers": workers, "accelerator_config": "{}"}
         more |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
-        lines.append(options(write_shards(folder / f"shards {name}", sizes), folder / f"stream {name}", **more))
+        shards = write_shards(folder / f"shards {name}", sizes, varied=name != "even")
+        lines.append(options(shards, folder / f"stream {name}", **more))
         if name == "uneven":  # taken up again where one process has no image left in the pass
             lines[-1] += ["--save_strategy", "steps", "--save_steps", "4"]
             more["resume_from_checkpoint"] = folder / f"stream {name}" / "checkpoint-4"
-            lines.append(options(folder / f"shards {name}" / "*.tar", folder / "resumed", **more))
+            lines.append(options(shards, folder / "resumed", **more))
     for name, images in TABLES.items():
         more = {**new, "num_train_epochs": 2, "per_device_train_batch_size": 2}
         lines.append(options(write_table(folder / f"{name}.parquet", images), folder / f"table {name}", **more))
@@ -152,11 +154,16 @@ def test_images_keep_their_captions_and_count_once_a_pass(name, runs):
     processes = met(runs / name)
     assert len(processes[0]) == len(processes[1])
     for number, texts, counts in (image for batches in processes for batch in batches for image in batch):
-        assert not counts or (len(texts) == PER_IMAGE and set(texts) == set(captions(number))), (number, texts)
+        assert not counts or (len(texts) == PER_IMAGE and set(texts) == set(captions(number, name != "stream even"))), (
+            number,
+            texts,
+        )
     counted = Counter(image[0] for batches in processes for batch in batches for image in batch if image[2])
-    assert counted == {number: 2 for number in range(images)}
-    halves = [Counter(image[0] for batches in processes for batch in part(batches) for image in batch if image[2]) for part in PARTS]
-    assert halves[0] == halves[1] == {number: 1 for number in range(images)}
+    assert counted == dict.fromkeys(range(images), 2)
+    halves = [
+        Counter(image[0] for batches in processes for batch in part(batches) for image in batch if image[2]) for part in PARTS
+    ]
+    assert halves[0] == halves[1] == dict.fromkeys(range(images), 1)
     vocabulary = json.loads((runs / name / "tokenizer.json").read_text())["model"]["vocab"]
     assert {word(number) for number in range(images)} <= vocabulary.keys(), "of all processes' images"
 
@@ -168,7 +175,9 @@ PARTS = (lambda batches: batches[: len(batches) // 2], lambda batches: batches[l
 def test_a_stream_is_taken_up_again_where_one_process_has_no_image_left(runs):
     whole, resumed = runs / "stream uneven", runs / "resumed"
     for before, after in zip(met(whole), met(resumed), strict=True):
-        assert [image for batch in before[4:] for image in batch if image[2]] == [image for batch in after for image in batch if image[2]]
+        assert [image for batch in before[4:] for image in batch if image[2]] == [
+            image for batch in after for image in batch if image[2]
+        ]
     assert history(whole, "loss", "grad_norm") == history(resumed, "loss", "grad_norm")
     weights, expected = load(resumed).state_dict(), load(whole).state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -126,7 +126,9 @@ class CaptionTrainer(ResumableTrainer):
             in_order=args.dataloader_in_order,
             generator=torch.Generator().manual_seed(args.seed),
         )
-        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False)
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         batches = list(islice(map(self._each_once, epoch_iterator), num_batches))
@@ -135,7 +137,7 @@ class CaptionTrainer(ResumableTrainer):
         return super().get_batch_samples(iter(batches), num_batches, device)
 
     def _filled_up(self, batches: list[dict[str, Any]], number: int, device: torch.device) -> list[dict[str, Any]]:
-        """`number` batches of a stream on every process, as long as one of them has any left in this pass; those added count nothing.
+        """`number` batches of a stream on every process, as long as one of them has any left in this pass; those added do not count.
 
         Processes have shards of different sizes. One that went on to the next pass, or to an evaluation, while others still
         train would wait for them, and they for its gradients. And `Trainer` makes no step after fewer batches than it accumulates.
@@ -219,7 +221,7 @@ class CaptionTrainer(ResumableTrainer):
         own = torch.multinomial(logits.flatten(0, 1).softmax(dim=-1), 1).view_as(true[:, 1:])  # (R, T - 1)
         swap = torch.rand(own.shape, device=own.device) < chance  # (R, T - 1)
         mixed = torch.cat([true[:, :1], torch.where(swap, own, true[:, 1:])], dim=1)  # (R, T)
-        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": labels}
+        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": inputs["labels"]}
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
         """The encoder's output for the pictures of a batch: `pixel_values` or `backbone_features`."""
