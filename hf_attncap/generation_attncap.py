@@ -25,6 +25,13 @@ class AttnCapGenerationMixin(GenerationMixin):
     device: Any
     model: Any
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The tokens each of which ends a caption: `eos_token_id` of `generation_config`, or else of `config`."""
+        ends = self.generation_config.eos_token_id
+        ends = self.config.eos_token_id if ends is None else ends
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
     def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None):
         """Modes that left the core are refused instead of being fetched from the Hub."""
         if custom_generate is None and generation_mode in GONE:

@@ -184,6 +184,21 @@ def _check_rows(decoder_input_ids: torch.Tensor, regions: torch.Tensor | None) -
         )
 
 
+def _label_rows(labels: torch.Tensor, *pictures: Any) -> torch.Tensor:
+    """Labels (R, T) or (B, k, T) as (R, T); the second are checked against the one of `pictures` that is not None."""
+    if labels.ndim == 2:
+        return labels
+    given = next((picture for picture in pictures if picture is not None), None)
+    if given is not None and not isinstance(given, torch.Tensor):
+        given = given[0]  # of the encoder's output
+    if given is not None and given.shape[0] != labels.shape[0]:
+        raise ValueError(
+            f"`labels` {tuple(labels.shape)} are of {labels.shape[0]} images, but {given.shape[0]} were given: pass (images, "
+            "captions per image, words)."
+        )
+    return labels.flatten(0, 1)
+
+
 def _mask_of_new_words(mask, decoder_input_ids, past) -> torch.Tensor | None:
     """The mask (R, T) of the new positions alone, or None if it masks nothing that is known to be padding."""
     if mask is None:
@@ -220,9 +235,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         self.post_init()
         self._apply_freezing()
         if self.generation_config.suppress_tokens is None:
-            ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             special = {config.unk_token_id, config.pad_token_id, config.bos_token_id}
-            self.generation_config.suppress_tokens = sorted(i for i in special if i is not None and i not in ends)
+            self.generation_config.suppress_tokens = sorted(i for i in special if i is not None and i not in self.end_token_ids)
 
     @classmethod
     def from_pretrained_parts(
@@ -285,7 +299,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         r"""Logits of the next words, and the loss where labels are given.
 
         Args:
-            labels: (R, T) words and end token, -100 where there is none; R a multiple of B, the captions of an image adjacent.
+            labels: (B, k, T) words and end token, -100 where there is none: k captions per image. Or (R, T), R a multiple of B,
+                the captions of an image adjacent.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
 
         The other arguments are those of [`AttnCapModel.forward`].
@@ -293,8 +308,12 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         Returns:
             `loss` = cross-entropy + alpha_c * regulariser; `logits` (R, T, V), in training 0 behind the last label of a caption;
             the attentions as in [`AttnCapModel.forward`].
+
+        Raises:
+            ValueError: the labels are of another number of images.
         """
         if labels is not None:
+            labels = _label_rows(labels, encoder_outputs, pixel_values, backbone_features)  # (R, T)
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -382,7 +401,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         return (cross_entropy + self.config.alpha_c * uneven) / total
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The labels (R, T) shifted right behind the start token, padding in place of -100."""
+        """The labels, (R, T) or (B, k, T), shifted right behind the start token, padding in place of -100: (R, T)."""
+        labels = labels.flatten(0, -2)  # (R, T)
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)  # (R, T)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)

@@ -161,6 +161,34 @@ def test_several_captions_an_image_equal_separate_images(kind):
     assert_close(together.cross_attentions[0], apart.cross_attentions[0], **EXACT)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_by_image_are_those_in_adjacent_rows(training):
+    model, pictures = tiny_model(dropout=0.0).train(training), torch.rand(2, 3, 64, 64).double()
+    rows = torch.tensor([[5, 6, 2, -100], [7, 8, 9, 2], [4, 2, -100, -100], [10, 11, 4, 2]])  # (R, T)
+    by_image = rows.unflatten(0, (2, 2))  # (B, k, T)
+    together, apart = (model(pixel_values=pictures, labels=labels) for labels in (by_image, rows))
+    assert_close(together.loss, apart.loss, **EXACT)
+    assert together.logits.shape == (4, 4, model.config.vocab_size)
+    assert_close(together.logits, apart.logits, **EXACT)
+    shifted = (model.prepare_decoder_input_ids_from_labels(labels) for labels in (by_image, rows))
+    assert torch.equal(*shifted)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_of_other_images_are_refused(training):
+    """Two images and the captions of four: as rows they would be taken for two captions each."""
+    model, labels = tiny_model().train(training), torch.tensor([[[5, 2]], [[6, 2]], [[7, 2]], [[8, 2]]])  # (4, 1, T)
+    pictures = torch.rand(2, 3, 64, 64).double()
+    features = model.model.encoder.features(pictures)
+    for picture in (
+        {"pixel_values": pictures},
+        {"backbone_features": features},
+        {"encoder_outputs": (torch.rand(2, 4, model.config.encoder_channels).double(),)},
+    ):
+        with pytest.raises(ValueError, match=r"`labels` \(4, 1, 2\) are of 4 images, but 2 were given"):
+            model(labels=labels, **picture)
+
+
 def test_left_padded_prompts_in_one_batch_equal_single_ones():
     model, regions = cached_model(), random_regions(3)
     prompts = [[5, 6, 7], [8], [9, 10]]

@@ -203,6 +203,43 @@ def test_probabilities_of_the_step_are_those_that_samples_were_drawn_from(warm, 
     assert torch.equal(behind, samples == -100)
 
 
+def ending_with(warm, ends: Any) -> Any:
+    """The captioner with these `eos_token_id`s, where the checkpoint names one."""
+    config = load(warm).config
+    config.eos_token_id = ends
+    model = AttnCapForConditionalGeneration(config)
+    model.load_state_dict(load(warm).state_dict())
+    model.generation_config.update(max_new_tokens=9)
+    return model
+
+
+def test_each_of_several_end_tokens_ends_a_sample(warm, processor, tmp_path):
+    also = processor.tokenizer.convert_tokens_to_ids("square")
+    model = ending_with(warm, [2, also])
+    silence(model)
+    regions = model.base_model.encoder(backbone_features=batch_of(processor)["backbone_features"]).last_hidden_state
+    torch.manual_seed(1)
+    samples = draw(model, regions, 100)  # (R, T)
+    is_end = (samples == 2) | (samples == also)
+    assert torch.equal(is_end.cumsum(1) - is_end.long() > 0, samples == -100)
+    assert (samples == 2).any() and (samples == also).any()
+    trainer = trainer_of(model, processor, tmp_path)
+    trainer._judge(samples, list(WORDS))
+    assert trainer._tally[4] == is_end.any(dim=1).sum(), "of samples that ended"
+
+
+@pytest.mark.parametrize("ends", [[2, 7], None])
+def test_no_word_that_a_caption_goes_on_from_is_one_of_its_ends(warm, processor, tmp_path, ends):
+    model = ending_with(warm, ends)
+    trainer = trainer_of(model, processor, tmp_path, CaptionTrainer, scheduled_sampling=0.5)
+    model.lm_head.bias.data[[2, 7]] += 20  # nothing else would be said
+    batch = {name: x for name, x in batch_of(processor).items() if name != "image_ids"}
+    torch.manual_seed(0)
+    mixed = trainer._with_own_words(batch, 1.0)["decoder_input_ids"]
+    words = set(mixed[:, 1:].flatten().tolist())
+    assert words & {2, 7} == (set() if ends else {2, 7})
+
+
 def test_scoring_again_gives_the_same_logits_and_batch_norm_stays(processor, tmp_path):
     """No dropout in the self-critical part, also with a backbone that learns, whose batch norm must not move."""
     model = captioner(processor, freeze_backbone=False, dropout=0.9)

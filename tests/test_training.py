@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import TrainerState
 
-from hf_attncap import AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
 from training.blend import blend
 from training.collator import CaptionCollator
 from training.data import load_data
@@ -23,6 +23,7 @@ from training.features import cached_features
 from training.pack import pack
 from training.record import stage
 from training.train import main
+from training.trainer import CaptionTrainer
 from training.vocabulary import build_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
@@ -165,6 +166,72 @@ def scores_by_hand(folder, parquet, **settings) -> dict:
         ids = model.generate(**processor(images=image, return_tensors="pt"), **settings)
         said[index] = processor.batch_decode(ids, skip_special_tokens=True)[0]
     return dict(CaptionMetrics(dict(enumerate(rows["captions"]))).score(said))
+
+
+class FailingEvaluation(Exception):
+    pass
+
+
+AVERAGED = {"ema_decay": 0.5}
+BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+
+
+@pytest.mark.parametrize("more", [{}, AVERAGED, {**BEST, "learning_rate": 1.0}], ids=["plain", "averaged", "best"])
+def test_captioner_outlives_a_last_evaluation_that_fails(parquet, tmp_path, monkeypatch, more):
+    """It is the one that a run has whose evaluation succeeds, with its record."""
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    assert main(options(parquet, whole, **more)) == 0
+    evaluate = CaptionTrainer.evaluate
+
+    def fail_at_the_end(self, *args, **kwargs):
+        if not self.is_in_train:
+            raise FailingEvaluation
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptionTrainer, "evaluate", fail_at_the_end)
+    with pytest.raises(FailingEvaluation):
+        main(options(parquet, failed, **more))
+    weights, expected = (AttnCapForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (failed, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert AttnCapProcessor.from_pretrained(failed).tokenizer.get_vocab()
+    (record,), (complete,) = (json.loads((folder / "training.json").read_text()) for folder in (failed, whole))
+    assert record["settings"] == complete["settings"] and record["steps"] == complete["steps"]
+    assert "train_loss" in metrics_of(failed) and "eval_loss" not in metrics_of(failed) and "eval_loss" in metrics_of(whole)
+
+
+KINDS = [
+    {},
+    {"contrastive": True, "model_config": json.dumps({**TINY, "freeze_backbone": False})},
+    {"self_critical": True, "model_name_or_path": "anywhere"},
+    {"distill_from": "anywhere"},
+]
+
+
+@pytest.mark.parametrize("more", KINDS, ids=["plain", "contrastive", "self-critical", "distilled"])
+def test_several_gpus_in_one_process_are_refused_before_data_are_read(parquet, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(CaptionTrainingArguments, "n_gpu", property(lambda self: 2))
+    monkeypatch.setattr("training.train.load_data", lambda *_: pytest.fail("data were read"))
+    assert main(options(parquet, tmp_path / "run", **more)) == 2
+    said = capsys.readouterr().err
+    assert "has 2 GPUs" in said and "`torchrun --nproc_per_node 2`" in said and "`accelerate launch --num_processes 2`" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_inspection_does_not_mind_several_gpus(parquet, monkeypatch):
+    monkeypatch.setattr(CaptionTrainingArguments, "n_gpu", property(lambda self: 2))
+    assert main(["--inspect", "--train_file", str(parquet), "--validation_share", "0.2", "--use_cpu", "True"]) in (0, 1)
+
+
+def test_a_trainer_made_in_python_refuses_several_gpus_too(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(CaptionTrainingArguments, "n_gpu", property(lambda self: 2))
+    model = AttnCapForConditionalGeneration(AttnCapConfig(vocab_size=len(processor.tokenizer), **TINY))
+    with pytest.raises(SettingError, match="one process per GPU"):
+        CaptionTrainer(model=model, args=CaptionTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_batches_made_by_one_process_for_all_are_refused(parquet, tmp_path, capsys):
+    assert main(options(parquet, tmp_path / "run", accelerator_config='{"dispatch_batches": true}')) == 2
+    assert "`dispatch_batches` cannot join batches" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached features", "pictures"])
@@ -412,7 +479,8 @@ def test_collator_keeps_every_word_and_pads_with_minus_100(processor, rows):
         [{"backbone_features": np.zeros((2, 1, 1)), "captions": [" ".join(caption) for caption in row]} for row in rows]
     )
     labels = batch["labels"]
-    assert labels.shape[0] == k * len(rows)
+    assert labels.shape[:2] == (len(rows), k)
+    labels = labels.flatten(0, 1)
     for index, label in enumerate(labels.tolist()):
         kept = [token for token in label if token != -100]
         assert label == kept + [-100] * (len(label) - len(kept)) and kept[-1] == processor.tokenizer.eos_token_id

@@ -252,8 +252,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError(f"`metric_for_best_model: {metric}` is of captions: of `contrastive` training choose by `loss`.")
         if self.gradient_checkpointing:
             raise SettingError("`gradient_checkpointing` does nothing for `contrastive` training: leave it out.")
-        if self.n_gpu > 1:
-            raise SettingError("`contrastive` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
         if self.push_to_hub:
             raise SettingError(
                 "`push_to_hub`: after `contrastive` training a captioner says nothing yet. Share it after a later stage."

@@ -1,4 +1,4 @@
-"""Images with their captions to a batch: labels padded with -100, the captions of an image in adjacent rows."""
+"""Images with their captions to a batch, in which the image is the first axis of every tensor."""
 
 import random
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .chance import Chance
 class CaptionCollator:
     """Rows of `image` (or `backbone_features`) and `captions` to a batch of B images.
 
-    Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B * k, T) int64 with words,
+    Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B, k, T) int64 with words,
     end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer. With
     `with_image_ids` also the images' own `image_id`s, as a list `image_ids`. With `chance`, which needs ids as well, it decides
     what is drawn, else Python's own generator.
@@ -38,7 +38,7 @@ class CaptionCollator:
             batch.update(self.processor(images=images, return_tensors="pt"))  # (B, 3, height, width)
         captions = [caption for row in rows for caption in self._draw(row)]
         labels = self.processor(text_target=captions, max_target_length=self.max_words, return_tensors="pt")["labels"]
-        batch["labels"] = labels  # (B * k, T)
+        batch["labels"] = labels.unflatten(0, (len(rows), -1))  # (B, k, T)
         if self.with_image_ids:
             batch["image_ids"] = [row["image_id"] for row in rows]
         return batch

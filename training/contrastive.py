@@ -49,9 +49,9 @@ class Matcher(nn.Module):
     def forward(
         self, labels: torch.Tensor, pixel_values: torch.Tensor | None = None, backbone_features: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The loss of B pictures and their captions (R, T), k adjacent ones a picture, and where they are, (B, W) and (R, W)."""
+        """The loss of B pictures and their captions (B, k, T), and where they are, (B, W) and (B * k, W)."""
         pictures = self.place_pictures(pixel_values, backbone_features)  # (B, W)
-        captions = self.place_captions(labels)  # (R, W)
+        captions = self.place_captions(labels.flatten(0, 1))  # (R, W)
         scale = self.log_scale.exp().clamp(max=LARGEST_SCALE)
         return {"loss": contrastive_loss(scale * pictures @ captions.mT), "pictures": pictures, "captions": captions}
 
@@ -110,8 +110,8 @@ class ContrastiveTrainer(CaptionTrainer):
     def __init__(self, *, model: Any, **kwargs: Any):
         super().__init__(model=Matcher(model), **{**kwargs, "compute_metrics": _scores})
 
-    def _each_once(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch  # a picture that comes again for another process has captions like any other
+    def _count_first(self, batch: dict[str, Any], images: int) -> dict[str, Any]:
+        return batch  # a picture that comes again has captions like any other
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, and where each picture and its captions are, (B, 1 + k, W)."""

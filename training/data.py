@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 import fsspec
 import numpy as np
 import PIL.Image
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
 from datasets import load_dataset as load_from_hub
 
@@ -19,6 +20,7 @@ from hf_attncap.images import ImageError, load_image
 
 from .arguments import DataArguments, SettingError
 from .formats import Entry, Role, Source, choose_split, from_shards, from_table, own_splits, read_file
+from .processes import together
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ BUSY = 200  # pictures that are worth a process of their own
 class CaptionData(NamedTuple):
     """The splits of a run; rows have `image` (RGB, decoded when read), `captions` (at least one) and `image_id` (unique).
 
-    `undecoded` is there for a stream alone: its rows with pictures as stored.
+    `undecoded` is there for a stream alone: its rows with pictures as stored. A stream has the images of this process alone.
     """
 
     train: Dataset | IterableDataset
@@ -40,10 +42,14 @@ class CaptionData(NamedTuple):
     undecoded: IterableDataset | None = None
 
     def captions(self, images: int) -> list[list[str]]:
-        """The captions of the training images: of all, or of the first `images` of a stream, which training begins with."""
+        """The captions of the training images, on all processes the same.
+
+        Of all images, or of the first ones that each process reads of a stream, `images` in all: what training begins with.
+        """
         if self.undecoded is None:
             return self.train["captions"][:]  # type: ignore[index]
-        return [row["captions"] for row in self.undecoded.take(images)]
+        first = self.undecoded.take(images // PartialState().num_processes)
+        return [captions for share in together(lambda: [row["captions"] for row in first]) for captions in share]
 
 
 @dataclass

@@ -42,8 +42,8 @@ class Teachers:
 
     @torch.no_grad()
     def probabilities(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """What the teachers say on average, (P, V), at the P positions of the batch's labels (R, T) that are words or ends."""
-        where = inputs["labels"] != IGNORED_LABEL  # (R, T)
+        """What the teachers say on average, (P, V), at the P positions of the batch's labels (B, k, T) that are words or ends."""
+        where = inputs["labels"].flatten(0, -2) != IGNORED_LABEL  # (R, T)
         mean: Any = 0
         for teacher in self._captioners:
             logits = teacher.to(where.device)(**inputs).logits[where]  # (P, V)
@@ -52,7 +52,7 @@ class Teachers:
 
     def loss(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the student's logits (R, T, V) against the teachers' mean, summed over words and ends."""
-        learned = logits[inputs["labels"] != IGNORED_LABEL].float()  # (P, V)
+        learned = logits[inputs["labels"].flatten(0, -2) != IGNORED_LABEL].float()  # (P, V)
         return F.cross_entropy(learned, self.probabilities(inputs), reduction="sum")
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a run do together, so that none waits for one that gave up."""
+"""The processes of a run: how they may be set up, and what they do together, so that none waits for one that gave up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,26 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .arguments import SettingError
+from .arguments import CaptionTrainingArguments, SettingError
+
+
+def check_processes(training: CaptionTrainingArguments) -> None:
+    """Refuses ways of running on several devices that would train on wrong captions, or fail in the middle of a run.
+
+    Raises:
+        SettingError: several GPUs in one process (`nn.DataParallel`); `dispatch_batches`, which joins batches of different lengths.
+    """
+    if training.n_gpu > 1:
+        raise SettingError(
+            f"One process has {training.n_gpu} GPUs, and training needs one process per GPU: start it with "
+            f"`torchrun --nproc_per_node {training.n_gpu}` or `accelerate launch --num_processes {training.n_gpu}`, or choose one "
+            "GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    if training.accelerator_config.dispatch_batches:
+        raise SettingError(
+            "`accelerator_config`: `dispatch_batches` cannot join batches whose captions differ in length: leave it out, as each "
+            "process reads its own images."
+        )
 
 
 def together(action: Callable[[], Any]) -> list[Any]:

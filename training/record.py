@@ -134,7 +134,9 @@ def _processor() -> str:
 
 def _changed(group: Any) -> dict[str, Any]:
     """The settings of a group that are not as an instance without arguments has them."""
-    default = type(group)()
+    # An instance of the class itself would set up the devices of the process anew, and the Trainer could not go on.
+    kind = type(group)
+    default = type(kind.__name__, (kind,), {"_setup_devices": torch.device("cpu"), "distributed_state": None})()
     values = {item.name: getattr(group, item.name) for item in fields(group) if item.init and item.name not in NOT_RECORDED}
     changed = {name: value for name, value in values.items() if name in ALWAYS or value != getattr(default, name)}
     changed |= {name: Path(changed[name]).name for name in FILES & changed.keys() if changed[name]}

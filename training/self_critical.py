@@ -37,7 +37,7 @@ class SelfCriticalTrainer(CaptionTrainer):
         references: the captions of every training image by `image_id`; training batches carry the `image_ids` of their images.
 
     Raises:
-        SettingError: the checkpoint does not say how long captions may be; several GPUs in one process; a resumed run's
+        SettingError: as `CaptionTrainer`; the checkpoint does not say how long captions may be; a resumed run's
             `document_frequencies.npz` was counted over other images.
     """
 
@@ -46,8 +46,6 @@ class SelfCriticalTrainer(CaptionTrainer):
         settings: Any = self.model.generation_config  # type: ignore[union-attr]
         if settings.max_new_tokens is None:
             raise SettingError("The checkpoint's generation_config.json has no `max_new_tokens`: set it to the longest caption.")
-        if self.args.n_gpu > 1:
-            raise SettingError("`self_critical` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
         tokens = {name: [tokenize(caption) for caption in captions] for name, captions in references.items()}
         weight = self.args.bleu_weight  # type: ignore[attr-defined]
         self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())), weight)
@@ -112,9 +110,9 @@ class SelfCriticalTrainer(CaptionTrainer):
     def _judge(self, samples: torch.Tensor, image_ids: list[str]) -> torch.Tensor:
         """The advantage (R) of samples (R, T); what they are like is added up for the log."""
         k = len(samples) // len(image_ids)
-        end: int = self.model.config.eos_token_id  # type: ignore[union-attr, assignment]
+        ends = self.model.end_token_ids  # type: ignore[union-attr]
         rows = [[token for token in row if token != IGNORED_LABEL] for row in samples.tolist()]
-        ended = [row[-1] == end for row in rows]
+        ended = [row[-1] in ends for row in rows]
         captions = self.processing_class.batch_decode(rows, skip_special_tokens=True)  # type: ignore[union-attr]
         ids = [name for name in image_ids for _ in range(k)]
         reward = torch.from_numpy(self._reward.reward(ids, [tokenize(caption) for caption in captions], ended))  # (R)
@@ -157,13 +155,14 @@ def draw(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     rows = regions.shape[0] * k
     words = torch.full((rows, 1), captioner.config.decoder_start_token_id, device=regions.device)  # (R, 1)
     going_on = torch.ones_like(words, dtype=torch.bool)  # (R, 1)
+    ends = torch.tensor(captioner.end_token_ids, dtype=torch.long, device=regions.device)
     state, drawn = None, []
     for _ in range(captioner.generation_config.max_new_tokens):
         out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, use_cache=True, **{CACHE_NAME: state})
         state = out[CACHE_NAME]
         words = torch.multinomial(policy(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
         drawn.append(words.masked_fill(~going_on, IGNORED_LABEL))
-        going_on = going_on & (words != captioner.config.eos_token_id)
+        going_on = going_on & ~torch.isin(words, ends)
         if not going_on.any():
             break
     return torch.cat(drawn, dim=1)

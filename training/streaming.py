@@ -4,7 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, Image, IterableDataset, get_dataset_split_names, load_dataset
+from datasets.distributed import split_dataset_by_node
 
 from hf_attncap.images import ImageError
 
@@ -71,6 +73,8 @@ class Reading:
 def load_stream(arguments: DataArguments, seed: int) -> CaptionData:
     """The training images as a stream in random order, the validation images whole; as `load_data` otherwise.
 
+    Of several processes each gets its own training images, those of `share_of`, and all get all validation images.
+
     An image without caption or with a picture that cannot be decoded ends the run when it is met, with its name; with
     `skip_broken_images` it is left out, with a warning. Rows of one image are not put together: that would take all of them.
 
@@ -87,7 +91,7 @@ def load_stream(arguments: DataArguments, seed: int) -> CaptionData:
 
 
 def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[IterableDataset, Reading]:
-    """The training images in random order with captions and ids, pictures as stored, and what decodes them."""
+    """This process's training images in random order with captions and ids, pictures as stored, and what decodes them."""
     path = arguments.train_file or ""
     if path.endswith(".tar"):
         name, rows = path, load_shards(path, streaming=True)
@@ -97,9 +101,37 @@ def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[Iterab
         check_columns(name, rows.column_names or (), arguments)
         image_column, id_column = arguments.image_column, id_column_of(rows.column_names or (), arguments)
     reading = Reading(arguments, image_column, id_column, path.endswith(".tar"), skip)
-    rows = _stored(name, rows, image_column).shuffle(seed=seed, buffer_size=SHUFFLED)
+    state = PartialState()
+    rows = share_of(_stored(name, rows, image_column), state.process_index, state.num_processes)
+    rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
     others = [column for column in rows.column_names or () if column not in ("image", "captions", "image_id")]
     return rows.map(reading, remove_columns=others).filter(_has_captions), reading
+
+
+@dataclass
+class _Turn:
+    """Whether a row, by its number, is one of this process's."""
+
+    rank: int
+    processes: int
+
+    def __call__(self, row: dict[str, Any], number: int) -> bool:
+        return number % self.processes == self.rank
+
+
+def share_of(rows: IterableDataset, rank: int, processes: int) -> IterableDataset:
+    """The rows of one of several processes, in whose shares each row is once: whole shards, if there is one for each process.
+
+    Of fewer shards than processes, every process reads all and keeps every row whose turn it is, before pictures are decoded.
+    Shuffle afterwards, with the same seed on all processes.
+    """
+    if processes == 1:
+        return rows
+    if rows.num_shards % processes == 0:
+        return split_dataset_by_node(rows, rank, processes)
+    if rows.num_shards > processes:
+        return rows.shard(processes, rank)
+    return rows.filter(_Turn(rank, processes), with_indices=True)
 
 
 def _open_table(arguments: DataArguments) -> tuple[str, IterableDataset]:

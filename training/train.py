@@ -34,7 +34,7 @@ from .data import CaptionData, load_data
 from .distillation import Teachers
 from .features import cached_features
 from .inspection import inspect_data
-from .processes import on_main_process
+from .processes import check_processes, on_main_process
 from .record import ABOUT, RECORD, earlier_stages, provenance, stage
 from .samples import SampleCaptions
 from .self_critical import SelfCriticalTrainer
@@ -189,6 +189,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         raise SettingError("`self_critical` goes on from a captioner that was trained before: give `--model_name_or_path`.")
     if training.fp16 and training.device.type == "cpu":
         raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
+    check_processes(training)
     sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
     if training.self_critical:
         _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
@@ -206,7 +207,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     model, processor = build_captioner(model_arguments, captions, output)
     if training.contrastive:
         _check_contrastive(model, splits.train, bool(model_arguments.model_name_or_path))
-    origins = provenance(model_arguments.model_name_or_path)
+    earlier, origins = (read(model_arguments.model_name_or_path) for read in (earlier_stages, provenance))
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
     train_rows, validation_rows = _pictures(splits, model, processor, data, training, chance)
@@ -235,23 +236,34 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if validation and training.sample_images and alone and not training.contrastive:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = {**result.metrics, **(trainer.evaluate() if validation is not None else {})}
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
+
+    def save_results() -> None:
+        if trainer.is_world_process_zero():
+            own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
+            _save_results(output, trainer.state, metrics, [*earlier, own], origins)
+
     trainer.save_model()
+    save_results()  # already now: an evaluation that fails must not cost the run
+    if validation is not None:
+        metrics = {**metrics, **trainer.evaluate()}
+        save_results()
     if trainer.is_world_process_zero():
-        images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
-        own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
-        stages = [*earlier_stages(model_arguments.model_name_or_path), own]
-        texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
-        texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
-        with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
-            trainer.state.save_to_json(str(files / "trainer_state.json"))
-            for name, text in texts.items():
-                (files / name).write_text(text + "\n", encoding="utf-8")
         logger.warning("%s", _summary(trainer, metrics, output))
     for upload in sharing:
         upload.finish()
     return metrics
+
+
+def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: list[dict[str, Any]], origins: str | None) -> None:
+    """What goes beside the captioner's weights: the Trainer's state, `metrics.json`, the record and where the weights came from."""
+    texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
+    texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
+    with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
+        state.save_to_json(str(files / "trainer_state.json"))
+        for name, text in texts.items():
+            (files / name).write_text(text + "\n", encoding="utf-8")
 
 
 def _checkpoint_to_resume(training: CaptionTrainingArguments, output: Path) -> str | None:

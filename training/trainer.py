@@ -3,9 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import has_length
 
@@ -15,6 +18,7 @@ from .arguments import SettingError
 from .averaging import WeightAverage
 from .distillation import Teachers
 from .dropout import drop_inputs
+from .processes import check_processes, together
 from .resumable import ResumableTrainer
 
 
@@ -25,20 +29,27 @@ class CaptionTrainer(ResumableTrainer):
     an image, from `pixel_values` or `backbone_features`, with the model's own generation settings but for
     `generation_num_beams` and `generation_max_length` (in tokens, the start token included) where they are given.
 
-    Batches of evaluations are made by `eval_data_collator`, if there is one.
+    Batches of evaluations are made by `eval_data_collator`, if there is one. In every batch the image is the first axis of each
+    tensor, labels included: (B, k, T).
+
+    Of a training dataset without length, a stream, each process must be given its own images, as `load_stream` does. A pass over
+    the stream ends on all processes at once, and each image counts once in it.
 
     With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
     With `teachers`, the training loss is (1 - w) * loss + w * cross-entropy against what they say, w = `distill_weight`.
     With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
+
+    Raises:
+        SettingError: several GPUs in one process, or `dispatch_batches`; fewer images in a stream than processes.
     """
 
     _average: WeightAverage | None = None
+    _latest: dict[str, Any] | None = None  # the last batch of this process's own images of a stream
     _evaluated: torch.Tensor  # the losses of all words added up, and their number
 
     def __init__(self, *args: Any, eval_data_collator: Any = None, teachers: Teachers | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if teachers and self.args.n_gpu > 1:
-            raise SettingError("`distill_from` needs a process for each GPU: start it with `torchrun` or `accelerate launch`.")
+        check_processes(self.args)
         self._teachers = teachers
         self._eval_data_collator = eval_data_collator or self.data_collator
         order = self.accelerator.dataloader_config
@@ -98,8 +109,58 @@ class CaptionTrainer(ResumableTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / words
         return output
 
+    def get_train_dataloader(self) -> Any:
+        args: Any = self.args
+        if has_length(self.train_dataset):
+            return super().get_train_dataloader()
+        # What `Trainer` makes, but that Accelerate would divide the images among the processes once more.
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        return super().get_batch_samples(map(self._each_once, epoch_iterator), num_batches, device)
+        batches = list(islice(map(self._each_once, epoch_iterator), num_batches))
+        if not has_length(self.train_dataset):
+            batches = self._filled_up(batches, num_batches, device)
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _filled_up(self, batches: list[dict[str, Any]], number: int, device: torch.device) -> list[dict[str, Any]]:
+        """`number` batches of a stream on every process, as long as one of them has any left in this pass; those added do not count.
+
+        Processes have shards of different sizes. One that went on to the next pass, or to an evaluation, while others still
+        train would wait for them, and they for its gradients. And `Trainer` makes no step after fewer batches than it accumulates.
+        """
+        if batches:
+            self._latest = batches[-1]
+        counts = self.accelerator.gather(torch.tensor([len(batches)], device=device)).tolist()  # type: ignore[union-attr]
+        if max(counts) == 0:
+            self.control.should_epoch_stop = True
+        elif min(counts) < number:
+            together(self._find_batch)
+            batches = batches + [self._count_first(self._latest, 0)] * (number - len(batches))  # type: ignore[arg-type]
+        return batches
+
+    def _find_batch(self) -> None:
+        """A batch to be added, also where a resumed run skipped all images that this process has in the pass."""
+        if self._latest is None:
+            self._latest = next(iter(self.get_train_dataloader()), None)
+        if self._latest is None:
+            raise SettingError(
+                f"The stream has no image for one of {self.accelerator.num_processes} processes: start fewer of them, or give more "
+                "images."
+            )
 
     def _each_once(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch without the labels and ids of images that an earlier batch had: several processes fill the last one up."""
@@ -108,12 +169,16 @@ class CaptionTrainer(ResumableTrainer):
         filled = accelerator.num_processes > 1 and accelerator.even_batches and not self.args.dataloader_drop_last
         if not filled or loader is None or not has_length(loader.dataset):
             return batch
-        size = len(batch["pixel_values"] if "pixel_values" in batch else batch["backbone_features"])
-        new = new_images(len(loader.dataset), size, accelerator.num_processes, accelerator.process_index)
-        labels = batch["labels"].unflatten(0, (size, -1)).clone()  # (B, k, T)
-        labels[new:] = IGNORED_LABEL
-        ids = {name: batch[name][:new] for name in ("image_ids",) if name in batch}
-        return {**batch, **ids, "labels": labels.flatten(0, 1)}
+        images = len(loader.dataset)
+        new = new_images(images, len(batch["labels"]), accelerator.num_processes, accelerator.process_index)
+        return self._count_first(batch, new)
+
+    def _count_first(self, batch: dict[str, Any], images: int) -> dict[str, Any]:
+        """The batch with the labels and ids of its first images alone; the others count for nothing."""
+        labels = batch["labels"].clone()  # (B, k, T)
+        labels[images:] = IGNORED_LABEL
+        ids = {name: batch[name][:images] for name in ("image_ids",) if name in batch}
+        return {**batch, **ids, "labels": labels}
 
     def compute_loss(
         self,
@@ -147,16 +212,16 @@ class CaptionTrainer(ResumableTrainer):
         are true, as `chance` is small.)
         """
         captioner: Any = self.model
-        labels = inputs["labels"]  # (R, T)
+        labels = inputs["labels"].flatten(0, -2)  # (R, T)
         encoded = inputs.get("encoder_outputs") or (self._encode(inputs).last_hidden_state,)  # (B, N, C)
         true = captioner.prepare_decoder_input_ids_from_labels(labels)  # (R, T)
         with torch.no_grad():
             logits = policy(captioner, captioner(encoder_outputs=encoded, labels=labels).logits[:, :-1])  # (R, T - 1, V)
-        logits[..., captioner.config.eos_token_id] = float("-inf")  # no caption goes on behind its end
+        logits[..., captioner.end_token_ids] = float("-inf")  # no caption goes on behind its end
         own = torch.multinomial(logits.flatten(0, 1).softmax(dim=-1), 1).view_as(true[:, 1:])  # (R, T - 1)
         swap = torch.rand(own.shape, device=own.device) < chance  # (R, T - 1)
         mixed = torch.cat([true[:, :1], torch.where(swap, own, true[:, 1:])], dim=1)  # (R, T)
-        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": labels}
+        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": inputs["labels"]}
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
         """The encoder's output for the pictures of a batch: `pixel_values` or `backbone_features`."""
@@ -193,7 +258,7 @@ class CaptionTrainer(ResumableTrainer):
         args: Any = self.args
         captioner: Any = self.model
         prepared = self._prepare_inputs(self._each_once(inputs))
-        labels = prepared["labels"]  # (B * k, T)
+        labels = prepared["labels"]  # (B, k, T)
         with torch.no_grad(), self.compute_loss_context_manager():
             encoded = self._encode(prepared)  # `generate` takes no features
             loss = model(encoder_outputs=encoded, labels=labels, num_items_in_batch=1).loss  # the sum over all words
@@ -210,7 +275,7 @@ class CaptionTrainer(ResumableTrainer):
             _, ids, _ = super().prediction_step(model, pictures, False, ignore_keys=ignore_keys, **settings)
         finally:
             captioner.generation_config = own  # the base class fills in its defaults, which the checkpoint must not hold
-        return loss, ids, labels
+        return loss, ids, labels.flatten(1)  # (B, k * T): `Trainer` pads the second axis, and gathers by the first
 
 
 class OwnNoise(TrainerCallback):

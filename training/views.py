@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ class FeatureRows(torch.utils.data.Dataset):
 
     Args:
         dataset: rows with `image`, `captions` and `image_id`.
-        maps: the backbone's maps (images, D, h, w) of such rows.
+        maps: the backbone's maps (images, D, h, w) of such rows; if they are mapped from a file, all that it holds.
         views: of a picture; the first is itself, the others are changed as `change` does in as many epochs.
     """
 
@@ -42,6 +43,15 @@ class FeatureRows(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._views[0][0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker that is spawned opens the files of the maps itself; `np.memmap` would be pickled with all that is in them."""
+        views = [(Path(str(maps.filename)) if isinstance(maps, np.memmap) else maps, *texts) for maps, *texts in self._views]
+        return {**self.__dict__, "_views": views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        views = [(np.load(maps, mmap_mode="r") if isinstance(maps, Path) else maps, *texts) for maps, *texts in state["_views"]]
+        self.__dict__.update(state, _views=views)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         turn = self._chance.turn(self._views[0][2][row], len(self._views)) if self._chance else 0
