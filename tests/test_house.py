@@ -38,7 +38,7 @@ FLOORS = [
     {"decoder_attncap", "encoder_attncap", "generation_attncap"},
     {"cache_attncap", "backbone_attncap", "word_vectors_attncap"},
     {"configuration_attncap"},
-    {"efficientnet_lite_attncap"},
+    {"efficientnet_lite_attncap", "pictures_attncap"},
     {"metrics"},
 ]
 METRICS_FLOORS = [
