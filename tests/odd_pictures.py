@@ -13,7 +13,6 @@ ORIENTATION, EXIF_POINTER, RATIONAL = 0x0112, 0x8769, 0x011A
 ORIENTATIONS = [
     ("as bytes", 1, 4, b"\6\0\0\0"),
     ("as text", 2, 4, b"six\0"),
-    ("twice", 3, 2, b"\6\0\x08\0"),
     ("0", 3, 1, b"\0\0\0\0"),
     ("9", 3, 1, b"\x09\0\0\0"),
     ("huge", 4, 1, b"\xff\xff\xff\xff"),
