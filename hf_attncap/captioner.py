@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from .atomic import atomic_write
 from .configuration_attncap import AttnCapConfig
 from .images import ImageError, load_image
 from .modeling_attncap import AttnCapForConditionalGeneration
@@ -34,6 +35,7 @@ PANELS_A_ROW = 6
 PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
 DOTS = 150  # an inch
 LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
+MARK = "hf_attncap"
 FULL_SCALE = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
 
 
@@ -117,6 +119,24 @@ class CaptionResult:
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def save_strip(result: CaptionResult, path: Path) -> None:
+    """Writes a film strip as PNG, whole or not at all, with the mark that `is_strip` knows it by."""
+    figure = result.plot_attention()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", metadata={"Software": MARK})
+
+
+def is_strip(path: Path) -> bool:
+    """Whether a file is there that `save_strip` wrote, by its mark; its name proves nothing."""
+    if path.is_symlink():
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == MARK
+    except Exception:  # no such file, no picture, a damaged one
+        return False
 
 
 def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:

@@ -135,7 +135,9 @@ def _bare_jpeg(data: bytes) -> bytes:
         (length,) = struct.unpack_from(">H", data, place + 2)
         body = data[place + 4 : place + 2 + length]
         # The Adobe segment says how colours are stored.
-        needed = (marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12) or (marker == 0xE1 and body.startswith(b"Exif\0\0"))
+        needed = (marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12) or (
+            marker == 0xE1 and body.startswith(b"Exif\0\0")
+        )
         if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(data[place : place + 2 + length])
         place += 2 + length

@@ -110,7 +110,7 @@ def odd_metadata() -> Iterator[tuple[str, bytes]]:
         "iCCP": (b"", b"p\0\0not deflated", b"p\0\x07" + zlib.compress(b"x"), b"p\0\0" + zlib.compress(bytes(2**21))),
         "tEXt": (b"", b"no separator", b"a\0" + b"\xff" * 9),
         "zTXt": (b"", b"k\0\0not deflated", b"k\0\x09x", b"k\0\0" + zlib.compress(bytes(2**21)), b"key"),
-        "iTXt": (b"", b"k\0\1\0en\0k\0not deflated", b"k\0\1\x09\0\0x", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", b"k\0\0\0\xff\0\xff\0\xff"),
+        "iTXt": (b"", b"k\0\1\0en\0k\0not", b"k\0\1\x09\0\0x", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", b"k\0\0\0\xff\0\xff\0\xff"),
         "pHYs": (b"", b"\0" * 3),
         "gAMA": (b"", b"\0"),
         "cHRM": (b"", b"\0" * 7),

@@ -625,7 +625,9 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch):
         load_image("http://pictures.example/a.png")
 
 
-@pytest.mark.parametrize("host", ["bücher.example", "BÜCHER.example", "b%C3%BCcher.example", "xn--bcher-kva.example", "bücher。example"])
+@pytest.mark.parametrize(
+    "host", ["bücher.example", "BÜCHER.example", "b%C3%BCcher.example", "xn--bcher-kva.example", "bücher。example"]
+)
 def test_host_names_of_other_scripts(public_site, host):
     assert close(load_image(f"http://{host}/picture.png"), scene())
     assert public_site == [PUBLIC] and Pages.hosts == [IN_LETTERS]
@@ -657,7 +659,9 @@ def test_tls_is_asked_for_the_encoded_host_name(public_site, monkeypatch):
     assert names == [IN_LETTERS]
 
 
-@pytest.mark.parametrize("url", ["http://\udcff/a.png", "http://a℀b.example/a.png", "http://-ü-.example/", f"http://{'ü' * 70}.example/"])
+@pytest.mark.parametrize(
+    "url", ["http://\udcff/a.png", "http://a℀b.example/a.png", "http://-ü-.example/", f"http://{'ü' * 70}.example/"]
+)
 def test_host_names_that_cannot_be(url):
     with pytest.raises(ImageError, match="(cannot|could not) be fetched"):
         load_image(url)

@@ -1,4 +1,4 @@
-"""Importing the package registers it with transformers, in every script and order, and costs nothing where transformers is not used."""
+"""Importing the package registers it with transformers, in every script and order, and costs nothing without it."""
 
 import os
 import subprocess
@@ -26,7 +26,9 @@ ORDERS = {
     "the model first": "from hf_attncap.modeling_attncap import AttnCapModel\nimport hf_attncap\n" + AUTO + ASK,
     "the captioner first": "from hf_attncap import Captioner\nimport hf_attncap\n" + AUTO + ASK,
     "training first": "import hf_attncap.training.arguments\nimport hf_attncap\n" + AUTO + ASK,
-    "a part of transformers": "import hf_attncap\nfrom transformers.models.auto.configuration_auto import AutoConfig\n" + AUTO + ASK,
+    "a part of transformers": "import hf_attncap\nfrom transformers.models.auto.configuration_auto import AutoConfig\n"
+    + AUTO
+    + ASK,
 }
 QUICK = ("transformers before", "the model first")
 
@@ -38,9 +40,7 @@ def python(*arguments: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "order", [order if order in QUICK else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS]
-)
+@pytest.mark.parametrize("order", [order if order in QUICK else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS])
 def test_whatever_is_imported_first(order, tmp_path):
     assert python("-c", ORDERS[order], cwd=tmp_path) == "registered\n"
 
