@@ -1,11 +1,14 @@
 """hf_attncap: a small image captioner that shows where it looked, at home in transformers.
 
-Importing the package registers its classes with transformers' Auto classes.
+Where this package and transformers are both imported, in whatever order, transformers' Auto classes and `pipeline` know the
+captioner. Importing the package does not import transformers: `attncap --help` and `hf_attncap.metrics` need neither it nor torch.
 """
 
 import importlib
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +48,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hf_attncap' has no attribute '{name}'")
-    register()
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
@@ -85,6 +87,41 @@ def register() -> None:
         )
 
 
-# The Auto classes import torch, which takes seconds: `attncap --help` and what needs no model must not wait for it.
-if Path(sys.argv[0]).stem != "attncap" and not (sys.argv[0] == "-m" and "hf_attncap" in sys.orig_argv):
+class _RegisterLater:
+    """A finder that calls `register` as soon as transformers has been imported.
+
+    It finds nothing itself. In what the other finders found it only wraps the execution of transformers and of this package's
+    modules: the outermost of these imports registers when it ends, since inside it some of the classes are only half there.
+    """
+
+    running = 0
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers" and not name.startswith(f"{__name__}."):
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            self._wrap(spec.loader)
+        return spec
+
+    def _wrap(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            self.running += 1
+            try:
+                execute(module)
+            finally:
+                self.running -= 1
+            if not self.running and "transformers" in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                register()
+
+        loader.exec_module = exec_module
+
+
+if "transformers" in sys.modules:
     register()
+else:
+    sys.meta_path.insert(0, _RegisterLater())

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from .atomic import atomic_write
 from .configuration_attncap import AttnCapConfig
-from .images import load_image
+from .images import ImageError, load_image
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
 from .processing_attncap import AttnCapProcessor
@@ -33,6 +34,8 @@ NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for w
 PANELS_A_ROW = 6
 PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
 DOTS = 150  # an inch
+LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
+MARK = "hf_attncap"
 FULL_SCALE = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
 
 
@@ -86,7 +89,7 @@ class CaptionResult:
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
 
-        shape = self.image.width / self.image.height
+        shape = min(max(self.image.width / self.image.height, 1 / LONGEST), LONGEST)
         width = (PANEL_AREA * min(max(shape, 0.4), 2.5)) ** 0.5  # inches, room for a word above a tall picture
         height = min(PANEL_AREA / width, width / shape)
         panels = len(self.words) + 1
@@ -101,7 +104,8 @@ class CaptionResult:
         axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=bare).flatten()
 
         dots = int(max(width, height) * DOTS)
-        photo = ImageOps.contain(self.image, (dots, dots), Image.Resampling.LANCZOS)
+        pixels = (dots, round(dots / shape)) if shape > 1 else (round(dots * shape), dots)
+        photo = self.image.resize(pixels, Image.Resampling.LANCZOS, reducing_gap=3.0)
         axes[0].imshow(photo)
         times_even = self.attention * math.prod(self.attention.shape[1:])  # (T, H, W)
         most = max(FULL_SCALE, float(times_even.max(initial=0)))
@@ -115,6 +119,24 @@ class CaptionResult:
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def save_strip(result: CaptionResult, path: Path) -> None:
+    """Writes a film strip as PNG, whole or not at all, with the mark that `is_strip` knows it by."""
+    figure = result.plot_attention()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", metadata={"Software": MARK})
+
+
+def is_strip(path: Path) -> bool:
+    """Whether a file is there that `save_strip` wrote, by its mark; its name proves nothing."""
+    if path.is_symlink():
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == MARK
+    except Exception:  # no such file, no picture, a damaged one
+        return False
 
 
 def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
@@ -239,7 +261,8 @@ class Captioner:
             A result, or a list of results for a list.
 
         Raises:
-            ImageError: a picture cannot be read. All are read before the first is captioned.
+            ImageError: a picture cannot be read; of a list it is the first such, and its index is named. All are read before
+                the first is captioned.
             ValueError: a number below 1, more alternatives than beams, or a prompt with a word that the model
                 does not know.
         """
@@ -253,7 +276,14 @@ class Captioner:
         if prompt is not None:
             check_prompt(self.processor.tokenizer, prompt)
         sources = images if isinstance(images, (list, tuple)) else [images]
-        pictures = [load_image(source, allow_private_urls=allow_private_urls) for source in sources]
+        pictures = []
+        for number, source in enumerate(sources):
+            try:
+                pictures.append(load_image(source, allow_private_urls=allow_private_urls))
+            except ImageError as error:
+                if sources is not images:
+                    raise
+                raise ImageError(f"image {number} of the list: {error}") from error
         results = []
         for start in range(0, len(pictures), batch_size):
             results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives)

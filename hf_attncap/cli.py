@@ -4,9 +4,10 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .metrics.significance import Comparison
 
 FEW = 100  # images, below which a bootstrap takes luck for gain too often
+BATCH_PIXELS = 2**26  # from which on a batch is full, however few its pictures: they are in memory all at once
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -65,12 +67,17 @@ def _parser() -> argparse.ArgumentParser:
         "caption",
         help="print a caption for each picture",
         description="Prints a line a picture: its path, a tab and the caption. A picture that cannot be read "
-        "is named on stderr, the others are captioned, and the exit code is 1.",
+        "is named on stderr, the others are captioned, and the exit code is 1. Line breaks and tabs in a path are printed as "
+        "\\n, \\r and \\t; --json has the path as it is.",
     )
     caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL")
     caption.add_argument("--model", metavar="DIR_OR_NAME", help="a folder or a Hub repository (default: the model of this package)")
     caption.add_argument(
-        "--attention", metavar="OUT_DIR", type=Path, help="also write a film strip of where the model looked for each word"
+        "--attention",
+        metavar="OUT_DIR",
+        type=Path,
+        help="also write a film strip of where the model looked for each word, as NAME.attention.png; "
+        "of the files there it replaces those of earlier runs alone",
     )
     caption.add_argument("--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)")
     caption.add_argument(
@@ -180,6 +187,7 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from .atomic import atomic_write
     from .metrics import CaptionMetrics, compare
     from .metrics.files import read_predictions, read_references, read_training
     from .metrics.matching import match
@@ -209,7 +217,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         if path == "-":
             print(text, end="")
         elif path:
-            _write(Path(path), text)
+            with atomic_write(path) as file:
+                file.write(text)
     return 0
 
 
@@ -226,6 +235,20 @@ def _check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
         if Path(file).is_dir():
             raise ValueError(f"{file} is a folder: name a file in it")
+        if Path(file).is_file() and not _is_own(Path(file)):
+            raise ValueError(f"{file} is there already, and `attncap evaluate` did not write it: name another, or remove it first")
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is empty, or begins as what `--output` or `--per-image` writes."""
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    try:
+        row = json.loads(head.partition(b"\n")[0])
+    except ValueError:
+        row = None
+    is_row = isinstance(row, dict) and {"image_id", "bleu_4", "cider"} <= row.keys()
+    return not head or is_row or head.startswith(b'{\n "predictions": ')
 
 
 def _notes(args: argparse.Namespace, references: "References", matched: "list[Matched]", shared: list[str]) -> list[str]:
@@ -255,45 +278,81 @@ def _result(
     return result
 
 
-def _write(path: Path, text: str) -> None:
-    """The whole file or none."""
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror})") from error
-
-
 def _caption(args: argparse.Namespace) -> int:
     if args.beams is not None and args.n_best > args.beams:
         args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best}, or leave --beams out")
     if args.attention:
         _make_folder(args.attention)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path goes out byte for byte, whatever its encoding
-    strips = _strip_paths(args.files, args.attention) if args.attention else [None] * len(args.files)
-    jobs = list(zip(args.files, strips))
-    captioner, captioned = None, 0
-    for start in range(0, len(jobs), args.batch_size):
-        batch = _read(jobs[start : start + args.batch_size], args.allow_private_urls)
-        if not batch:
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # a path goes out byte for byte
+    taken = set(map(_key, args.files))
+    captioner, missing = None, len(args.files)
+    for batch in _batches(args):
+        captioner = captioner or _load(args)
+        for file, result in _results(captioner, batch, args):
+            strip = _draw(file, result, args.attention, taken) if args.attention else None
+            print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
+            missing -= bool(strip or not args.attention)
+    return int(missing > 0)
+
+
+def _batches(args: argparse.Namespace) -> "Iterator[list[tuple[str, Image.Image]]]":
+    """The files whose pictures can be read, with the pictures; the others are named on stderr."""
+    from .images import ImageError, load_image
+
+    batch, pixels = [], 0
+    for file in args.files:
+        try:
+            if os.path.isdir(file):
+                raise ImageError(f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}")
+            picture = load_image(file, allow_private_urls=args.allow_private_urls)
+        except Exception as error:
+            _complain(error if isinstance(error, ImageError) else f"{file} cannot be read: {_said(error)}", file)
             continue
-        captioner = captioner or _load(args.model, args.device)
+        batch.append((file, picture))
+        pixels += picture.width * picture.height
+        if len(batch) == args.batch_size or pixels > BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
+def _results(
+    captioner: "Captioner", batch: "list[tuple[str, Image.Image]]", args: argparse.Namespace
+) -> "Iterator[tuple[str, CaptionResult]]":
+    """The files with their captions; where a batch fails, each picture by itself, and those that fail are named on stderr."""
+    try:
         results = captioner.caption(
-            [picture for *_, picture in batch],
+            [picture for _, picture in batch],
             beams=args.beams,
             alternatives=args.n_best,
             prompt=args.prompt,
-            batch_size=args.batch_size,
+            batch_size=len(batch),
         )
-        for (file, strip, _), result in zip(batch, results):
-            if strip:
-                result.plot_attention(strip)
-                print(f"{file}: attention in {strip}", file=sys.stderr)
-            print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
-        captioned += len(batch)
-    return int(captioned < len(jobs))
+    except Exception as error:
+        if len(batch) == 1:
+            _complain(f"{batch[0][0]} cannot be captioned: {_said(error)}", batch[0][0])
+            return
+        for one in batch:
+            yield from _results(captioner, [one], args)
+    else:
+        yield from zip((file for file, _ in batch), results)
+
+
+def _draw(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> Path | None:
+    """Writes a film strip and gives its path; None if that fails, which is named on stderr."""
+    from .captioner import save_strip
+
+    try:
+        strip = _strip_path(file, folder, taken)
+        save_strip(result, strip)
+    except Exception as error:
+        _complain(f"{file}: its attention cannot be drawn: {_said(error)}", file)
+        return None
+    print(f"{_shown(file)}: attention in {strip}", file=sys.stderr)
+    return strip
 
 
 def _make_folder(folder: Path) -> None:
@@ -305,43 +364,32 @@ def _make_folder(folder: Path) -> None:
         raise OSError(f"{folder} is a folder that must not be written to; give another --attention")
 
 
-def _strip_paths(files: list[str], folder: Path) -> list[Path]:
-    """FOLDER/<stem>.png for each file; <stem>-2.png ... where stems repeat or that is one of the files."""
+def _strip_path(file: str, folder: Path, taken: set[str]) -> Path:
+    """FOLDER/<stem>.attention.png, or <stem>-2.attention.png ... where that is taken or another program's file."""
+    from .captioner import is_strip
 
-    def key(path: str | Path) -> str:
-        return os.path.realpath(path).casefold()  # some file systems take A.png for a.png
-
-    taken = {key(file) for file in files}
-    paths = []
-    for file in files:
-        stem = Path(urlsplit(file).path if "://" in file else file).stem[:100] or "picture"
-        names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-        path = next(path for name in names if key(path := folder / f"{name}.png") not in taken)
-        taken.add(key(path))
-        paths.append(path)
-    return paths
+    stem = Path(urlsplit(file).path if "://" in file else file).stem
+    stem = os.fsencode(stem)[:200].decode(errors="ignore") or "picture"  # the longest name is mostly of 255 bytes
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    paths = (folder / f"{name}.attention.png" for name in names)
+    path = next(path for path in paths if _key(path) not in taken and (is_strip(path) or not os.path.lexists(path)))
+    taken.add(_key(path))
+    return path
 
 
-def _read(jobs: list[tuple[str, Path | None]], allow_private_urls: bool) -> list[tuple[str, Path | None, "Image.Image"]]:
-    """The jobs whose pictures can be read, with the pictures; the others are named on stderr."""
-    from .images import ImageError, load_image
-
-    readable = []
-    for file, strip in jobs:
-        try:
-            if os.path.isdir(file):
-                raise ImageError(f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}")
-            readable.append((file, strip, load_image(file, allow_private_urls=allow_private_urls)))
-        except ImageError as error:
-            _complain(error)
-    return readable
+def _key(path: str | Path) -> str:
+    return os.path.realpath(path).casefold()  # some file systems take A.png for a.png
 
 
-def _load(model: str | None, device: str | None) -> "Captioner":
+def _load(args: argparse.Namespace) -> "Captioner":
     _quieten()
     from . import Captioner
+    from .pipeline_attncap import check_prompt
 
-    return Captioner.from_pretrained(model, device=device)
+    captioner = Captioner.from_pretrained(args.model, device=args.device)
+    if args.prompt is not None:
+        check_prompt(captioner.processor.tokenizer, args.prompt)  # else each picture would be named for it
+    return captioner
 
 
 def _quieten() -> None:
@@ -355,7 +403,7 @@ def _quieten() -> None:
 
 
 def _as_text(file: str, result: "CaptionResult") -> str:
-    return "\n\t".join([f"{file}\t{result.text}", *(other.text for other in result.alternatives)])
+    return "\n\t".join([f"{_shown(file)}\t{result.text}", *(other.text for other in result.alternatives)])
 
 
 def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
@@ -369,5 +417,16 @@ def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
     return json.dumps(record if strip is None else {**record, "attention_file": str(strip)})
 
 
-def _complain(error: Exception) -> None:
-    print("attncap:", " ".join(str(error).split()), file=sys.stderr)
+def _complain(error: Exception | str, file: str = "") -> None:
+    text = str(error)
+    text = text.replace(file, _shown(file)) if file else text
+    print("attncap:", re.sub(r"\s*[\r\n]\s*", " ", text), file=sys.stderr)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _shown(file: str) -> str:
+    """A path on one line."""
+    return file.translate({ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"})

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from .atomic import atomic_folder, refuse_occupied
 from .configuration_attncap import AttnCapConfig
 
 CODE = Path(__file__).parent
@@ -80,10 +80,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
     processor = _read(source / "processor_config.json")
     processor["auto_map"] = PROCESSOR_CLASS
     processor["image_processor"] = {**processor["image_processor"], "auto_map": IMAGE_PROCESSOR_CLASS}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        folder = Path(scratch) / "export"
-        folder.mkdir()
+    with atomic_folder(target) as folder:
         for file in [
             *(path for pattern in COPIED for path in source.glob(pattern)),
             *CODE.glob("*_attncap.py"),
@@ -96,16 +93,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
             {**config, "auto_map": MODEL_CLASSES, "custom_pipelines": CUSTOM_PIPELINES},
         )
         _write(folder / "processor_config.json", processor)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
     return target
-
-
-def refuse_occupied(target: Path) -> None:
-    """Raises FileExistsError if something is there that is not an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"'{target}' is there already and is not an empty folder: name another, or remove it first.")
 
 
 def _checked_config(source: Path) -> dict[str, Any]:

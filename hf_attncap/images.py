@@ -16,7 +16,9 @@ from contextlib import closing
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from .pictures_attncap import FormatError, open_image, upright
 
 TIMEOUT = 30.0  # seconds: for connecting, and again for everything that one server then sends
 MAX_BYTES = 64 * 2**20
@@ -24,16 +26,6 @@ MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHANNELS = (1, 2, 3, 4)
 _URL_SAFE = "%/:=&?~+!$,;'@()*[]#"  # left alone; spaces and letters beyond ASCII are percent-encoded
-# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, and fails where another tag is malformed.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -57,7 +49,8 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
             Default False, so that a URL from a stranger cannot reach them, be it by a name, a redirect or DNS.
 
     Returns:
-        A new PIL image in mode RGB; `source` is left as it is.
+        A PIL image in mode RGB: a new one without metadata, or `source` itself if that is an upright RGB image in memory
+        already. `source` is not changed.
 
     Raises:
         ImageError: the source is missing, empty, truncated, no image, too large, refused or of an unknown kind.
@@ -65,6 +58,8 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
     A URL is fetched directly (proxy settings are not read), within `TIMEOUT`, `MAX_BYTES` and `MAX_REDIRECTS`.
     """
     if isinstance(source, Image.Image):
+        if type(source) is Image.Image and _is_ready(source):
+            return source
         name = getattr(source, "filename", "")
         return _to_rgb(source, f"the PIL image {name}" if name else "the PIL image")
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -128,34 +123,39 @@ def _decode(stream: BinaryIO, name: str, unknown: str = "") -> Image.Image:
     """Decode an image file; `unknown` is the message for a file in no known format."""
     if stream.seek(0, io.SEEK_END) == 0:
         raise ImageError(f"{name} is empty (0 bytes); save or download it again")
-    stream.seek(0)
     try:
-        image = Image.open(stream)
+        return _to_rgb(open_image(stream), name)
+    except ImageError:
+        raise
+    except FormatError as error:
+        raise ImageError(f"{name} is {error}") from error
     except UnidentifiedImageError as error:
         unknown = unknown or f"{name} is not an image in a known format; save it as JPEG or PNG"
         raise ImageError(unknown) from error
     except Exception as error:
         raise _unreadable(error, name) from error
-    with image:
-        if image.format == "EPS":  # Pillow would run Ghostscript on it, a whole language from a stranger
-            raise ImageError(f"{name} is PostScript, not a picture; save it as JPEG or PNG")
-        return _to_rgb(image, name)
+
+
+def _is_ready(image: Image.Image) -> bool:
+    return image.mode == "RGB" and 0 not in image.size and not image.has_transparency_data and upright(image) is image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture without its metadata: read again, it must not be turned again."""
     try:
         image.load()
         if 0 in image.size:
             raise ImageError(f"{name} has no pixels (size {image.size}); give an image of at least 1 x 1")
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        image = image if turn is None else image.transpose(turn)
+        image = upright(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             ceilings = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
             return Image.fromarray(_eight_bits(np.asarray(image), ceilings, name)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info = {}
+        return image
     except ImageError:
         raise
     except Exception as error:
@@ -166,6 +166,8 @@ def _unreadable(error: Exception, name: str) -> ImageError:
     """What a decoder's error means; Pillow's plugins raise nearly every type there is on damaged files."""
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{name} has far too many pixels to decode safely; scale it down and save it again")
+    if isinstance(error, MemoryError):
+        return ImageError(f"{name} needs more memory than there is; scale it down and save it again")
     problem = "truncated" if "truncated" in str(error).lower() else "damaged or incomplete"
     return ImageError(f"{name} is {problem}: {error}; save or download it again")
 
@@ -204,7 +206,7 @@ def _eight_bits(values: np.ndarray, ceilings: tuple[int, ...], name: str) -> np.
 
 
 def _fetch(url: str, allow_private: bool) -> bytes:
-    target = first = urllib.parse.quote(url, _URL_SAFE)
+    target = first = urllib.parse.quote(url, _URL_SAFE, errors="surrogateescape")
     for _ in range(MAX_REDIRECTS + 1):
         name = url if target == first else f"{url} (redirected to {target})"
         response, body = _get(target, name, allow_private)
@@ -254,13 +256,13 @@ def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) ->
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ImageError(f"{name} cannot be fetched; give an http:// or https:// URL with a host")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    port = parts.port or kind.default_port
-    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    host, port = _ascii_host(parts.hostname), parts.port or kind.default_port
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     private = [address for address in addresses if not _is_public(address)]
     if private and not allow_private:
         raise ImageError(
-            f"{name} is refused: {parts.hostname} is {private[0]}, not a public address; "
+            f"{name} is refused: {host} is {private[0]}, not a public address; "
             "set allow_private_urls=True (on the command line --allow-private-urls) if you trust the URL"
         )
     failure = OSError("no address")
@@ -271,11 +273,24 @@ def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) ->
             failure = error
             continue
         if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
-        connection = kind(parts.hostname, port, timeout=TIMEOUT)
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        connection = kind(host, port, timeout=TIMEOUT)
         connection.sock = sock
         return connection
     raise failure
+
+
+def _ascii_host(host: str) -> str:
+    """A host name as DNS, TLS and the Host header take it, from one in letters of any script, percent-encoded as URLs have it.
+
+    Browsers do the same (UTS 46, names of IDNA 2008). Python's own codec is of 2003, and turns "faß.de" into another host.
+    """
+    letters = urllib.parse.unquote(host)
+    if letters.isascii():
+        return host
+    import idna  # takes 10 ms, which few need
+
+    return idna.encode(letters, uts46=True).decode()
 
 
 def _hang_up(sock: socket.socket) -> None:

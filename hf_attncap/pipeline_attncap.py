@@ -1,15 +1,25 @@
 """`pipeline("image-captioning")`: pictures in; captions, their scores and what was looked at for each word out."""
 
+import base64
+import io
 import os
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import load_image
+
+from .pictures_attncap import open_image, upright
+
+try:  # transformers needs one of them
+    from huggingface_hub.utils import httpx
+except ImportError:
+    import httpx  # pyright: ignore[reportMissingImports]
 
 
 class AttnCapPipeline(Pipeline):
@@ -111,7 +121,8 @@ class AttnCapPipeline(Pipeline):
         check_prompt(self.tokenizer, text)
         source = os.fspath(input_) if isinstance(input_, os.PathLike) else input_
         try:
-            image = load_image(source, timeout=timeout)
+            image = source if isinstance(source, Image.Image) else open_image(_stream(source, timeout))
+            image = upright(image).convert("RGB")
         except Exception as error:
             raise ValueError(f"This picture cannot be read: {source!r:.200}. {error}") from error
         return {
@@ -153,6 +164,21 @@ class AttnCapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
         if self.model._auto_class is not None and getattr(self.model.config, "custom_pipelines", None):
             custom_object_save(self, save_directory)
+
+
+def _stream(source: Any, timeout: float | None) -> BinaryIO:
+    """The image file that a path, URL or base64 string leads to."""
+    if not isinstance(source, str):
+        raise TypeError("Give a PIL image, a path, a URL or a base64 string.")
+    if source.startswith(("http://", "https://")):
+        return io.BytesIO(httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content)
+    if os.path.isfile(source):
+        return io.BytesIO(Path(source).read_bytes())
+    try:
+        payload = source.partition(",")[2] if source.startswith("data:image/") else source
+        return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
+    except ValueError as error:
+        raise ValueError(f"It is neither a file nor a URL nor base64 ({error}).") from error
 
 
 def _pair(pictures: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from hf_attncap.atomic import atomic_write
+
 TEMPLATE = Path(__file__).with_name("template.md")
 ABOUT = "about.yaml"
 CARD = "README.md"
@@ -102,9 +104,9 @@ def write_card(checkpoint: str | Path) -> Path:
     file = Path(checkpoint) / CARD
     if not is_ours(checkpoint):
         raise FileExistsError(f"{file} was written by hand: move it away, and its words into {ABOUT} if they are to stay.")
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(str(build_card(checkpoint)), encoding="utf-8")
-    unfinished.replace(file)
+    card = str(build_card(checkpoint))
+    with atomic_write(file) as stream:
+        stream.write(card)
     return file
 
 

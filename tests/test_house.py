@@ -38,8 +38,9 @@ FLOORS = [
     {"decoder_attncap", "encoder_attncap", "generation_attncap"},
     {"cache_attncap", "backbone_attncap", "word_vectors_attncap"},
     {"configuration_attncap"},
-    {"efficientnet_lite_attncap"},
+    {"efficientnet_lite_attncap", "pictures_attncap"},
     {"metrics"},
+    {"atomic"},
 ]
 METRICS_FLOORS = [
     {"__init__"},
@@ -109,7 +110,8 @@ def test_imports_run_one_way_among_the_metrics():
     for path in sorted((PACKAGE / "metrics").glob("*.py")):
         assert path.stem in METRICS_FLOOR, f"{path.name} has no floor in {Path(__file__).name}"
         for parts in imported_files(path):
-            assert parts[0] == "metrics" and METRICS_FLOOR[parts[1]] < METRICS_FLOOR[path.stem], f"{path.name} imports {parts}"
+            below = parts == ("atomic",) or (parts[0] == "metrics" and METRICS_FLOOR[parts[1]] < METRICS_FLOOR[path.stem])
+            assert below, f"{path.name} imports {parts}"
 
 
 def test_only_the_command_line_reaches_training_and_the_card():

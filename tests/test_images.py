@@ -84,10 +84,26 @@ def test_jpeg_base64_that_looks_like_an_absolute_path():
     assert load_image(text).size == scene().size
 
 
-def test_a_given_pil_image_is_neither_changed_nor_shared():
+def test_an_upright_rgb_image_in_memory_goes_through_as_it_is():
     source = scene()
+    assert load_image(source) is source
+    assert load_image(load_image(encode(source))) is not source
+
+
+@pytest.mark.parametrize("make", [lambda: scene().convert("L"), lambda: Image.open(io.BytesIO(encode(scene())))])
+def test_a_given_pil_image_of_another_kind_is_neither_changed_nor_shared(make):
+    source = make()
     load_image(source).paste((0, 255, 0), (0, 0, 24, 16))
-    assert close(source, scene())
+    assert np.array_equal(np.asarray(source), np.asarray(make()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_that_was_read_is_not_turned_again(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = load_image(encode(scene(24, 16), kind, exif=exif))
+    assert once.size == (16, 24) and not once.info
+    assert load_image(once) is once
 
 
 # ---------------------------------------------------------------------------------------------- colour modes
@@ -406,11 +422,14 @@ class Pages(http.server.BaseHTTPRequestHandler):
     """A small web of pictures, redirects and faults; `asked` counts what was requested."""
 
     asked: ClassVar[list[str]] = []
+    hosts: ClassVar[list[str]] = []
 
     def do_GET(self):
         self.asked.append(self.path)
+        self.hosts.append(self.headers["Host"])
         picture = encode(scene())
         redirect = {"/moved": "/picture.png?size=1", "/loop": "/loop", "/to-file": "file:///etc/hostname"}
+        redirect |= {"/to-other-script": "http://bücher.example/picture.png".encode().decode("latin-1")}
         redirect |= {"/to-private": f"http://127.0.0.1:{self.server.server_port}/picture.png"}  # pyright: ignore
         status, body = 200, picture
         if self.path == "/missing":
@@ -452,6 +471,7 @@ class Server(http.server.ThreadingHTTPServer):
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.setattr(Pages, "asked", [])
+    monkeypatch.setattr(Pages, "hosts", [])
     with Server(("127.0.0.1", 0), Pages) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -459,6 +479,7 @@ def site(monkeypatch):
 
 
 PUBLIC = "93.184.216.34"
+IN_LETTERS = "xn--bcher-kva.example"  # bücher.example, as DNS has it
 
 
 @pytest.fixture
@@ -468,7 +489,7 @@ def public_site(site, monkeypatch):
     resolve, dial = socket.getaddrinfo, socket.create_connection
 
     def fake_resolve(host, *args, **kwargs):
-        return resolve(PUBLIC if host == "pictures.example" else host, *args, **kwargs)
+        return resolve(PUBLIC if host in ("pictures.example", IN_LETTERS) else host, *args, **kwargs)
 
     def fake_dial(address, timeout):
         dialled.append(address[0])
@@ -604,6 +625,57 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch):
         load_image("http://pictures.example/a.png")
 
 
+@pytest.mark.parametrize(
+    "host", ["bücher.example", "BÜCHER.example", "b%C3%BCcher.example", "xn--bcher-kva.example", "bücher。example"]
+)
+def test_host_names_of_other_scripts(public_site, host):
+    assert close(load_image(f"http://{host}/picture.png"), scene())
+    assert public_site == [PUBLIC] and Pages.hosts == [IN_LETTERS]
+
+
+def test_redirect_to_a_host_name_of_another_script(public_site):
+    assert close(load_image("http://pictures.example/to-other-script"), scene())
+    assert Pages.hosts == ["pictures.example", IN_LETTERS]
+
+
+def test_a_host_name_keeps_the_letters_that_browsers_keep():
+    assert images._ascii_host("faß.de") == "xn--fa-hia.de"
+    assert images._ascii_host("fe80::1%25eth0") == "fe80::1%25eth0"
+
+
+def test_tls_is_asked_for_the_encoded_host_name(public_site, monkeypatch):
+    names = []
+    monkeypatch.setattr(images.socket, "create_connection", lambda *args, **kwargs: socket.socket())
+
+    class Context:
+        def wrap_socket(self, sock, server_hostname):
+            names.append(server_hostname)
+            sock.close()
+            raise OSError("no TLS in this test")
+
+    monkeypatch.setattr(images.ssl, "create_default_context", Context)
+    with pytest.raises(ImageError, match=r"https://bücher\.example/a\.png could not be fetched \(no TLS in this test\)"):
+        load_image("https://bücher.example/a.png")
+    assert names == [IN_LETTERS]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://\udcff/a.png", "http://a℀b.example/a.png", "http://-ü-.example/", f"http://{'ü' * 70}.example/"]
+)
+def test_host_names_that_cannot_be(url):
+    with pytest.raises(ImageError, match="(cannot|could not) be fetched"):
+        load_image(url)
+
+
+@settings(max_examples=100)
+@given(st.text(max_size=20))
+def test_any_text_behind_http_is_an_image_error_or_never_dialled(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [])
+        with pytest.raises(ImageError):
+            load_image(f"http://{text}/a.png")
+
+
 def test_importing_needs_no_torch():
-    script = "import runpy, sys; runpy.run_path(sys.argv[1]); assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script, str(images.__file__)], check=True)
+    script = "import hf_attncap.images, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_attncap import Captioner
-from hf_attncap.hub import refuse_occupied
+from hf_attncap.atomic import atomic_folder, refuse_occupied
 
 from .record import RECORD, blended, hand_on
 
@@ -32,7 +32,7 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
     if len(shares) != len(checkpoints) or not all(0 < share < math.inf for share in shares):
         given = ", ".join(f"{share:g}" for share in shares)
         raise ValueError(f"The shares are {given}: give {len(checkpoints)} finite ones above 0, one for each checkpoint.")
-    refuse_occupied(Path(out))
+    refuse_occupied(out)
     model = _load(checkpoints[-1])
     own = model.state_dict()
     mean = {name: value * (shares[-1] / sum(shares)) for name, value in own.items() if value.is_floating_point()}
@@ -46,9 +46,10 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
         for name, value in mean.items():
             value += other[name] * (share / sum(shares))
     model.load_state_dict(own | mean)
-    model.save_pretrained(out)
-    hand_on(checkpoints[-1], out)
-    (Path(out) / RECORD).write_text(json.dumps(blended(checkpoints, shares), indent=1) + "\n", encoding="utf-8")
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
+        hand_on(checkpoints[-1], folder)
+        (folder / RECORD).write_text(json.dumps(blended(checkpoints, shares), indent=1) + "\n", encoding="utf-8")
     return Path(out)
 
 

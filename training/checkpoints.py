@@ -1,6 +1,5 @@
 """Checkpoints and results of a run that are there whole or not at all, also if it is killed while it writes them."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from hf_attncap.atomic import flush_to_disk
 
 from .arguments import SettingError
 
@@ -29,7 +30,7 @@ def clear(output: Path) -> None:
 def appear(unfinished: Path, checkpoint: Path) -> None:
     """Give a whole checkpoint its name; one that had it is removed."""
     for file in unfinished.rglob("*"):
-        _sync(file)
+        flush_to_disk(file)
     discard(checkpoint)
     unfinished.replace(checkpoint)
 
@@ -39,6 +40,7 @@ def discard(checkpoint: Path) -> None:
     if checkpoint.exists():
         dying = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"
         dying.parent.mkdir(exist_ok=True)
+        shutil.rmtree(dying, ignore_errors=True)
         checkpoint.replace(dying)
         shutil.rmtree(dying, ignore_errors=True)
 
@@ -61,7 +63,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield unfinished
         for file in sorted(unfinished.rglob("*")):
             if file.is_file():
-                _sync(file)
+                flush_to_disk(file)
                 place = folder / file.relative_to(unfinished)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
@@ -94,9 +96,3 @@ def writing(output: Path, what: str, needed: int) -> Iterator[None]:
 def going_on(last: Path | None) -> str:
     """How a run that ended goes on."""
     return f"`--resume_from_checkpoint last` goes on from {last}" if last else "there is no checkpoint yet to go on from"
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())

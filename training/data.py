@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Lis
 from datasets import load_dataset as load_from_hub
 
 from hf_attncap.images import ImageError, load_image
+from hf_attncap.pictures_attncap import open_image
 
 from .arguments import DataArguments, SettingError
 from .formats import Entry, Role, Source, choose_split, from_shards, from_table, own_splits, read_file
@@ -101,7 +102,7 @@ def decoded(picture: dict[str, Any] | None, name: str | None) -> Any:
     """
     try:
         return load_image(stored_bytes(picture))
-    except (ImageError, OSError) as error:
+    except Exception as error:  # of many kinds: files, archives, networks
         place = name or (picture and picture.get("path")) or "without a name"
         raise ImageError(f"image {place}: {error}") from error
 
@@ -343,9 +344,12 @@ def _examined(row: dict[str, Any]) -> dict[str, Any]:
         data = stored_bytes(row["image"])
         found["digest"] = hashlib.sha256(data).hexdigest()
         image = load_image(data)
-        with PIL.Image.open(io.BytesIO(data)) as stored:
-            found["mode"] = stored.mode
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as stored:
+                found["mode"] = stored.mode
+        except Exception:  # its metadata are broken
+            found["mode"] = open_image(io.BytesIO(data)).mode
         found["width"], found["height"] = image.size
-    except (ImageError, OSError) as error:
+    except Exception as error:  # of many kinds: files, archives, networks
         found["problem"] = f"image {row['image_id']}: {error}"
     return found

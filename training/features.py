@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_attncap.atomic import atomic_write
+
 from .arguments import SettingError
 from .processes import on_main_process, together
 
@@ -143,13 +145,8 @@ def _record(path: Path, process: int) -> Path:
 
 
 def _write_record(record: Path, done: list[int]) -> None:
-    """Whole or not at all."""
-    new = record.with_suffix(".new")
-    with open(new, "w", encoding="utf-8") as file:
+    with atomic_write(record) as file:
         json.dump({"images_per_block": BLOCK, "done": sorted(done)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(record)
 
 
 def _read_records(path: Path) -> set[int] | None:

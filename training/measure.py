@@ -1,10 +1,11 @@
 """`results.json`: how good a finished captioner is, on captioned pictures, for its card and for comparisons."""
 
 import json
+import os
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import transformers
 from tqdm.auto import tqdm
 
 from hf_attncap import Captioner
+from hf_attncap.atomic import atomic_write
+from hf_attncap.captioner import is_strip, save_strip
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
 
 from .arguments import DataArguments, SettingError
@@ -31,6 +34,8 @@ DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_si
 def measure(checkpoint: str | Path, file: str, split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
     """Captions pictures with a checkpoint's own decoding settings, scores the captions and takes the time.
 
+    Pictures that cannot be read are left out, with a warning that names them: the scores are of the others.
+
     Args:
         checkpoint: folder of a captioner.
         file: captioned pictures in any format that training reads.
@@ -45,7 +50,8 @@ def measure(checkpoint: str | Path, file: str, split: str | None = None, image_d
         SettingError: for data that cannot be read.
         OSError: for a checkpoint that cannot be loaded.
     """
-    rows: Any = load_data(DataArguments(train_file=file, train_split=split, image_dir=image_dir)).train
+    arguments = DataArguments(train_file=file, train_split=split, image_dir=image_dir, skip_broken_images=True)
+    rows: Any = load_data(arguments).train
     captioner = Captioner.from_pretrained(checkpoint)
     references = dict(zip(rows["image_id"], rows["captions"]))
     captions, scores = caption(captioner, rows)
@@ -103,22 +109,31 @@ def _git(*command: str) -> str:
     return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-def draw_pictures(checkpoint: str | Path, pictures: Sequence[str]) -> list[dict[str, str]]:
+def draw_pictures(checkpoint: str | Path, pictures: Sequence[str], drawn: Collection[str] = ()) -> list[dict[str, str]]:
     """Film strips of where the captioner looked, one for each picture, as PNG in the checkpoint's folder.
+
+    Args:
+        checkpoint: folder of a captioner.
+        pictures: files.
+        drawn: names in the folder that earlier film strips have, and that may be replaced.
 
     Returns:
         `file` (its name) and `caption` of each.
 
     Raises:
         hf_attncap.images.ImageError: a picture cannot be read.
-        SettingError: two of them would have the same name.
+        SettingError: two of them would have the same name, or another file in the folder has it.
     """
     names = [f"picture_{Path(picture).stem}.png" for picture in pictures]
     if len(set(names)) < len(names):
         raise SettingError(f"Pictures of one name would replace each other: {', '.join(sorted(names))}. Rename one of them.")
+    places = [Path(checkpoint) / name for name in names]
+    for place in places:
+        if os.path.lexists(place) and place.name not in drawn and not is_strip(place):
+            raise SettingError(f"{place} was not drawn by `attncap card`, which would replace it: move it away.")
     results = Captioner.from_pretrained(checkpoint).caption(list(pictures))
-    for name, result in zip(names, results):
-        result.plot_attention(Path(checkpoint) / name)
+    for place, result in zip(places, results):
+        save_strip(result, place)
     return [{"file": name, "caption": result.text} for name, result in zip(names, results)]
 
 
@@ -131,14 +146,32 @@ def update_results(
         SettingError, OSError, hf_attncap.images.ImageError: as `measure` and `draw_pictures`; the results stay as they were.
     """
     place = Path(checkpoint) / RESULTS
-    results = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-    drawn = {picture["file"] for picture in results.get("pictures", [])}
+    results = _read_results(place)
+    drawn = _drawn(results)
     if pictures:
-        results["pictures"] = draw_pictures(checkpoint, pictures)
+        results["pictures"] = draw_pictures(checkpoint, pictures, drawn)
     if file is not None:
         results |= measure(checkpoint, file, split, image_dir)
-    unfinished = place.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(place)
+    with atomic_write(place) as stream:
+        stream.write(json.dumps(results, indent=1) + "\n")
     for name in drawn - {picture["file"] for picture in results.get("pictures", [])}:
         (Path(checkpoint) / name).unlink(missing_ok=True)
+
+
+def _read_results(place: Path) -> dict[str, Any]:
+    """What an earlier `attncap card` found; nothing if there was none."""
+    if not place.exists():
+        return {}
+    try:
+        results = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        results = None
+    if not isinstance(results, dict) or not results.keys() & {"pictures", "captions"}:
+        raise SettingError(f"{place} was not written by `attncap card`, which would replace it: move it away.")
+    return results
+
+
+def _drawn(results: dict[str, Any]) -> set[str]:
+    """The names of the pictures that an earlier `attncap card` drew in the folder."""
+    names = {picture["file"] for picture in results.get("pictures", [])}
+    return {name for name in names if name.startswith("picture_") and Path(name).name == name}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_attncap import Captioner
+from hf_attncap.atomic import atomic_folder, refuse_occupied
 
 from .record import hand_on
 
@@ -22,8 +23,10 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
 
     Raises:
         ValueError: if a weight does not fit float16, or generation has no such setting.
+        FileExistsError: `out` is there already and is not an empty folder, such as the checkpoint's own.
         OSError: the checkpoint cannot be loaded.
     """
+    refuse_occupied(out)
     model: Any = Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
@@ -31,11 +34,12 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
             raise ValueError(f"'{name}' in {checkpoint} has values beyond float16, up to {tensor.abs().max():.3g}.")
     if unknown := model.generation_config.update(**(generation or {})):
         raise ValueError(f"There are no such settings of generation: {', '.join(unknown)}.")
-    model.half().save_pretrained(out)
-    hand_on(checkpoint, out)
-    config = Path(out) / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(out) as folder:
+        model.half().save_pretrained(folder)
+        hand_on(checkpoint, folder)
+        config = folder / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     return Path(out)
 
 

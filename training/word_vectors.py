@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hf_attncap.atomic import atomic_write
+
 from .arguments import SettingError
 from .vocabulary import SPECIAL_TOKENS
 
@@ -72,9 +74,7 @@ def write_word_vectors(path: Path, captions: list[str], tokenizer: PreTrainedTok
     ids, vectors, share = train_word_vectors(captions, tokenizer, dim)
     logger.warning("word vectors: learned from %d captions, for %.2f %% of the tokens, in %s", len(captions), 100 * share, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with open(new, "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.write(f"{len(ids)} {dim}\n")
         for token, vector in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), vectors):
             file.write(f"{token} {' '.join(map(str, vector))}\n")
-    new.replace(path)

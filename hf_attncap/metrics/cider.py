@@ -6,7 +6,6 @@ Vedantam, Zitnick and Parikh (2015), "CIDEr: consensus-based image description e
 import io
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import atomic_write
 from .ngrams import (
     LONGEST,
     LOW,
@@ -60,9 +60,6 @@ class DocumentFrequencies:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one compressed file (numpy's .npz, whatever the name), whole or not at all."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder '{path.parent}' to write '{path}' to: make it first.")
         keys = self.index.keys[np.argsort(self.index.ids)]
         # Neighbouring keys share their prefix, and differences of neighbours pack well.
         arrays = {
@@ -74,11 +71,8 @@ class DocumentFrequencies:
             "last_words": (keys & LOW).astype(np.int32),
             "counts": self.counts.astype(np.int32),
         }
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            whole = Path(scratch) / "frequencies"
-            with whole.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            whole.replace(path)
+        with atomic_write(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DocumentFrequencies":

@@ -1,0 +1,160 @@
+"""Image files to upright pictures. Broken metadata never costs an image, here or in `pipeline("image-captioning")`."""
+
+import io
+import struct
+import zlib
+from typing import BinaryIO
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, and fails where another tag is malformed.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What a TIFF decoder needs to find and read the pixels; orientation is among them, and is dropped if its type is wrong.
+TIFF_TAGS = {*range(254, 260), 262, 263, 266, *range(273, 285), 292, 293, 297, 301, 317, 318, 319, *range(320, 326), 332, 338, 339}
+TIFF_TAGS |= {347, *range(512, 522), *range(529, 533)}
+TIFF_ORIENTATION, TIFF_SHORT = 274, 3
+
+
+class FormatError(ValueError):
+    """A file of a kind that is not read; the message says which, and the way out."""
+
+
+def open_image(stream: BinaryIO) -> Image.Image:
+    """Decode the image file in a seekable stream.
+
+    If that fails, it is tried again without the file's metadata: the error may have been in them alone.
+
+    Returns:
+        The loaded image, or the first frame of an animation, as stored: neither turned nor converted.
+
+    Raises:
+        FormatError: PostScript, or HEIC without `pillow-heif`.
+        PIL.UnidentifiedImageError: no image, or of an unknown format.
+        Exception: of nearly any type, from Pillow's decoders, for damaged files.
+    """
+    try:
+        return _loaded(stream)
+    except (FormatError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        stream.seek(0)
+        data = stream.read()
+        bare = without_metadata(data)
+        if bare != data:
+            try:
+                return _loaded(io.BytesIO(bare))
+            except Exception:
+                pass  # the first error says more
+        raise
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, or itself where that says nothing that can be understood."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's parser raises nearly every type there is on damaged EXIF
+        return image
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _loaded(stream: BinaryIO) -> Image.Image:
+    stream.seek(0)
+    try:
+        image = Image.open(stream)
+    except UnidentifiedImageError:
+        stream.seek(0)
+        if not _reads_heif(stream.read(12)):
+            raise
+        stream.seek(0)
+        image = Image.open(stream)
+    with image:
+        if image.format == "EPS":  # Pillow would run Ghostscript on it, a whole language from a stranger
+            raise FormatError("PostScript, not a picture; save it as JPEG or PNG")
+        image.load()
+        return image
+
+
+def _reads_heif(header: bytes) -> bool:
+    """Whether this is the beginning of a HEIC or HEIF file, which Pillow reads from now on."""
+    if header[4:8] != b"ftyp" or header[8:12] not in HEIF_BRANDS:
+        return False
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise FormatError('HEIC, which needs one more package: pip install "hf_attncap[heic]", or save it as JPEG') from error
+    register_heif_opener()
+    return True
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG, JPEG or TIFF file without what is not needed to decode its pixels; sound EXIF stays. Other files as they are."""
+    try:
+        if data.startswith(PNG_SIGNATURE):
+            return _bare_png(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            return _bare_jpeg(data)
+        if data.startswith((b"II*\0", b"MM\0*")):
+            return _bare_tiff(data)
+    except (struct.error, IndexError):  # cut off within metadata
+        pass
+    return data
+
+
+def _bare_png(data: bytes) -> bytes:
+    kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while place < len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        whole = data[place : place + length + 12]
+        kind, end = whole[4:8], whole[-4:]
+        sound = zlib.crc32(whole[4:-4]).to_bytes(4, "big") == end
+        # A capital letter marks what no decoder can do without.
+        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+            kept.append(whole)
+        place += length + 12
+    return b"".join(kept)
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    kept, place = [data[:2]], 2
+    while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the first scan
+        marker = data[place + 1]
+        if marker == 0xFF:  # filling
+            place += 1
+            continue
+        (length,) = struct.unpack_from(">H", data, place + 2)
+        body = data[place + 4 : place + 2 + length]
+        # The Adobe segment says how colours are stored.
+        needed = (marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12) or (
+            marker == 0xE1 and body.startswith(b"Exif\0\0")
+        )
+        if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(data[place : place + 2 + length])
+        place += 2 + length
+    return b"".join([*kept, data[place:]])
+
+
+def _bare_tiff(data: bytes) -> bytes:
+    order = "<" if data.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    kept = []
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", data, place)
+        if tag in TIFF_TAGS and (tag != TIFF_ORIENTATION or kind == TIFF_SHORT):
+            kept.append(data[place : place + 12])
+    entries = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # only the first picture
+    return data[:start] + entries + data[start + len(entries) :]
+
+
+__all__ = ["FormatError", "open_image", "upright", "without_metadata"]

@@ -1,0 +1,148 @@
+"""Pictures whose pixels are fine are captioned, whatever their metadata say, by every way in."""
+
+import base64
+import functools
+import http.server
+import io
+import sys
+import threading
+
+import numpy as np
+import pytest
+from odd_pictures import chunk, directory, encode, jpeg_with, odd_metadata, png_with, scene
+from PIL import Image
+from transformers import pipeline
+
+from hf_attncap import Captioner
+from hf_attncap.images import ImageError, load_image
+
+ODD = dict(odd_metadata())
+FEW = [
+    "JPEG exif wrong TIFF header",
+    "JPEG exif ratio over 0",
+    "JPEG exif cut off after 6 bytes",
+    "PNG exif noise",
+    "WEBP exif noise",
+]
+FEW += ["JPEG profile without numbers", "PNG iCCP 3", "TIFF orientation beyond the end"]
+
+
+def same_pixels(image: Image.Image, name: str) -> bool:
+    kind = name.split()[0]
+    expected = Image.open(io.BytesIO(encode(scene(), "JPEG", quality=95))) if kind == "JPEG" else scene()
+    return image.size == expected.size and np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def outcome(source, name: str) -> str:
+    try:
+        return "sound" if same_pixels(load_image(source), name) else f"{name}: other pixels"
+    except ImageError as error:
+        return f"{name}: {error}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_broken_metadata_cost_no_picture():
+    assert len(ODD) > 150
+    assert {outcome(data, name) for name, data in ODD.items()} == {"sound"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_broken_exif_of_an_open_picture_costs_nothing():
+    opened = {name: Image.open(io.BytesIO(data)) for name, data in ODD.items() if " exif " in name}
+    assert {outcome(image, name) for name, image in opened.items()} == {"sound"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_captioner_takes_them(tiny_checkpoint):
+    captioner = Captioner.from_pretrained(tiny_checkpoint)
+    results = captioner.caption([load_image(ODD[name]) for name in FEW])
+    assert all(same_pixels(result.image, name) for name, result in zip(FEW, results))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pipeline_takes_them(tiny_checkpoint, tmp_path):
+    captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
+    files = [tmp_path / f"{number}.img" for number in range(len(FEW))]
+    for file, name in zip(files, FEW):
+        file.write_bytes(ODD[name])
+    texts = [base64.b64encode(ODD[name]).decode() for name in FEW]
+    opened = [Image.open(file) for file, name in zip(files, FEW) if " exif " in name]
+    sound = captions([scene(), Image.open(io.BytesIO(encode(scene(), "JPEG", quality=95)))])
+    for sources in (files, list(map(str, files)), texts, [f"data:image/png;base64,{text}" for text in texts], opened):
+        for name, found in zip(FEW, captions(sources), strict=sources is not opened):
+            assert found == sound[name.startswith("JPEG")], name
+
+
+def test_pipeline_reads_urls_with_broken_metadata(tiny_checkpoint, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(ODD[FEW[0]])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert captions(f"{url}/a.jpg", timeout=20) == captions(str(tmp_path / "a.jpg"))
+        with pytest.raises(ValueError, match="This picture cannot be read: .*404"):
+            captions(f"{url}/missing.jpg")
+        server.shutdown()
+
+
+def test_a_sound_orientation_beside_a_broken_profile_counts():
+    sideways = directory((0x0112, 3, 1, b"\6\0\0\0"))
+    turned = [
+        jpeg_with((0xE1, b"Exif\0\0" + sideways), (0xE2, b"ICC_PROFILE\0")),
+        png_with(chunk(b"eXIf", sideways) + chunk(b"iCCP", b"")),
+    ]
+    for data in turned:
+        assert load_image(data).size == scene().size[::-1]
+
+
+def test_transparency_beside_a_broken_chunk_is_laid_on_white():
+    data = encode(Image.new("L", (4, 4)), "PNG", transparency=0)
+    assert load_image(data[:33] + chunk(b"gAMA", b"") + data[33:]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_damaged_picture_with_broken_metadata_is_still_refused():
+    data = jpeg_with((0xE2, b"ICC_PROFILE\0"))
+    with pytest.raises(ImageError, match="the bytes object of length"):
+        load_image(data[: len(data) // 2])
+
+
+def heic(**options) -> bytes:
+    pytest.importorskip("pillow_heif", reason="the extra heic is not installed").register_heif_opener()
+    return encode(scene(64, 48), "HEIF", quality=95, **options)
+
+
+def test_heic_is_read_and_turned_once(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright, turned = heic(), heic(exif=exif.tobytes())
+    monkeypatch.setattr(Image, "OPEN", {kind: opener for kind, opener in Image.OPEN.items() if kind not in ("HEIF", "AVIF")})
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
+    image = load_image(upright)
+    assert image.size == (64, 48)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(scene(64, 48))).mean() < 8
+    assert load_image(turned).size == (48, 64)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_without_its_package_names_it(monkeypatch, brand):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100)
+    with pytest.raises(ImageError, match=r'is HEIC, which needs one more package: pip install "hf_attncap\[heic\]"'):
+        load_image(data)
+
+
+def test_a_film_is_not_taken_for_heic(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="is not an image in a known format"):
+        load_image(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(100))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (1, 100_000), (100_000, 1)])
+def test_extreme_shapes_are_captioned_and_drawn(tiny_checkpoint, tmp_path, size):
+    result = Captioner.from_pretrained(tiny_checkpoint).caption(Image.new("RGB", size, "teal"))
+    assert result.image.size == size
+    result.plot_attention(tmp_path / "strip.png")
+    drawn = Image.open(tmp_path / "strip.png").size
+    assert min(drawn) > 100 and max(drawn) < 10_000
