@@ -22,7 +22,6 @@ from .configuration_attncap import AttnCapConfig
 from .decoder_attncap import AttnCapDecoder, DualAttention
 from .encoder_attncap import GridEncoder, GridEncoderOutput
 from .generation_attncap import AttnCapGenerationMixin
-from .packed_attncap import unroll_packed
 from .word_vectors_attncap import read_word_vectors
 
 
@@ -341,7 +340,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         _check_rows(input_ids, regions)
         place = torch.arange(1, labels.shape[1] + 1, device=labels.device)  # (T)
         lengths = ((labels != -100) * place).amax(dim=1).clamp(min=1)  # (R)
-        states = unroll_packed(self.model.decoder, input_ids, regions, lengths)
+        states = self.model.decoder(input_ids, regions, lengths=lengths)
         logits = self.lm_head(self.dropout(states.hidden))  # (P, V)
         where = states.rows, states.steps
         logits = logits.new_zeros(*labels.shape, logits.shape[-1]).index_put(where, logits)  # (R, T, V)
