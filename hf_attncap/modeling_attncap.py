@@ -25,7 +25,6 @@ from .encoder_attncap import GridEncoder, GridEncoderOutput
 from .generation_attncap import AttnCapGenerationMixin
 from .word_vectors_attncap import read_word_vectors
 
-
 logger = logging.get_logger(__name__)
 
 LABELS = "make labels with `processor(text_target=captions)`, which ends captions and pads them with -100 on the right"

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from accelerate import cpu_offload
+from datasets import Dataset, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
-from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
+from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapProcessor
+from training.arguments import CaptionTrainingArguments
+from training.collator import CaptionCollator
+from training.trainer import CaptionTrainer
 
 KINDS = ["none", "score", "channel", "history"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -160,3 +164,24 @@ def test_train_save_load_merge_generate(kind, tmp_path):
     assert type(merged) is AttnCapForConditionalGeneration
     assert torch.equal(merged.generate(**settings), trained)
     assert not torch.equal(tiny(word_attention=kind).eval().generate(**settings), trained)
+
+
+def test_adapters_train_with_the_caption_trainer(tiny_checkpoint, pictures, tmp_path):
+    """It takes the captioner with the adapters in it; PEFT saves them."""
+    data = Dataset.from_dict({"image": [str(p) for p in pictures], "captions": [["a black dog"], ["two red dogs"], ["a child"]]})
+    data = data.cast_column("image", Image()).add_column("image_id", ["0", "1", "2"])
+    config = LoraConfig(r=4, target_modules=[*ATTENTION_AND_GATE, "windows", "lm_head"])
+    model = get_peft_model(AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint), config)
+    processor = AttnCapProcessor.from_pretrained(tiny_checkpoint)
+    settings = {"max_steps": 20, "learning_rate": 0.05, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    arguments = CaptionTrainingArguments(str(tmp_path), remove_unused_columns=False, **settings)
+    collator = CaptionCollator(processor, captions_per_image=2)
+    trainer = CaptionTrainer(model.get_base_model(), arguments, data_collator=collator, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    model.save_pretrained(tmp_path)
+    base = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    merged = PeftModel.from_pretrained(base, str(tmp_path)).merge_and_unload()
+    inputs = processor(images=[row["image"] for row in data], return_tensors="pt")
+    assert torch.equal(merged.eval().generate(**inputs), model.eval().generate(**inputs))
