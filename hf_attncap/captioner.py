@@ -201,7 +201,7 @@ class Captioner:
             if not isinstance(config, AttnCapConfig):
                 raise ValueError(f"it is of type '{config.model_type}', not 'attncap'.")
             model: Any = AttnCapForConditionalGeneration.from_pretrained(source, config=config, **chosen)
-            processor = AttnCapProcessor.from_pretrained(source)
+            processor: Any = AttnCapProcessor.from_pretrained(source)
         except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             if is_folder:
                 raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
@@ -210,6 +210,7 @@ class Captioner:
             raise OSError(
                 f"'{source}' is no folder, and cannot be loaded from the Hub as a captioner ({reason.rstrip('.')}): {NAMING}."
             ) from error
+        processor.image_processor.warn_of_other_statistics(config)
         return cls(model.to(device), processor)
 
     @overload

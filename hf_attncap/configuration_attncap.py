@@ -29,8 +29,9 @@ class AttnCapConfig(PreTrainedConfig):
         trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2 and of 9 in
             EfficientNets, where each stage is one; those before stay as they are. `None` for all of them.
         freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
-        image_mean, image_std: what the backbone's weights expect of their input, one value or one a channel; processors made for a
-            new model take them from here.
+        image_mean, image_std: what the backbone's weights expect of their input, one value or one per channel.
+            `AttnCapImageProcessor.from_config` makes the processor of a new model from them. Afterwards the saved processor's
+            own values are used, and loading warns if they differ from these.
         encoder_channels: C, the windows of the 1x1 convolution that replaces the classifier.
         grid_size: side or (height, width) of the region grid, by adaptive average pooling; `None` keeps the trunk's own grid.
         vocab_size: V, words in the vocabulary, special tokens included.

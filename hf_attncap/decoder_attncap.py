@@ -5,7 +5,7 @@ N = H * W regions, T words, C region channels, E word embedding, S LSTM state, A
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from .cache_attncap import AttnCapCache
 from .configuration_attncap import AttnCapConfig
+from .packed_attncap import PackedStates, StepResult, unroll_packed
 
 
 class DualAttention(GradientCheckpointingLayer):
@@ -117,35 +118,6 @@ class DualAttention(GradientCheckpointingLayer):
         return torch.bmm(beta[:, None], e).squeeze(1), beta  # (R, E), (R, t)
 
 
-class CellWeights(NamedTuple):
-    """An LSTM cell's weights for x (4S, E), for z (4S, C) and for h (4S, S), and its two biases (4S)."""
-
-    word_in: torch.Tensor
-    region_in: torch.Tensor
-    state_in: torch.Tensor
-    bias_in: torch.Tensor
-    bias_state: torch.Tensor
-
-
-class OpenCell(nn.LSTMCell):
-    """An LSTM cell for [x ; z] that leaves the products to the decoder, which may know x of all steps at once.
-
-    The weights are asked for by a call because a call brings them where they are offloaded.
-    """
-
-    def forward(self, width: int) -> CellWeights:  # type: ignore[override]
-        """The weights, x being `width` wide."""
-        word_in, region_in = self.weight_ih.tensor_split([width], dim=1)
-        return CellWeights(word_in, region_in, self.weight_hh, self.bias_ih, self.bias_hh)
-
-
-def lstm_step(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The LSTM's h and c (R, S) after a step, from what its gates are fed (R, 4S) and c before it."""
-    i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
 @dataclass
 class DecoderOutput(ModelOutput):
     """`last_hidden_state`: what the output layer sees, (R, T, E), or (R, T, S) without deep output; the rest as in the model."""
@@ -167,7 +139,7 @@ class AttnCapDecoder(nn.Module):
         self.attention = DualAttention(config)
         self.init_h = nn.Linear(channels, state)  # W_h
         self.init_c = nn.Linear(channels, state)  # W_c
-        self.cell = OpenCell(embed + channels, state)
+        self.cell = nn.LSTMCell(embed + channels, state)  # of [x ; z]
         self.gate = nn.Linear(state, channels) if config.gate else None  # W_g
         self.deep_output = config.deep_output
         if config.deep_output:
@@ -186,6 +158,23 @@ class AttnCapDecoder(nn.Module):
             self.attention.region_proj(regions),
         )
 
+    def step(self, h: torch.Tensor, c: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor, *words: Any) -> StepResult:
+        """Read one word. Every layer is called, so that hooks, adapters and offloading work.
+
+        Args:
+            h, c: the state, (R, S) each.
+            keys, regions: K (B, N, A) and a (B, N, C).
+            words: e, u, memory_e, memory_u and mask, as `DualAttention` takes them.
+
+        Returns:
+            h and c after the word (R, S), z after the gate (R, C), and alpha (R, N) and beta as `DualAttention` returns them.
+        """
+        z, alpha, x, beta = self.attention(self.attention.query_proj(h), keys, regions, *words)
+        if self.gate is not None:
+            z = torch.sigmoid(self.gate(h)) * z  # (R, C)
+        h, c = self.cell(torch.cat([x, z], dim=-1), (h, c))  # (R, S)
+        return h, c, z, alpha, beta
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -194,8 +183,14 @@ class AttnCapDecoder(nn.Module):
         past: AttnCapCache | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-    ) -> DecoderOutput:
-        """Unroll over the words (R, T), after those that the cache already holds."""
+        lengths: torch.Tensor | None = None,
+    ) -> DecoderOutput | PackedStates:
+        """Unroll over the words (R, T), after those that the cache already holds.
+
+        With `lengths` (R), the steps that each caption needs, the result is that of `unroll_packed`, without mask and cache.
+        """
+        if lengths is not None:
+            return unroll_packed(self, input_ids, regions, lengths)
         rows, length = input_ids.shape
         e = self.embed_tokens(input_ids)  # (R, T, E)
         kind, attend = self.attention.kind, self.attention
@@ -211,23 +206,13 @@ class AttnCapDecoder(nn.Module):
         memory_u, memory_e, memory_mask = self._remember(u, e, attention_mask, past)  # (R, t0 + T, .)
         earlier = 0 if memory_e is None else memory_e.shape[1] - length
 
-        weights = self.cell(e.shape[-1])
-        word_gates: Any = ()
-        if kind in ("none", "score"):
-            word_gates = F.linear(e, weights.word_in, weights.bias_in).unbind(1)  # T of (R, 4S), all words in one product
         # unbind, not [:, t]: its gradient is one stack instead of T tensors of zeros
         e_t, u_t = e.unbind(1), (None,) * length if u is None else u.unbind(1)  # T of (R, E), T of (R, A)
         states, cells, glimpses, alphas, betas = [], [], [], [], []
         for t in range(length):
             end = earlier + t + 1
             memory = [None if x is None else x[:, :end] for x in (memory_e, memory_u, memory_mask)]  # (R, t, .)
-            q = attend.query_proj(h)  # (R, A)
-            z, alpha, x, beta = attend(q, keys, regions, e_t[t], u_t[t], *memory)  # (R, C), (R, N), (R, E), (R, .)
-            if self.gate is not None:
-                z = torch.sigmoid(self.gate(h)) * z  # (R, C)
-            gates = word_gates[t] if beta is None else F.linear(x, weights.word_in, weights.bias_in)  # (R, 4S)
-            gates = gates + F.linear(z, weights.region_in) + F.linear(h, weights.state_in, weights.bias_state)  # (R, 4S)
-            new_h, new_c = lstm_step(gates, c)  # (R, S)
+            new_h, new_c, z, alpha, beta = self.step(h, c, keys, regions, e_t[t], u_t[t], *memory)
             if attention_mask is not None:
                 is_word = attention_mask[:, t, None]  # (R, 1)
                 new_h, new_c = torch.where(is_word, new_h, h), torch.where(is_word, new_c, c)
@@ -281,4 +266,4 @@ class AttnCapDecoder(nn.Module):
         return torch.stack([F.pad(beta, (0, width - beta.shape[-1])) for beta in betas], dim=1)
 
 
-__all__ = ["AttnCapDecoder", "DualAttention", "OpenCell", "lstm_step"]
+__all__ = ["AttnCapDecoder", "DualAttention"]

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
 
@@ -16,6 +17,24 @@ GONE = {
     GenerationMode.CONTRASTIVE_SEARCH: "sampling with `top_p`, or beams with `repetition_penalty`",
     GenerationMode.DOLA_GENERATION: "greedy or beam search; the decoder has one layer, so there are none to contrast",
 }
+
+
+class StopAtText(StoppingCriteria):
+    """Ends a caption whose last token completes one of the texts, wherever in it they begin.
+
+    transformers' own criterion looks for a made-up prefix in what the tokenizer writes, and a vocabulary of words lacks it.
+    """
+
+    def __init__(self, texts: str | list[str], tokenizer: Any):
+        self.texts = [texts] if isinstance(texts, str) else list(texts)
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = input_ids.tolist()  # (R, T)
+        before = self.tokenizer.batch_decode([row[:-1] for row in rows], skip_special_tokens=True)
+        now = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ends = [any(old.count(text) < new.count(text) for text in self.texts) for old, new in zip(before, now)]
+        return torch.tensor(ends, device=input_ids.device)  # (R)
 
 
 class AttnCapGenerationMixin(GenerationMixin):
@@ -37,6 +56,15 @@ class AttnCapGenerationMixin(GenerationMixin):
         if custom_generate is None and generation_mode in GONE:
             raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
         return None
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria, tokenizer=None, **kwargs: Any):
+        """`stop_strings` are looked for in the caption's text, whatever the kind of the tokenizer."""
+        texts, own = generation_config.stop_strings, StoppingCriteriaList(stopping_criteria or [])
+        if texts is None or tokenizer is None:  # without a tokenizer the library says that it needs one
+            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        generation_config.stop_strings = None
+        own.append(StopAtText(texts, tokenizer))
+        return super()._get_stopping_criteria(generation_config, own, None, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

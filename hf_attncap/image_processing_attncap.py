@@ -1,10 +1,15 @@
 """Images to `pixel_values`: RGB, squashed to a square, scaled and normalised as the backbone was trained."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .configuration_attncap import AttnCapConfig
+
+logger = logging.get_logger(__name__)
 
 
 class AttnCapImageProcessor(TorchvisionBackend):
@@ -13,6 +18,9 @@ class AttnCapImageProcessor(TorchvisionBackend):
     Each class attribute is an argument of the constructor too, is saved with `save_pretrained` and can be
     overridden in a single call. Defaults: `do_convert_rgb`; `do_resize` to `size` 224 x 224 with `resample`
     bilinear (antialiased); `do_rescale` by 1/255; `do_normalize` with ImageNet's `image_mean`, `image_std`.
+
+    For a new model, use `from_config`: backbones differ in the mean and standard deviation that they expect. A saved
+    processor keeps its own, and they are what counts, whatever the model's config says.
 
     The picture is squashed to the square, never cropped: captions speak of what stands at the edges.
     """
@@ -28,6 +36,27 @@ class AttnCapImageProcessor(TorchvisionBackend):
     do_normalize = True
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
+
+    @classmethod
+    def from_config(cls, config: AttnCapConfig, **kwargs: Any) -> Self:
+        """The image processor of a new model.
+
+        Args:
+            config: of the model; its `image_mean` and `image_std` are what the backbone expects.
+            kwargs: further arguments of the constructor, such as `size`.
+        """
+        return cls(image_mean=list(config.image_mean), image_std=list(config.image_std), **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def warn_of_other_statistics(self, config: AttnCapConfig) -> None:
+        """Logs a warning if the config of the model that it was saved with has another mean or standard deviation."""
+        for name in ("image_mean", "image_std"):
+            own, other = getattr(self, name), list(getattr(config, name))
+            own = [own] * 3 if isinstance(own, (int, float)) else list(own)
+            if own != other:
+                logger.warning(
+                    f"The processor's `{name}` is {own}, but the config's is {other}. The processor's values are used. If the "
+                    "model was trained with the config's, save `AttnCapImageProcessor.from_config(config)` in its folder."
+                )
 
 
 __all__ = ["AttnCapImageProcessor"]

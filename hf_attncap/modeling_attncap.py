@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_attncap import build_trunk, load_backbone_weights
@@ -22,8 +23,11 @@ from .configuration_attncap import AttnCapConfig
 from .decoder_attncap import AttnCapDecoder, DualAttention
 from .encoder_attncap import GridEncoder, GridEncoderOutput
 from .generation_attncap import AttnCapGenerationMixin
-from .packed_attncap import unroll_packed
 from .word_vectors_attncap import read_word_vectors
+
+logger = logging.get_logger(__name__)
+
+LABELS = "make labels with `processor(text_target=captions)`, which ends captions and pads them with -100 on the right"
 
 
 class AttnCapPreTrainedModel(PreTrainedModel):
@@ -199,6 +203,19 @@ def _label_rows(labels: torch.Tensor, *pictures: Any) -> torch.Tensor:
     return labels.flatten(0, 1)
 
 
+def _refuse_prompts(labels: torch.Tensor, prompts: Any) -> None:
+    """Raises for labels that are the `input_ids` of the same batch, as recipes for other captioners have it."""
+    if prompts is not None and prompts.shape == labels.shape and ((labels == prompts) | (labels == -100)).all():
+        raise ValueError(f"`labels` are the `input_ids`, which are prompts without an end: {LABELS}.")
+
+
+def _padding_last(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (R, T) that a collator padded on the left, with the padding on the right; others as they are."""
+    first = (labels != -100).int().argmax(dim=1, keepdim=True)  # (R, 1)
+    place = torch.arange(labels.shape[1], device=labels.device)  # (T)
+    return labels.gather(1, (place + first) % labels.shape[1])
+
+
 def _mask_of_new_words(mask, decoder_input_ids, past) -> torch.Tensor | None:
     """The mask (R, T) of the new positions alone, or None if it masks nothing that is known to be padding."""
     if mask is None:
@@ -300,7 +317,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
 
         Args:
             labels: (B, k, T) words and end token, -100 where there is none: k captions per image. Or (R, T), R a multiple of B,
-                the captions of an image adjacent.
+                the captions of an image adjacent. They are what `processor(text_target=captions)` returns. Where -100 comes
+                first, it is moved behind the words.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
 
         The other arguments are those of [`AttnCapModel.forward`].
@@ -310,13 +328,21 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             the attentions as in [`AttnCapModel.forward`].
 
         Raises:
-            ValueError: the labels are of another number of images.
+            ValueError: the labels are of another number of images, hold padding, or are prompts; the Trainer withholds them.
         """
+        given = decoder_input_ids
         if labels is not None:
             labels = _label_rows(labels, encoder_outputs, pixel_values, backbone_features)  # (R, T)
             use_cache = False if use_cache is None else use_cache
+            _refuse_prompts(labels, kwargs.get("input_ids"))
             if decoder_input_ids is None:
+                labels = _padding_last(labels)
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif decoder_input_ids is None and num_items_in_batch is not None:
+            raise ValueError(
+                "The Trainer withholds `labels` because of `label_smoothing_factor`: leave it out, and set `label_smoothing` in "
+                "the model's config (`model.config.label_smoothing = 0.1`)."
+            )
         want_attention = self.config.output_attentions if output_attentions is None else output_attentions
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         past = past_key_values if cache is None else cache
@@ -325,7 +351,10 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         if self.training and plain and labels is not None and decoder_input_ids is not None:
             if encoder_outputs is None:
                 encoder_outputs = self.model.encoder(pixel_values, backbone_features)
+            self._check_labels(labels, given)  # now that the encoder's work is queued: it waits for the GPU
             return self._learn(encoder_outputs[0], decoder_input_ids, labels, num_items_in_batch)
+        if labels is not None:
+            self._check_labels(labels, given if decoder_attention_mask is None else None)
         out = self.model(
             pixel_values,
             decoder_input_ids,
@@ -360,13 +389,32 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         _check_rows(input_ids, regions)
         place = torch.arange(1, labels.shape[1] + 1, device=labels.device)  # (T)
         lengths = ((labels != -100) * place).amax(dim=1).clamp(min=1)  # (R)
-        states = unroll_packed(self.model.decoder, input_ids, regions, lengths)
+        states = self.model.decoder(input_ids, regions, lengths=lengths)
         logits = self.lm_head(self.dropout(states.hidden))  # (P, V)
         where = states.rows, states.steps
         logits = logits.new_zeros(*labels.shape, logits.shape[-1]).index_put(where, logits)  # (R, T, V)
         alpha = states.alpha.new_zeros(*labels.shape, regions.shape[1]).index_put(where, states.alpha)  # (R, T, N)
         loss = self.caption_loss(logits, labels, alpha, num_items)
         return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=regions)
+
+    def _check_labels(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> None:
+        """Refuses labels (R, T) with padding among the words, and given inputs (R, T) that have it before one; warns of no end."""
+        pad, end = self.config.pad_token_id, self.config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        if pad in ends or end is None:
+            return
+        wrong = labels == pad  # (R, T)
+        if input_ids is not None:
+            from_padding = (input_ids == pad) & (labels != -100)  # (R, T)
+            wrong = wrong[:, 1:] | from_padding[:, 1:] if pad == self.config.decoder_start_token_id else wrong | from_padding
+        ended = torch.isin(labels, torch.tensor(ends, device=labels.device))  # (R, T)
+        padded, complete = torch.stack([wrong.any(), ended.any()]).tolist()
+        if padded:
+            raise ValueError(f"`labels` have padding (id {pad}) among or before the words, which would be learned: {LABELS}.")
+        if not complete:
+            logger.warning_once(
+                f"No label of this batch is an end token. Unless all captions were cut, they will not end: {LABELS}."
+            )
 
     def caption_loss(
         self,

@@ -1,14 +1,17 @@
 """The decoder unrolled for training: no step behind the end of a caption, and one product for each weight's gradient.
 
-The same states as `AttnCapDecoder.forward`, which is the plain way to them and serves everywhere else. Letters as there.
+`AttnCapDecoder.forward` gives the same states in the plain way, and serves everywhere else. Letters as there.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
-from .decoder_attncap import AttnCapDecoder, lstm_step
+# h and c (R, S), z (R, C), alpha (R, N), and beta or None.
+StepResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class PackedStates(NamedTuple):
@@ -79,13 +82,53 @@ class SharedLinear:
         return _Use.apply(x, self.weight, self.bias, self.uses)  # type: ignore[return-value]
 
 
-def unroll_packed(decoder: AttnCapDecoder, input_ids: torch.Tensor, regions: torch.Tensor, lengths: torch.Tensor) -> PackedStates:
-    """Unroll an `AttnCapDecoder` over captions of different lengths, without a cache.
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but its own product, so that `FusedStep` may read its weights instead.
+
+    Adapters and parametrizations change the layer's class. Hooks, offloading and quantised weights act during the call.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer) in (nn.Linear, nn.LSTMCell)
+        and "forward" not in vars(layer)  # accelerate's hooks put one there
+        and not any(hooks)
+        and not _has_any_global_hook()
+        and all(type(weight) is nn.Parameter for weight in layer.parameters())
+    )
+
+
+class FusedStep:
+    """`AttnCapDecoder.step` for plain layers: one product with the state, and one for each weight's gradient over all steps."""
+
+    def __init__(self, decoder: Any):
+        query, gate, cell = decoder.attention.query_proj, decoder.gate, decoder.cell
+        linears = [query] if gate is None else [query, gate]
+        weights = [*(linear.weight for linear in linears), cell.weight_hh]
+        biases = [*(linear.bias for linear in linears), cell.bias_hh + cell.bias_ih]
+        self.attention = decoder.attention
+        self.from_state = SharedLinear(torch.cat(weights), torch.cat(biases))
+        self.from_input = SharedLinear(cell.weight_ih)
+        self.sizes = [len(weight) for weight in weights]  # A, C where there is a gate, 4S
+
+    def __call__(self, h: torch.Tensor, c: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor, *words: Any) -> StepResult:
+        q, *gate, gates = self.from_state(h).split(self.sizes, dim=-1)  # (R, A), (R, C), (R, 4S)
+        z, alpha, x, beta = self.attention(q, keys, regions, *words)  # (R, C), (R, N), (R, E)
+        if gate:
+            z = torch.sigmoid(gate[0]) * z  # (R, C)
+        gates = gates + self.from_input(torch.cat([x, z], dim=-1))  # (R, 4S)
+        i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
+        return torch.sigmoid(o) * torch.tanh(c), c, z, alpha, beta
+
+
+def unroll_packed(decoder: Any, input_ids: torch.Tensor, regions: torch.Tensor, lengths: torch.Tensor) -> PackedStates:
+    """Unroll a decoder over captions of different lengths, without a cache.
 
     Images go by their longest caption, so that a step has the images that still need it: a slice. Of a caption that is shorter
     than its image's longest one, the steps behind its end are computed and dropped.
 
     Args:
+        decoder: an `AttnCapDecoder`.
         input_ids: (R, T), the start token first.
         regions: a, (B, N, C); R is a multiple of B.
         lengths: steps that each caption needs, (R), 0 to T.
@@ -102,7 +145,8 @@ def unroll_packed(decoder: AttnCapDecoder, input_ids: torch.Tensor, regions: tor
     u = attend.word_proj(e) if attend.kind != "none" else None  # (R, T, A)
     h, c, keys = decoder.begin(regions, input_ids.shape[0])  # (R, S), (R, S), (B, N, A)
     memory = (e, u) if attend.kind == "history" else (None, None)  # (R, T, .)
-    from_state, from_input, word_gates, sizes = _products(decoder, e)
+    sequential = [attend.query_proj, decoder.cell, *([] if decoder.gate is None else [decoder.gate])]
+    step = FusedStep(decoder) if all(map(is_plain, sequential)) else decoder.step
     e_t: Any = e.unbind(1)  # T of (R, E)
     u_t: Any = None if u is None else u.unbind(1)  # T of (R, A)
     states, glimpses, alphas = [], [], []
@@ -112,15 +156,9 @@ def unroll_packed(decoder: AttnCapDecoder, input_ids: torch.Tensor, regions: tor
         n = count * per_image  # the captions of the images that have a word here
         if n < h.shape[0]:
             h, c, keys, regions = h[:n], c[:n], keys[:count], regions[:count]
-        q, gate, gates = from_state(h).split(sizes, dim=-1)  # (n, A), (n, C or 0), (n, 4S)
         u_now = None if u_t is None else u_t[t][:n]  # (n, A)
         so_far = [None if x is None else x[:n, : t + 1] for x in memory]  # (n, t + 1, .)
-        z, alpha, x, _ = attend(q, keys, regions, e_t[t][:n], u_now, *so_far)  # (n, C), (n, N), (n, E)
-        if decoder.gate is not None:
-            z = torch.sigmoid(gate) * z  # (n, C)
-        seen = z if word_gates else torch.cat([x, z], dim=-1)  # (n, C) or (n, E + C)
-        gates = gates + from_input(seen) + (word_gates[t][:n] if word_gates else 0)  # (n, 4S)
-        h, c = lstm_step(gates, c)  # (n, S)
+        h, c, z, alpha, _ = step(h, c, keys, regions, e_t[t][:n], u_now, *so_far)  # (n, S), (n, S), (n, C), (n, N)
         states.append(h)
         glimpses.append(z)
         alphas.append(alpha)
@@ -135,20 +173,4 @@ def unroll_packed(decoder: AttnCapDecoder, input_ids: torch.Tensor, regions: tor
     return PackedStates(hidden, torch.cat(alphas)[wanted], rows[taken], steps)
 
 
-def _products(decoder: AttnCapDecoder, e: torch.Tensor) -> tuple[SharedLinear, SharedLinear, Any, list[int]]:
-    """What the state is multiplied with, all in one; what the attended word and regions are; and the words' part, known at once.
-
-    The sizes are those of what comes from the state: q (A), the gate (C, or 0) and its share of the LSTM's gates (4S).
-    """
-    cell = decoder.cell(e.shape[-1])
-    query, gate = decoder.attention.query_proj, decoder.gate
-    parts = [(query.weight, query.bias), *([(gate.weight, gate.bias)] if gate is not None else [])]
-    parts.append((cell.state_in, cell.bias_state + cell.bias_in))
-    from_state = SharedLinear(torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts]))
-    sizes = [query.out_features, gate.out_features if gate is not None else 0, cell.state_in.shape[0]]
-    if decoder.attention.kind in ("none", "score"):
-        return from_state, SharedLinear(cell.region_in), F.linear(e, cell.word_in).unbind(1), sizes
-    return from_state, SharedLinear(torch.cat([cell.word_in, cell.region_in], dim=1)), None, sizes
-
-
-__all__ = ["PackedStates", "unroll_packed"]
+__all__ = ["PackedStates", "StepResult", "unroll_packed"]

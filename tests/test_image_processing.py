@@ -6,7 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
+from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapProcessor, Captioner
 from hf_attncap.image_processing_attncap import AttnCapImageProcessor
+from training.arguments import ModelArguments
+from training.train import build_captioner
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -63,3 +66,31 @@ def test_settings_survive_saving_and_yield_to_the_call(tmp_path):
     assert values.shape == (1, 3, 32, 48)
     assert second(image, size=16, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
     assert AttnCapImageProcessor().size != second.size
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), (0.5, 0.25)])
+def test_a_new_models_processor_has_the_statistics_of_its_config(mean, std):
+    config = AttnCapConfig(backbone="mobilenet_v3_small", image_mean=mean, image_std=std)
+    image = noise(32, 32)
+    values = AttnCapImageProcessor.from_config(config, size=32)(image, return_tensors="pt")["pixel_values"][0]
+    expected = tvf.pil_to_tensor(image) / 255 - torch.tensor(mean).expand(3)[:, None, None]
+    torch.testing.assert_close(values, expected / torch.tensor(std).expand(3)[:, None, None])
+
+
+@pytest.mark.parametrize("statistics", [{"image_mean": [0.5, 0.5, 0.5]}, {"image_std": 0.5}])
+def test_loading_warns_where_config_and_processor_disagree(tiny_checkpoint, tmp_path, monkeypatch, statistics):
+    AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    processor = AttnCapProcessor.from_pretrained(tiny_checkpoint)
+    said = []
+    monkeypatch.setattr("hf_attncap.image_processing_attncap.logger.warning", said.append)
+    processor.save_pretrained(tmp_path)
+    Captioner.from_pretrained(tmp_path, device="cpu")
+    assert not said
+    for name, value in statistics.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(tmp_path)
+    captioner = Captioner.from_pretrained(tmp_path, device="cpu")
+    build_captioner(ModelArguments(model_name_or_path=str(tmp_path), model_config={}), [["a dog"]], tmp_path)
+    name = next(iter(statistics))
+    assert len(said) == 2 and all(f"`{name}` is [0.5, 0.5, 0.5]" in warning for warning in said)
+    assert np.allclose(getattr(captioner.processor.image_processor, name), 0.5), "the processor's are used"

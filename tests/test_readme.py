@@ -1,5 +1,5 @@
-"""Every command and every Python snippet of the README, docs/metrics.md and training/README.md runs, on generated data; those of
-RESULTS.md are at least known."""
+"""Every command and every Python snippet of the README, docs/metrics.md, docs/fine_tuning.md and training/README.md runs, on
+generated data; those of RESULTS.md are at least known."""
 
 import io
 import json
@@ -154,3 +154,15 @@ def test_scores_named_are_those_of_the_package_as_measured():
 def test_python_snippet(snippet, folder, monkeypatch):
     monkeypatch.chdir(folder)
     exec(compile(snippet, "snippet", "exec"), {"__name__": "readme"})
+
+
+def test_python_of_fine_tuning(folder, monkeypatch):
+    """Its blocks go on from one another; what they save can be loaded."""
+    monkeypatch.chdir(folder)
+    snippets, names = blocks("python", "docs/fine_tuning.md"), {"__name__": "readme"}
+    assert len(snippets) == 2 and "Seq2SeqTrainer(" in snippets[0] and "get_peft_model(" in snippets[1]
+    for snippet in snippets:
+        exec(compile(snippet, "snippet", "exec"), names)
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= {
+        path.name for path in (folder / "runs" / "merged").iterdir()
+    }

@@ -74,7 +74,9 @@ def build_captioner(
             )
         try:
             model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
-            return model, AttnCapProcessor.from_pretrained(path)
+            processor: Any = AttnCapProcessor.from_pretrained(path)
+            processor.image_processor.warn_of_other_statistics(model.config)
+            return model, processor
         except (OSError, StrictDataclassError) as error:
             raise SettingError(
                 f"`model_name_or_path`: {path} cannot be loaded as a captioner: {str(error).splitlines()[0]}"
@@ -106,8 +108,7 @@ def build_captioner(
         raise SettingError(str(error)) from error
     model.generation_config.update(max_new_tokens=MAX_NEW_TOKENS, num_beams=3, no_repeat_ngram_size=3)
     side = {"height": arguments.image_size, "width": arguments.image_size}
-    image_processor = AttnCapImageProcessor(size=side, image_mean=config.image_mean, image_std=config.image_std)
-    return model, AttnCapProcessor(image_processor, tokenizer)
+    return model, AttnCapProcessor(AttnCapImageProcessor.from_config(config, size=side), tokenizer)
 
 
 def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[str], tokenizer: Any, output: Path) -> str | None:
