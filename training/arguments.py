@@ -84,12 +84,15 @@ class DataArguments:
     validation_share: float = field(
         default=0.0, metadata={"help": "Share of the training images that is split off for validation, the same ones in every run."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of their paths."})
-    captions_column: str = field(
-        default="captions",
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the images or of their paths; default: image, or the only one with a usual name (path, ...)."},
+    )
+    captions_column: str | None = field(
+        default=None,
         metadata={
-            "help": "Column of the captions, a list of strings an image, or one string (rows of an image are put together); "
-            "several columns of one row joined by '+'."
+            "help": "Column of the captions: a list of strings per image, or one string (rows of an image are put together). "
+            "Several columns of one row are joined by '+'. Default: captions, or the one with a usual name (caption, text, ...)."
         },
     )
     image_id_column: str | None = field(
