@@ -28,12 +28,13 @@ def with_columns(name: str, columns: Collection[str], arguments: DataArguments, 
     Raises:
         SettingError: a column that is set is missing, none has a usual name, or several have one.
     """
-    images = [column for column, feature in (features or {}).items() if isinstance(feature, Image)] or columns
+    images = [column for column, feature in (features or {}).items() if isinstance(feature, Image)] or list(columns)
+    typed = images != list(columns)
     found = {
         "image_column": arguments.image_column or _recognised(name, "image_column", images, IMAGE_COLUMNS),
         "captions_column": arguments.captions_column or _recognised(name, "captions_column", columns, CAPTION_COLUMNS),
     }
-    if found["image_column"] is None and images is not columns and len(images) == 1:
+    if found["image_column"] is None and typed and len(images) == 1:
         found["image_column"] = images[0]
     _say(name, arguments, found)
     usual = {"image_column": IMAGE_COLUMNS[0], "captions_column": CAPTION_COLUMNS[0]}

@@ -4,6 +4,7 @@ import csv
 import glob
 import hashlib
 import io
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from hf_attncap.metrics.files import CaptionFileError, JsonLines, read_json, rea
 
 from .arguments import DataArguments, SettingError
 from .columns import CAPTION_COLUMNS, captions_columns, check_columns, id_column_of, with_columns, with_shard_columns
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["train", "validation"]
 KINDS = "Parquet (.parquet), CSV (.csv, .tsv, .txt), JSON lines (.jsonl), Karpathy's splits or COCO's annotations (.json), "
@@ -138,6 +141,8 @@ def from_table(table: Dataset, name: str, arguments: DataArguments, folder: Path
         paths = [value and str(folder / value) for value in table[image_column][:]]
     else:
         pictures, paths = _pictures(table, name, image_column)
+        if arguments.image_dir:
+            logger.warning("`image_dir` is not used: %s holds the images themselves", name)
         if not id_column and None in paths and any(single for _, single in captions):
             ids = list(_digests(pictures))
     entries = [Entry(row, paths[row], ids[row], *captions[row]) for row in range(len(table))]
@@ -176,7 +181,7 @@ def shard_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
     """The captions of an example: its `captions_column`, that of its JSON member, or the lines of its text member."""
     member = row.get("json") or {}
     usual = next((name for name in CAPTION_COLUMNS if name in member), None)  # where members differ between examples
-    column = arguments.captions_column or usual
+    column = arguments.captions_column or usual or ""
     for holder in (row, member):
         if holder.get(column):
             return caption_list(f"image {row['__key__']}", holder[column])[0]
@@ -263,6 +268,9 @@ def _from_references(path: str, content: dict[str, Any], arguments: DataArgument
     split = choose_split(path, splits, role, arguments) if splits else _refuse_split(path, arguments, role)
     if splits and split is None:
         raise SettingError(f"{path} has no split for {role}, only {', '.join(splits)}: set `{role}_split` to one of them.")
+    for setting in ("image_column", "captions_column", "image_id_column"):
+        if getattr(arguments, setting):
+            logger.warning("`%s` is not used: %s has the form of Karpathy's or COCO's files", setting, path)
     with _faults_told():
         references = read_references(path, split)
     key = "filename" if splits else "file_name"
