@@ -26,9 +26,10 @@ from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.metrics.score import CaptionScores
 from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
-from training.arguments import CONFIGS, DataArguments, SettingError
+from training.arguments import DataArguments, SettingError
 from training.data import load_data
 from training.measure import caption, commit
+from training.settings import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")

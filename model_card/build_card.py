@@ -30,6 +30,8 @@ from hf_attncap.atomic import atomic_write
 TEMPLATE = Path(__file__).with_name("template.md")
 ABOUT = "about.yaml"
 CARD = "README.md"
+LINES = {"title": str, "summary": str, "license": str, "repository": str, "base_model": str, "dataset": dict, "origins": list}
+KINDS = {str: "a text", dict: "a mapping with a name", list: "a list of texts"}
 MARK = "Rendered by `attncap card`, which replaces it: words of your own belong into about.yaml."
 SHOWN, FAILURES, SEED = 10, 5, 0
 FEW = 100  # images, of which scores depend on which they are
@@ -125,11 +127,30 @@ def _about(path: Path) -> dict[str, Any]:
         about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
-    known = {"title", "summary", "license", "repository", "base_model", "dataset", "origins"}
-    if not isinstance(about, dict) or set(about) - known:
-        what = ", ".join(map(str, sorted(set(about) - known))) if isinstance(about, dict) else "no lines at all"
-        raise ValueError(f"{path} has {what}: it may have {', '.join(sorted(known))}.")
+    about = {} if about is None else about
+    check_about(about, str(path))
     return about
+
+
+def check_about(about: Any, place: str) -> None:
+    """Raises a ValueError, naming the place, for what is not the content of an `about.yaml`."""
+    if not isinstance(about, dict) or about.keys() - LINES.keys():
+        what = ", ".join(sorted(map(str, about.keys() - LINES.keys()))) if isinstance(about, dict) else "no lines at all"
+        raise ValueError(f"{place} has {what}: it may have {', '.join(sorted(LINES))}.")
+    values = {**about, **{f"dataset: {name}": value for name, value in _items(about.get("dataset"))}}
+    for name, value in values.items():
+        several = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        kind = LINES.get(name, str)
+        if not (isinstance(value, kind) if kind is not list else several):
+            raise ValueError(f"{place}: `{name}` is {value!r:.60}; expected {KINDS[kind]}.")
+    if "dataset" in about and not {"name"} <= about["dataset"].keys() <= {"name", "id", "split"}:
+        raise ValueError(
+            f"{place}: `dataset` has {', '.join(map(str, about['dataset']))}; expected name and, if wanted, id and split."
+        )
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _metadata(title: str, about: dict[str, Any], dataset: dict[str, Any], results: dict[str, Any] | None) -> ModelCardData:

@@ -22,7 +22,8 @@ from torchvision.models import ResNet152_Weights
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
 from hf_attncap.captioner import Captioner
 from hf_attncap.efficientnet_lite_attncap import efficientnet_lite
-from training.arguments import CONFIGS, CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from training.settings import CONFIGS
 from training.train import main
 
 GROUPS = (ModelArguments, DataArguments, CaptionTrainingArguments)

@@ -144,7 +144,7 @@ def test_pictures_find_their_captions_and_a_decoder_goes_on_from_there(table, ba
     assert not any("reader" in name for name in after)
 
     assert main(options(table, backbone, second, model_name_or_path=first)) == 2
-    assert "`backbone_weights` are for a new captioner" in capsys.readouterr().err
+    assert "`backbone_weights` is not used: it is for a new captioner" in capsys.readouterr().err
     start = {"backbone_weights": None, "contrastive": False, "model_config": "{}"}
     critical = options(table, backbone, second, model_name_or_path=first, **start, self_critical=True)
     assert main(critical) == 2 and "train its decoder first" in capsys.readouterr().err

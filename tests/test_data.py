@@ -170,10 +170,10 @@ def as_dataset_folder(folder: Path) -> dict:
     return {"dataset_name": folder}
 
 
-def tar(path: Path, rows: list[Row], member: str = "json") -> Path:
+def tar(path: Path, rows: list[Row], member: str = "json", captions: str = "captions") -> Path:
     with tarfile.open(path, "w") as archive:
         for red, texts in rows:
-            text = json.dumps({"captions": texts}) if member == "json" else "\n".join(texts)
+            text = json.dumps({captions: texts}) if member == "json" else "\n".join(texts)
             for name, data in ((f"{red}.png", picture(red)), (f"{red}.{member}", text.encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -292,20 +292,22 @@ def test_lists_of_captions_name_an_image_once(names):
 
 def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
     put_pictures(tmp_path, ROWS[:2])
-    path = jsonl(tmp_path / "a.jsonl", [{"image": "1.png", "captions": ["a dog", " "]}, {"image": "2.png", "captions": "two"}])
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"image": "1.png", "captions": ["a dog", " ", "?!"]}, {"image": "2.png", "captions": "two"}]
+    )
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(train_file=path))
     assert data.train["captions"][:] == [["a dog"], ["two"]] and data.validation is None
-    assert "blank captions beside others are left out, lines 1" in caplog.text
+    assert "captions without a word beside others are left out, lines 1" in caplog.text
 
 
 WRONG_FILES = {
     "no object": ("a.jsonl", '{"image": "1.png", "captions": "x"}\n[1]\n', "a.jsonl, line 2 is no object"),
     "no JSON": ("a.jsonl", '{"image": "1.png", "captions": "x"}\n{"image"\n', "a.jsonl, line 2 is not well-formed JSON"),
-    "no column": ("a.jsonl", '{"picture": "1.png", "captions": "x"}\n', "line 1 has no column 'image', only picture, captions"),
+    "no column": ("a.jsonl", '{"pixels": "1.png", "captions": "x"}\n', "line 1 has no column 'image', only pixels, captions"),
     "no path": ("a.jsonl", '{"image": 5, "captions": "x"}\n', "line 1: `image` is 5; expected the path"),
     "no text": ("a.jsonl", '{"image": "1.png", "captions": ["x", 5]}\n', "line 1: the captions hold 5; expected a text or a list"),
-    "no caption": ("a.jsonl", '{"image": "1.png", "captions": [null, " "]}\n', "1 images have no caption, lines 1"),
+    "no caption": ("a.jsonl", '{"image": "1.png", "captions": [null, " ", "... !"]}\n', "1 images have no caption, lines 1"),
     "no picture": ("a.jsonl", '{"image": "no.png", "captions": "x"}\n', "1 images have no picture, lines 1"),
     "twice": ("a.jsonl", '{"image": "1.png", "captions": ["x"]}\n' * 2, "1 images are there again, lines 2"),
     "one id": (
@@ -451,7 +453,7 @@ def test_inspection_lists_every_problem(tmp_path, capsys):
     (tmp_path / "train" / "5.png").write_bytes(picture(5, 20))
     Image.new("L", (40, 40), 7).save(tmp_path / "train" / "6.png")
     with open(tmp_path / "train" / "list.jsonl", "a") as stream:
-        stream.write('{"image": "../validation/12.png", "captions": [""]}\n{"image": "1.png", "captions": ["again"]}\n')
+        stream.write('{"image": "../validation/12.png", "captions": ["- !"]}\n{"image": "1.png", "captions": ["again"]}\n')
     code, text = inspected(values, capsys)
     problems = text[text.index("problems:") :]
     assert code == 1
@@ -564,7 +566,8 @@ def test_image_folder_of_one_split_with_a_caption_a_line(tmp_path):
     jsonl(folder / "metadata.jsonl", [*lines, {"file_name": "no.png", "text": "a dog"}])
     with pytest.raises(SettingError, match="1 images have no picture, rows 12 .*no.png"):
         load_data(data_arguments(**values))
-    with pytest.raises(SettingError, match="no column 'captions', only image, text: set `captions_column`"):
+    jsonl(folder / "metadata.jsonl", [{"file_name": "1.png", "words": "a dog"}])
+    with pytest.raises(SettingError, match="no column 'captions', only image, words: set `captions_column`"):
         load_data(data_arguments(data_dir=folder))
 
 

@@ -1,23 +1,19 @@
 """What a training run can be told: YAML file first, command line over it."""
 
-import argparse
-import json
+import logging
 import math
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
-import yaml
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from hf_attncap.metrics import CaptionMetrics
 
-CONFIGS = Path(__file__).parent / "configs"
+from .settings import Parser, SettingError
+from .unused import unused_settings
 
-
-class SettingError(ValueError):
-    """A setting that the user has to change; its message is all that the command line shows."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,9 +37,23 @@ class ModelArguments:
             "captions, kept as word_vectors.txt in `output_dir`. `freeze_word_embeddings: false` in `model_config` trains them on."
         },
     )
-    tokenizer_kind: str = field(default="word", metadata={"help": "New captioner: 'word' or 'bpe'."})
-    min_count: int = field(default=5, metadata={"help": "New captioner: how often a word must occur to get an id."})
+    tokenizer_kind: Literal["word", "bpe"] = field(default="word", metadata={"help": "New captioner: words, or pieces of words."})
+    min_count: int = field(
+        default=5, metadata={"help": "New captioner, or `extend_vocabulary`: how often a word must occur to get an id."}
+    )
+    extend_vocabulary: bool = field(
+        default=False,
+        metadata={
+            "help": "Checkpoint: its vocabulary gets the words of the training captions that it lacks and that occur at least "
+            "`min_count` times."
+        },
+    )
     image_size: int = field(default=224, metadata={"help": "New captioner: side of the square that pictures are scaled to."})
+
+    def __post_init__(self) -> None:
+        for name in ("min_count", "image_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
 
 
 @dataclass
@@ -84,12 +94,15 @@ class DataArguments:
     validation_share: float = field(
         default=0.0, metadata={"help": "Share of the training images that is split off for validation, the same ones in every run."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of their paths."})
-    captions_column: str = field(
-        default="captions",
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the images or of their paths; default: image, or the only one with a usual name (path, ...)."},
+    )
+    captions_column: str | None = field(
+        default=None,
         metadata={
-            "help": "Column of the captions, a list of strings an image, or one string (rows of an image are put together); "
-            "several columns of one row joined by '+'."
+            "help": "Column of the captions: a list of strings per image, or one string (rows of an image are put together). "
+            "Several columns of one row are joined by '+'. Default: captions, or the one with a usual name (caption, text, ...)."
         },
     )
     image_id_column: str | None = field(
@@ -189,8 +202,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise SettingError(str(error)) from error
+        except Exception as error:  # of many kinds: values, files, packages, devices
+            raise SettingError(" ".join(str(error).split()) or type(error).__name__) from error
         if self.label_smoothing_factor:
             raise SettingError(
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
@@ -285,38 +298,35 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         try:
             for tracker in get_reporting_integration_callbacks(self.report_to):
                 tracker()
-        except (ValueError, RuntimeError, ImportError) as error:
+        except (ValueError, RuntimeError, ImportError, TypeError) as error:
             raise SettingError(f"`report_to`: {error}") from error
+
+
+GROUPS = (ModelArguments, DataArguments, CaptionTrainingArguments)
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, CaptionTrainingArguments]:
     """Arguments from `--config FILE.yaml`, a path or the name of one of `CONFIGS`, and the options behind it, which win.
 
     Raises:
-        SettingError: for a config file that is missing, is no mapping or has unknown keys, which are named.
+        SettingError: for a config file that is missing or is no mapping, for settings that are not known, of a wrong type,
+            contradictory, or not used by such a run and hence a mistake. Other unused ones are a warning.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    groups: list[Any] = [ModelArguments, DataArguments, CaptionTrainingArguments]
-    parser = HfArgumentParser(groups, prog="attncap train")
-    parser.add_argument("--config", help=f"YAML file of settings: a path, or one of {', '.join(sorted(_shipped()))}.")
-    settings = _read_config(known.config) if known.config else {}
-    unknown = set(settings) - {item.name for group in groups for item in fields(group)}
-    if unknown:
-        raise SettingError(f"{known.config}: no such settings: {', '.join(sorted(unknown))}. `--help` lists all.")
-    in_file = settings.pop("model_config", {})
+    parser = Parser(GROUPS, prog="attncap train")
     for action in parser._actions:
-        if action.dest in settings:
-            action.required = False
         if action.dest == "resume_from_checkpoint":
             action.help = "`last`: go on from the last checkpoint in `output_dir`, if there is one; or the folder of a checkpoint."
+    settings, fields_of_model = parser.read(argv)
     parser.set_defaults(**settings)
-    model, data, training, _, strange = parser.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
-    if strange:
-        raise SettingError(f"No such options: {' '.join(strange)}. `--help` lists all.")
-    model.model_config = {**in_file, **json.loads(model.model_config)}
+    model, data, training, _ = parser.parse_args_into_dataclasses(args=[])  # the last holds `--config`
+    model.model_config = fields_of_model
     _check_data(data, training)
+    if not data.inspect:
+        errors, warnings = unused_settings(settings.keys() - {"model_config"}, model, data, training)
+        if errors:
+            raise SettingError(" ".join(errors))
+        for warning in warnings:
+            logger.warning("%s", warning)
     return model, data, training
 
 
@@ -350,6 +360,9 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
     if data.streaming and training.max_steps <= 0 and not data.inspect:
         raise SettingError("A stream has no end that is known: with `streaming` give `--max_steps`.")
     _check_views(data)
+    for setting in ("captions_per_image", "max_words"):
+        if getattr(data, setting) < 1:
+            raise SettingError(f"`{setting}` is {getattr(data, setting)}: it must be at least 1.")
     for other, on in (("feature_cache", data.feature_cache), ("self_critical", training.self_critical)):
         if data.streaming and on:
             raise SettingError(f"`{other}` needs all training images at hand: leave out `streaming` or `{other}`.")
@@ -366,22 +379,3 @@ def _check_views(data: DataArguments) -> None:
             f"`{changed}` changes pictures at every reading, which `feature_cache` reads only once: set `cached_views: 4`, for "
             f"example, or leave out `{changed}` or the cache."
         )
-
-
-def _shipped() -> dict[str, Path]:
-    """The configs that come with the package, by their names."""
-    return {config.name: config for config in CONFIGS.glob("*.yaml")}
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    shipped = _shipped()
-    file = Path(path) if Path(path).is_file() else shipped.get(path)
-    if file is None:
-        raise SettingError(f"No such config file: {path}. Those that come with the package: {', '.join(sorted(shipped))}.")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise SettingError(f"{path} must hold `setting: value` lines.")
-    return settings

@@ -1,5 +1,6 @@
 """Captioned pictures for a run: a row an image, its captions checked, its picture decoded when it is read."""
 
+import glob
 import hashlib
 import io
 import logging
@@ -20,7 +21,7 @@ from hf_attncap.images import ImageError, load_image
 from hf_attncap.pictures_attncap import open_image
 
 from .arguments import DataArguments, SettingError
-from .formats import Entry, Role, Source, choose_split, from_shards, from_table, own_splits, read_file
+from .formats import Entry, Role, Source, as_pattern, choose_split, from_shards, from_table, has_words, own_splits, read_file
 from .processes import together
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ def stored_bytes(picture: dict[str, Any] | None) -> bytes:
     data, path = (picture.get("bytes"), picture.get("path")) if picture else (None, None)
     if data is None and path is None:
         raise ImageError("there is no picture in its row")
+    if data is None and os.path.isfile(str(path)):
+        return Path(str(path)).read_bytes()  # a name is a name here, whatever fsspec would make of "::" in it
     if data is None:
         with fsspec.open(path, "rb") as stream:
             data = stream.read()  # type: ignore[union-attr]
@@ -176,7 +179,7 @@ def shared_images(train: Split, validation: Split) -> list[str]:
 
 
 def assemble(source: Source) -> Split:
-    """The entries of a source as a row an image: captions of one image put together, blank ones dropped, faults told."""
+    """The entries of a source as a row an image: captions of one image put together, those without a word dropped, faults told."""
     split = Split(source.name, Dataset.from_dict({}), notes=list(source.notes))
     groups: dict[str, list[int]] = {}
     for index, entry in enumerate(source.entries):
@@ -189,13 +192,13 @@ def assemble(source: Source) -> Split:
             found["twice"].append(entries[1])
         found["other file"] += [entry for entry in entries if entry.image != entries[0].image][:1]
         captions = [caption for entry in entries for caption in entry.captions]
-        written = [caption for caption in captions if caption.strip()]
+        written = [caption for caption in captions if has_words(caption)]
         path = entries[0].image
         missing = source.pictures is None if path is None else "://" not in path and not os.path.isfile(path)
         if missing or not written:
             found["missing" if missing else "bare"].append(entries[0])
             continue
-        found["blank"] += [entry for entry in entries if not all(map(str.strip, entry.captions)) or not entry.captions]
+        found["blank"] += [entry for entry in entries if not all(map(has_words, entry.captions)) or not entry.captions]
         kept.append((indexes[0], name, written))
         if entries[0].image_id is not None:
             split.keys[f"id {name}"] = name
@@ -247,10 +250,11 @@ def _table_source(arguments: DataArguments, role: Role) -> Source | None:
         return None
     try:
         if arguments.data_dir:
-            found: Any = load_from_hub("imagefolder", data_dir=_folder(name))
+            found: Any = load_from_hub("imagefolder", data_dir=as_pattern(_folder(name)))
         elif any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             found = load_from_disk(name)
         else:
+            check_set(name)
             found = load_from_hub(name, arguments.dataset_config_name)
     except SettingError:
         raise
@@ -270,6 +274,15 @@ def _folder(path: str) -> str:
     if not os.path.isdir(path):
         raise SettingError(f"No such folder of pictures: {path}.")
     return path
+
+
+def check_set(name: str) -> None:
+    """Raises a SettingError for a folder that `load_dataset` does not find."""
+    if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+        raise SettingError(
+            f"`dataset_name`: `datasets` takes {os.path.abspath(name)} for a pattern, because of the characters *?[ in it: rename "
+            "the folder, or give its files as `train_file`."
+        )
 
 
 def _split_off(split: Split, share: float) -> tuple[Split, Split]:
@@ -307,7 +320,7 @@ def _tell(split: Split, unit: str, found: dict[str, list[Entry]]) -> None:
     if entries := found["bare"]:
         split.broken.append(f"{split.name}: {len(entries)} images have no caption, {where['bare']}.")
     if entries := found["blank"]:
-        split.notes.append(f"{split.name}: blank captions beside others are left out, {where['blank']}.")
+        split.notes.append(f"{split.name}: captions without a word beside others are left out, {where['blank']}.")
 
 
 def _rows_of(source: Source, kept: list[tuple[int, str, list[str]]]) -> Dataset:

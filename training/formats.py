@@ -4,20 +4,25 @@ import csv
 import glob
 import hashlib
 import io
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Image, Value, load_dataset
 
 from hf_attncap.metrics.files import CaptionFileError, JsonLines, read_json, read_references, read_text
 
 from .arguments import DataArguments, SettingError
+from .columns import CAPTION_COLUMNS, captions_columns, check_columns, id_column_of, with_columns, with_shard_columns
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["train", "validation"]
-KINDS = "Parquet (.parquet), CSV (.csv), JSON lines (.jsonl), Karpathy's splits or COCO's annotations (.json), or WebDataset (.tar)"
+KINDS = "Parquet (.parquet), CSV (.csv, .tsv, .txt), JSON lines (.jsonl), Karpathy's splits or COCO's annotations (.json), "
+KINDS += "or WebDataset (.tar)"
 
 
 class Entry(NamedTuple):
@@ -85,17 +90,30 @@ def read_file(path: str, arguments: DataArguments, role: Role) -> Source:
     _refuse_split(path, arguments, role)
     if ending == ".parquet":
         try:
-            table = load_dataset("parquet", data_files=path, split="train")
+            table = load_dataset("parquet", data_files=as_pattern(path), split="train")
         except Exception as error:  # pyarrow and datasets raise many kinds
             raise SettingError(f"{path} cannot be read as Parquet: {str(error.__cause__ or error).rstrip('.')}.") from error
         return from_table(table, path, arguments, folder)
-    if ending in (".csv", ".tsv"):
+    if ending in (".csv", ".tsv", ".txt"):
         return _from_records(path, _csv(path, "\t" if ending == ".tsv" else ","), arguments, folder, "lines")
     if isinstance(content, JsonLines):
         return _from_records(path, content, arguments, folder, "lines")
     if isinstance(content, list):
         return _from_records(path, enumerate(content, 1), arguments, folder, "rows")
     raise SettingError(f"{path} is of no kind that is known here: {KINDS}.")
+
+
+def as_pattern(path: str) -> str:
+    """A path for `datasets`, which takes all paths for patterns: what is there under its own name is meant literally.
+
+    Thus of "[set] 1/*.tar" the folder is escaped and the rest is a pattern. Addresses stay as they are.
+    """
+    if "://" in path:
+        return path
+    found = Path(path).absolute()  # `datasets` would put a folder whose name is not escaped before a relative one
+    parents = (parent for parent in (found, *found.parents) if parent.exists())
+    there = next(parents)
+    return str(Path(glob.escape(str(there))) / found.relative_to(there))
 
 
 def image_folder(path: str, arguments: DataArguments, role: Role) -> Path:
@@ -111,17 +129,20 @@ def from_table(table: Dataset, name: str, arguments: DataArguments, folder: Path
     once): where they have one caption a row, their bytes tell which are the same.
     """
     columns = table.column_names
-    check_columns(name, columns, arguments)
+    arguments = with_columns(name, columns, arguments, table.features)
+    image_column = str(arguments.image_column)
     ids: list[Any] = [None] * len(table)
     if id_column := id_column_of(columns, arguments):
         ids = [None if value is None else str(value) for value in table[id_column][:]]
     texts = zip(*(table[column][:] for column in captions_columns(arguments)))
     captions = [row_captions(f"{name}, row {row}", values) for row, values in enumerate(texts)]
     pictures = None
-    if isinstance(feature := table.features[arguments.image_column], Value) and feature.dtype in ("string", "large_string"):
-        paths = [value and str(folder / value) for value in table[arguments.image_column][:]]
+    if isinstance(feature := table.features[image_column], Value) and feature.dtype in ("string", "large_string"):
+        paths = [value and str(folder / value) for value in table[image_column][:]]
     else:
-        pictures, paths = _pictures(table, name, arguments.image_column)
+        pictures, paths = _pictures(table, name, image_column)
+        if arguments.image_dir:
+            logger.warning("`image_dir` is not used: %s holds the images themselves", name)
         if not id_column and None in paths and any(single for _, single in captions):
             ids = list(_digests(pictures))
     entries = [Entry(row, paths[row], ids[row], *captions[row]) for row in range(len(table))]
@@ -131,7 +152,8 @@ def from_table(table: Dataset, name: str, arguments: DataArguments, folder: Path
 def from_shards(path: str, arguments: DataArguments) -> Source:
     """The entries of WebDataset tar files, a pattern of which `path` may be, copied into the cache of `datasets`."""
     table = load_shards(path, streaming=False)
-    image_column = shard_image_column(path, table.features, arguments)
+    arguments = with_shard_columns(path, table.features, arguments)
+    image_column = str(arguments.image_column)
     pictures, _ = _pictures(table, path, image_column)
     entries = [
         Entry(row["__key__"], None, row["__key__"], shard_captions(row, arguments), False)
@@ -146,44 +168,24 @@ def load_shards(path: str, streaming: bool) -> Any:
     Raises:
         SettingError: if there are no such files, or they are no WebDataset.
     """
-    if "://" not in path and not glob.glob(path):
+    pattern = as_pattern(path)
+    if "://" not in path and not glob.glob(pattern):
         raise SettingError(f"No such data file: {path}.")
     try:
-        return load_dataset("webdataset", data_files=path, split="train", streaming=streaming)
+        return load_dataset("webdataset", data_files=pattern, split="train", streaming=streaming)
     except Exception as error:  # tarfile, json and datasets raise many kinds
         raise SettingError(f"{path} cannot be read as WebDataset: {str(error.__cause__ or error).rstrip('.')}.") from error
-
-
-def shard_image_column(path: str, features: Features, arguments: DataArguments) -> str:
-    """The member that is the picture: `image_column`, else the only one of a picture's kind."""
-    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if arguments.image_column in pictures or len(pictures) == 1:
-        return arguments.image_column if arguments.image_column in pictures else pictures[0]
-    raise SettingError(f"{path} has pictures as {', '.join(pictures) or 'no member'}: set `image_column` to one of them.")
 
 
 def shard_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
     """The captions of an example: its `captions_column`, that of its JSON member, or the lines of its text member."""
     member = row.get("json") or {}
-    for holder, name in ((row, arguments.captions_column), (member, arguments.captions_column), (member, "caption")):
-        if holder.get(name):
-            return caption_list(f"image {row['__key__']}", holder[name])[0]
+    usual = next((name for name in CAPTION_COLUMNS if name in member), None)  # where members differ between examples
+    column = arguments.captions_column or usual or ""
+    for holder in (row, member):
+        if holder.get(column):
+            return caption_list(f"image {row['__key__']}", holder[column])[0]
     return str(row.get("txt") or "").splitlines()
-
-
-def check_columns(name: str, columns: Iterable[str], arguments: DataArguments) -> None:
-    wanted = [("image_column", arguments.image_column), ("image_id_column", arguments.image_id_column)]
-    wanted += [("captions_column", column) for column in captions_columns(arguments)]
-    for setting, column in wanted:
-        if column and column not in columns:
-            raise SettingError(
-                f"{name} has no column '{column}', only {', '.join(columns)}: set `{setting}` to one of them, or rename it."
-            )
-
-
-def captions_columns(arguments: DataArguments) -> list[str]:
-    """The columns that hold captions."""
-    return arguments.captions_column.split("+")
 
 
 def row_captions(where: str, values: Sequence[Any]) -> tuple[list[str], bool]:
@@ -197,13 +199,6 @@ def row_captions(where: str, values: Sequence[Any]) -> tuple[list[str], bool]:
     return [caption for value in values for caption in caption_list(where, value)[0]], False
 
 
-def id_column_of(columns: Iterable[str], arguments: DataArguments) -> str | None:
-    """The column of the ids, if there is any."""
-    if arguments.image_id_column is None:
-        return "image_id" if "image_id" in columns else None
-    return arguments.image_id_column or None
-
-
 def caption_list(where: str, value: Any) -> tuple[list[str], bool]:
     """The captions in a field, and whether it is a single text.
 
@@ -214,6 +209,11 @@ def caption_list(where: str, value: Any) -> tuple[list[str], bool]:
     if wrong := [caption for caption in captions if not isinstance(caption, str | None)]:
         raise SettingError(f"{where}: the captions hold {wrong[0]!r:.60}; expected a text or a list of texts.")
     return [caption for caption in captions if caption is not None], isinstance(value, str)
+
+
+def has_words(caption: str) -> bool:
+    """Whether a caption has a letter or a digit: a tokenizer leaves nothing of one that does not."""
+    return any(map(str.isalnum, caption))
 
 
 def _pictures(table: Dataset, name: str, column: str) -> tuple[Dataset, list[str | None]]:
@@ -241,13 +241,17 @@ def _digests(pictures: Dataset) -> Iterator[str | None]:
 
 
 def _from_records(path: str, records: Iterable[tuple[int, Any]], arguments: DataArguments, folder: Path, unit: str) -> Source:
-    """The entries of objects with the columns that are set."""
+    """The entries of objects with the columns that are set, or of which the first object has usual ones."""
     entries = []
     for number, record in records:
         where = f"{path}, {unit[:-1]} {number}"
         if not isinstance(record, dict):
-            raise SettingError(f"{where} is no object: expected `{arguments.image_column}` and `{arguments.captions_column}`.")
-        check_columns(where, record, arguments)
+            wanted = arguments.image_column or "image", arguments.captions_column or "captions"
+            raise SettingError(f"{where} is no object: expected `{wanted[0]}` and `{wanted[1]}`.")
+        if entries:
+            check_columns(where, record, arguments)
+        else:
+            arguments = with_columns(where, record, arguments)
         image = record[arguments.image_column]
         if not isinstance(image, str) or not image:
             raise SettingError(f"{where}: `{arguments.image_column}` is {image!r:.60}; expected the path of a picture.")
@@ -264,6 +268,9 @@ def _from_references(path: str, content: dict[str, Any], arguments: DataArgument
     split = choose_split(path, splits, role, arguments) if splits else _refuse_split(path, arguments, role)
     if splits and split is None:
         raise SettingError(f"{path} has no split for {role}, only {', '.join(splits)}: set `{role}_split` to one of them.")
+    for setting in ("image_column", "captions_column", "image_id_column"):
+        if getattr(arguments, setting):
+            logger.warning("`%s` is not used: %s has the form of Karpathy's or COCO's files", setting, path)
     with _faults_told():
         references = read_references(path, split)
     key = "filename" if splits else "file_name"

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from tokenizers.models import WordLevel
 
 from hf_attncap.processing_attncap import AttnCapProcessor
 
 from .arguments import DataArguments, ModelArguments, SettingError
 from .data import Split, examine, first, read_splits, shared_images
-from .vocabulary import build_tokenizer, word_coverage
+from .vocabulary import build_tokenizer, describe_coverage, extend_tokenizer, word_coverage
 
 TINY = 32  # pixels of the shorter side: below it hardly anything is to be seen
 SAMPLES = 5
@@ -31,7 +32,9 @@ def inspect_data(model: ModelArguments, data: DataArguments) -> int:
     problems = shared_images(train, validation) if validation else []
     notes = [] if validation else ["There is no validation split."]
     tokenizer = _tokenizer(model, train)
-    print(f"vocabulary: {len(tokenizer)} tokens" + ("" if model.model_name_or_path else f" at min_count {model.min_count}"))
+    known = model.model_name_or_path and not model.extend_vocabulary
+    print(f"vocabulary: {len(tokenizer)} tokens" + ("" if known else f" at min_count {model.min_count}"))
+    notes += describe_coverage(tokenizer, _captions(train), way_out(model, tokenizer))[1:]
     homes: dict[str, list[str]] = {}
     for role, split in splits.items():
         print(f"\n{role}: {split.name}, {len(split.rows)} images")
@@ -56,15 +59,33 @@ def inspect_data(model: ModelArguments, data: DataArguments) -> int:
     return 1 if problems else 0
 
 
+def way_out(model: ModelArguments, tokenizer: Any) -> str:
+    """What to do about words of the training captions that the vocabulary of a run lacks."""
+    if model.model_name_or_path is None or model.extend_vocabulary:
+        return f"a lower `min_count` than {model.min_count} takes rarer words into the vocabulary"
+    if not isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+        return "they have characters that the checkpoint's word pieces lack, so train a new captioner, without `model_name_or_path`"
+    return "`--extend_vocabulary True` adds those that occur at least `min_count` times"
+
+
+def _captions(split: Split) -> list[str]:
+    return [caption for captions in (split.rows["captions"][:] if len(split.rows) else []) for caption in captions]
+
+
 def _tokenizer(model: ModelArguments, train: Split) -> Any:
     """The tokenizer that the run would have."""
-    if model.model_name_or_path:
-        return AttnCapProcessor.from_pretrained(model.model_name_or_path).tokenizer
-    sentences = [caption for captions in (train.rows["captions"][:] if len(train.rows) else []) for caption in captions]
     try:
-        return build_tokenizer(sentences, model.tokenizer_kind, min_count=model.min_count)  # type: ignore[arg-type]
+        if not model.model_name_or_path:
+            return build_tokenizer(_captions(train), model.tokenizer_kind, min_count=model.min_count)
     except ValueError as error:
         raise SettingError(f"{train.name}: {error}") from error
+    try:
+        tokenizer = AttnCapProcessor.from_pretrained(model.model_name_or_path).tokenizer
+        if model.extend_vocabulary:
+            extend_tokenizer(tokenizer, _captions(train), model.min_count)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"`model_name_or_path`: {model.model_name_or_path}: {str(error).splitlines()[0]}") from error
+    return tokenizer
 
 
 def _print_captions(captions: Sequence[Sequence[str]], tokenizer: Any, max_words: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from hf_attncap.model_card.build_card import check_about
 from transformers.utils.hub import cached_file
 
 from hf_attncap import AttnCapProcessor
@@ -44,13 +45,16 @@ def provenance(model_name_or_path: str | None) -> str | None:
     """What the `about.yaml` of a checkpoint says of licence, data and weights it came from, as YAML; None if it does not say.
 
     Raises:
-        SettingError: it is no YAML.
+        SettingError: it is no YAML, or no mapping of the lines of a card.
     """
     try:
         about = yaml.safe_load(_text(model_name_or_path, ABOUT) or "")
+        check_about(about or {}, f"{ABOUT} of {model_name_or_path}")
     except yaml.YAMLError as error:
         raise SettingError(f"{ABOUT} of {model_name_or_path} is no YAML: {' '.join(str(error).split())}.") from error
-    kept = {name: about[name] for name in PROVENANCE if name in about} if isinstance(about, dict) else {}
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    kept = {name: about[name] for name in PROVENANCE if name in about} if about else {}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=132) if kept else None
 
 
@@ -58,9 +62,12 @@ def _text(model_name_or_path: str | None, name: str) -> str | None:
     """What a file of a checkpoint holds; None without a checkpoint or file."""
     if model_name_or_path is None:
         return None
-    file = cached_file(
-        model_name_or_path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        file = cached_file(
+            model_name_or_path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{model_name_or_path!r} is no checkpoint: {' '.join(str(error).split())}") from error
     return Path(file).read_text(encoding="utf-8") if file else None
 
 

@@ -11,19 +11,18 @@ from datasets.distributed import split_dataset_by_node
 from hf_attncap.images import ImageError
 
 from .arguments import DataArguments, SettingError
-from .data import WAY_OUT, CaptionData, assemble, decoded, file_source, ready
+from .columns import captions_columns, id_column_of, with_columns, with_shard_columns
+from .data import WAY_OUT, CaptionData, assemble, check_set, decoded, file_source, ready
 from .formats import (
     Source,
-    captions_columns,
-    check_columns,
+    as_pattern,
     choose_split,
     from_table,
-    id_column_of,
+    has_words,
     image_folder,
     load_shards,
     row_captions,
     shard_captions,
-    shard_image_column,
 )
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ SHUFFLED = 1000  # images among which the next is drawn; shards are shuffled as 
 
 @dataclass
 class Reading:
-    """A row of a stream to `image` as stored, `captions` without blank ones, and `image_id`.
+    """A row of a stream to `image` as stored, `captions` that have a word, and `image_id`.
 
     Raises:
         SettingError: if captions are neither text nor a list of texts, or there are none and `skip` is not set.
@@ -52,7 +51,7 @@ class Reading:
             captions = shard_captions(row, self.arguments)
         else:
             captions, _ = row_captions(f"image {name}", [row[column] for column in captions_columns(self.arguments)])
-        captions = [caption for caption in captions if caption.strip()]
+        captions = [caption for caption in captions if has_words(caption)]
         if not captions:
             self.leave_out(f"image {name}: there is no caption")
         return {"image": image, "captions": captions, "image_id": name}
@@ -95,11 +94,12 @@ def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[Iterab
     path = arguments.train_file or ""
     if path.endswith(".tar"):
         name, rows = path, load_shards(path, streaming=True)
-        image_column, id_column = shard_image_column(path, rows.features, arguments), "__key__"
+        arguments, id_column = with_shard_columns(path, rows.features, arguments), "__key__"
     else:
         name, rows = _open_table(arguments)
-        check_columns(name, rows.column_names or (), arguments)
-        image_column, id_column = arguments.image_column, id_column_of(rows.column_names or (), arguments)
+        arguments = with_columns(name, rows.column_names or (), arguments, rows.features)
+        id_column = id_column_of(rows.column_names or (), arguments)
+    image_column = str(arguments.image_column)
     reading = Reading(arguments, image_column, id_column, path.endswith(".tar"), skip)
     state = PartialState()
     rows = share_of(_stored(name, rows, image_column), state.process_index, state.num_processes)
@@ -139,7 +139,7 @@ def _open_table(arguments: DataArguments) -> tuple[str, IterableDataset]:
     if path and not path.endswith(".parquet"):
         raise SettingError(f"{path} cannot be streamed, only .tar and .parquet: pictures are read when they are needed anyway.")
     if path:
-        return path, _loaded(path, "parquet", data_files=path, split="train")
+        return path, _loaded(path, "parquet", data_files=as_pattern(path), split="train")
     return _split_of(arguments, "train")  # type: ignore[return-value]
 
 
@@ -149,16 +149,18 @@ def _validation_source(arguments: DataArguments) -> Source | None:
     if found is None:
         return None
     name, rows = found
-    check_columns(name, rows.column_names or (), arguments)
-    rows = _stored(name, rows, arguments.image_column)
+    arguments = with_columns(name, rows.column_names or (), arguments, rows.features)
+    rows = _stored(name, rows, str(arguments.image_column))
     table: Any = Dataset.from_generator(lambda: iter(rows), features=rows.features)
     return from_table(table, name, arguments, image_folder(name, arguments, "validation"))
 
 
 def _split_of(arguments: DataArguments, role: Any) -> tuple[str, IterableDataset] | None:
     name = arguments.dataset_name or arguments.data_dir or ""
+    if arguments.dataset_name:
+        check_set(name)
     path, config = ("imagefolder", None) if arguments.data_dir else (name, arguments.dataset_config_name)
-    folder: dict[str, Any] = {"data_dir": name} if arguments.data_dir else {}
+    folder: dict[str, Any] = {"data_dir": as_pattern(name)} if arguments.data_dir else {}
     try:
         available = get_dataset_split_names(path, config, **folder)
     except Exception as error:  # of many kinds: files, networks, formats

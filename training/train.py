@@ -1,10 +1,12 @@
 """Train a captioner: `python -m training.train --config training/configs/FILE.yaml [--option value ...]`."""
 
+import copy
 import json
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
+from transformers.trainer_utils import has_length
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import caption_compute_metrics
@@ -30,10 +33,10 @@ from .chance import Chance
 from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
 from .contrastive import ContrastiveTrainer
-from .data import CaptionData, load_data
+from .data import CaptionData, first, load_data
 from .distillation import Teachers
 from .features import cached_features
-from .inspection import inspect_data
+from .inspection import inspect_data, way_out
 from .processes import check_processes, on_main_process
 from .record import ABOUT, RECORD, earlier_stages, provenance, stage
 from .samples import SampleCaptions
@@ -43,7 +46,7 @@ from .stopping import EarlyStopping
 from .streaming import load_stream
 from .trainer import CaptionTrainer
 from .views import FeatureRows
-from .vocabulary import build_tokenizer, word_coverage
+from .vocabulary import build_tokenizer, describe_coverage, extend_vocabulary
 from .word_vectors import write_word_vectors
 
 logger = logging.getLogger(__name__)
@@ -57,43 +60,17 @@ def build_captioner(
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The captioner to start from, and its processor; a new one gets its vocabulary from the training captions."""
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
-    if unknown := settings.keys() - {item.name for item in fields(AttnCapConfig)}:
-        raise SettingError(f"model_config: AttnCapConfig has no {', '.join(sorted(unknown))}.")
+    sentences = [caption for row in captions for caption in row]
     if arguments.model_name_or_path:
-        if arguments.word_vectors:
-            raise SettingError("`word_vectors` are for a new captioner, `model_name_or_path` has its own: leave one of them out.")
-        if arguments.backbone_weights:
-            raise SettingError(
-                "`backbone_weights` are for a new captioner, `model_name_or_path` has its own: leave one of them out."
-            )
-        path = arguments.model_name_or_path
-        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-            raise SettingError(
-                f"`model_name_or_path`: {path} has no config.json and is no captioner. (A checkpoint within a `contrastive` run is "
-                "for `--resume_from_checkpoint`; give the `output_dir` of the whole run.)"
-            )
-        try:
-            model: Any = AttnCapForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **settings)
-            processor: Any = AttnCapProcessor.from_pretrained(path)
-            processor.image_processor.warn_of_other_statistics(model.config)
-            return model, processor
-        except (OSError, StrictDataclassError) as error:
-            raise SettingError(
-                f"`model_name_or_path`: {path} cannot be loaded as a captioner: {str(error).splitlines()[0]}"
-            ) from error
-        except RuntimeError as error:  # of tensors of other shapes, after transformers' list of them
-            raise SettingError(
-                f"`model_config`: {path} has weights of other sizes, which are chosen when a captioner is made: leave them out."
-            ) from error
+        return _load_captioner(arguments, sentences)
     if arguments.backbone_weights is None:
         logger.warning("a new captioner whose backbone knows nothing yet: give `--backbone_weights`, or `--model_name_or_path`")
-    sentences = [caption for row in captions for caption in row]
-    tokenizer = build_tokenizer(sentences, arguments.tokenizer_kind, min_count=arguments.min_count)  # type: ignore[arg-type]
-    logger.warning(
-        "vocabulary: %d tokens, %.2f %% of the training words",
-        len(tokenizer),
-        100 * word_coverage(tokenizer, sentences),
-    )
+    try:
+        tokenizer = build_tokenizer(sentences, arguments.tokenizer_kind, min_count=arguments.min_count)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    for sentence in describe_coverage(tokenizer, sentences, way_out(arguments, tokenizer)):
+        logger.warning("%s", sentence)
     try:
         config = AttnCapConfig(vocab_size=len(tokenizer), **settings)
     except StrictDataclassError as error:
@@ -109,6 +86,45 @@ def build_captioner(
     model.generation_config.update(max_new_tokens=MAX_NEW_TOKENS, num_beams=3, no_repeat_ngram_size=3)
     side = {"height": arguments.image_size, "width": arguments.image_size}
     return model, AttnCapProcessor(AttnCapImageProcessor.from_config(config, size=side), tokenizer)
+
+
+def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
+    """A checkpoint and its processor, with the words of the training captions in its vocabulary if that is wanted."""
+    path = str(arguments.model_name_or_path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise SettingError(
+            f"`model_name_or_path`: {path} has no config.json and is no captioner. (A checkpoint within a `contrastive` run is "
+            "for `--resume_from_checkpoint`; give the `output_dir` of the whole run.)"
+        )
+    settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
+    try:
+        loaded: Any = AttnCapForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **settings
+        )
+        processor: Any = AttnCapProcessor.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise SettingError(f"`model_name_or_path`: {path} cannot be loaded as a captioner: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # of tensors of other shapes, after transformers' list of them
+        raise SettingError(
+            f"`model_config`: {path} has weights of other sizes, which are chosen when a captioner is made: leave them out."
+        ) from error
+    model, report = loaded
+    if other := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise SettingError(
+            f"`model_config`: {path} was made with other layers ({first(other)}), which are chosen when a captioner is made: "
+            "leave them out."
+        )
+    processor.image_processor.warn_of_other_statistics(model.config)
+    tokenizer = processor.tokenizer
+    if arguments.extend_vocabulary:
+        try:
+            words = extend_vocabulary(model, tokenizer, sentences, arguments.min_count)
+        except ValueError as error:
+            raise SettingError(f"`extend_vocabulary`: {error}") from error
+        logger.warning("%d words are new in the vocabulary: %s", len(words), first(words) or "none")
+    for sentence in describe_coverage(tokenizer, sentences, way_out(arguments, tokenizer)):
+        logger.warning("%s", sentence)
+    return model, processor
 
 
 def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[str], tokenizer: Any, output: Path) -> str | None:
@@ -129,7 +145,7 @@ def _load(data: DataArguments, training: CaptionTrainingArguments) -> tuple[Capt
     splits = load_stream(data, training.seed) if data.streaming else load_data(data)
     if splits.validation is None:
         refuse_without_validation(training)
-        logger.warning("no validation images: nothing is evaluated, and no checkpoint is better than another")
+        logger.warning("no validation images: nothing is evaluated, no samples are shown, and no checkpoint is better than another")
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     return splits, splits.captions(training.max_steps * batch)
 
@@ -179,6 +195,32 @@ def _check_contrastive(model: AttnCapForConditionalGeneration, images: Any, trai
         logger.warning("contrastive: the decoder of this captioner will no longer fit its backbone; train it again afterwards")
 
 
+def _check_batch_norm(model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, rows: Any, training: Any) -> None:
+    """Raises if batch norm would have to learn from a single value: of one image whose map is 1 x 1."""
+    if model.config.freeze_backbone or model.config.freeze_batch_norm or not has_length(rows):
+        return
+    batch, rest = training.train_batch_size, len(rows) % training.train_batch_size
+    alone = rest == 1 and not training.dataloader_drop_last and training.world_size == 1  # several processes fill batches up
+    if batch > 1 and not alone:
+        return
+    size = processor.image_processor.size
+    with torch.no_grad(), _single_images_told():
+        copy.deepcopy(model.model.encoder).train()(torch.zeros(1, 3, size["height"], size["width"]))
+
+
+@contextmanager
+def _single_images_told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SettingError(
+            "`freeze_batch_norm: false`: a batch of a single image whose map is 1 x 1 gives batch norm one value to learn from: "
+            "set it to true, or set `dataloader_drop_last`, larger batches or larger images."
+        ) from error
+
+
 def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
     """The Trainer's `compute_metrics`: generated captions against all captions of each image."""
     return caption_compute_metrics(images["captions"][:], lambda ids: processor.batch_decode(ids, skip_special_tokens=True))
@@ -208,6 +250,10 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     model, processor = build_captioner(model_arguments, captions, output)
     if training.contrastive:
         _check_contrastive(model, splits.train, bool(model_arguments.model_name_or_path))
+    if training.encoder_learning_rate is not None and model.config.freeze_backbone:
+        logger.warning(
+            "`encoder_learning_rate` is not used: the backbone is frozen; `freeze_backbone: false` in `model_config` trains it"
+        )
     earlier, origins = (read(model_arguments.model_name_or_path) for read in (earlier_stages, provenance))
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
@@ -221,6 +267,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
     cached = data.feature_cache is not None
     teachers = Teachers(training.distill_from, processor, model, cached) if training.distill_from else None
+    _check_batch_norm(model, processor, train_rows, training)
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
@@ -237,7 +284,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if validation and training.sample_images and alone and not training.contrastive:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with _single_images_told():
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
 
     def save_results() -> None:

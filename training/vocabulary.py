@@ -1,7 +1,8 @@
 """Captions to a tokenizer: a vocabulary of words or word pieces, and all text cleaning inside it."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # in the order of their ids, 0 to 3
 BPE_VOCAB_SIZE = 4000
 MODEL_MAX_LENGTH = 64  # tokens; a caption has at most 20 words, the model itself sets no limit
+COVERED = 0.95  # of the words; below it, captions are worth a warning
+SHOWN = 10  # missing words
 
 _CHAR = r"\p{L}\p{M}\p{N}"
 _PART = rf"[\p{{L}}\p{{N}}][{_CHAR}]*"
@@ -81,14 +84,82 @@ def build_tokenizer(
 
 def word_coverage(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> float:
     """The share (0 to 1) of the captions' words that are written without `<unk>`; 1.0 if there is no word."""
-    known = total = 0
-    for encoding in tokenizer.backend_tokenizer.encode_batch(list(captions), add_special_tokens=False):
-        words = set(encoding.word_ids)
+    total, missing = _count_words(tokenizer, captions)
+    return 1 - missing.total() / total if total else 1.0
+
+
+def describe_coverage(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], way_out: str) -> list[str]:
+    """Sentences on how much of the captions a vocabulary covers: its size and share and, below 95 %, what it lacks.
+
+    Args:
+        tokenizer: of the vocabulary.
+        captions: to learn from, raw.
+        way_out: what to do about missing words.
+    """
+    total, missing = _count_words(tokenizer, captions)
+    share = 1 - missing.total() / total if total else 1.0
+    said = [f"vocabulary: {len(tokenizer)} tokens, {share:.2%} of the {total} words of the training captions"]
+    if share < COVERED:
+        shown = ", ".join(f"{word} ({count})" for word, count in missing.most_common(SHOWN))
+        said.append(
+            f"{missing.total()} words of the training captions are learned as <unk>, {len(missing)} different ones; the most "
+            f"frequent are {shown}: {way_out}."
+        )
+    return said
+
+
+def extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], min_count: int = 5) -> list[str]:
+    """Gives words that a captioner's vocabulary lacks ids of their own, behind those that it has.
+
+    The tokenizer and the model are changed in place; save both. Rows of the word embedding and of the output layer stay as they
+    are. New rows are about the mean of the old ones, weight and bias: `resize_token_embeddings` draws them from a normal
+    distribution of that mean and a small part of the covariance. So k new words take at most k / (V + k) of the probability of an
+    average word, and what the captioner says hardly changes before it is trained. It draws random numbers: set a seed before.
+
+    Args:
+        model: an `AttnCapForConditionalGeneration` whose word embedding learns.
+        tokenizer: its tokenizer, of whole words.
+        captions: the new training captions, raw.
+        min_count: how often a word must occur to get an id.
+
+    Returns:
+        The new words, by falling count and then alphabetically, as their ids rise.
+
+    Raises:
+        ValueError: the tokenizer is of word pieces, or the word embedding is frozen, so that new words would never be learned.
+    """
+    if model.config.freeze_word_embeddings:
+        raise ValueError("New words would never be learned by frozen word embeddings: set `freeze_word_embeddings` to false.")
+    words = extend_tokenizer(tokenizer, captions, min_count)
+    if words:
+        model.resize_token_embeddings(len(tokenizer))
+    return words
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], min_count: int = 5) -> list[str]:
+    """The part of `extend_vocabulary` that changes the tokenizer, for the same arguments and errors."""
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.model, WordLevel):
+        raise ValueError("A vocabulary of word pieces ('bpe') writes new words with the pieces that it has: it is not extended.")
+    _, missing = _count_words(tokenizer, captions)
+    words = sorted((word for word, count in missing.items() if count >= min_count), key=lambda word: (-missing[word], word))
+    vocabulary = backend.get_vocab()
+    ids = {word: number for number, word in enumerate(words, 1 + max(vocabulary.values()))}
+    backend.model = WordLevel({**vocabulary, **ids}, unk_token="<unk>")
+    return words
+
+
+def _count_words(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> tuple[int, Counter[str]]:
+    """How many words there are, and how often each one that is not written without `<unk>`."""
+    captions, total, missing = list(captions), 0, Counter()
+    backend: Any = tokenizer.backend_tokenizer
+    for caption, encoding in zip(captions, backend.encode_batch(captions, add_special_tokens=False), strict=True):
+        total += len(set(encoding.word_ids))
         pieces = zip(encoding.word_ids, encoding.ids, strict=True)
-        unknown = {word for word, token in pieces if token == tokenizer.unk_token_id}
-        total += len(words)
-        known += len(words) - len(unknown)
-    return known / total if total else 1.0
+        if unknown := {word for word, token in pieces if token == tokenizer.unk_token_id}:
+            words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+            missing.update(words[word][0].removeprefix("▁") for word in unknown)
+    return total, missing
 
 
 def _train_words(captions: list[str], min_count: int) -> Tokenizer:
