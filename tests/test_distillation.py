@@ -86,7 +86,7 @@ def test_loss_is_that_of_captions_and_of_the_teachers_mean_by_word(processor, sa
     loss = loss_of(trainer, batches)
 
     batch = trainer.data_collator(rows())
-    is_word = batch["labels"] != -100
+    is_word = batch["labels"].flatten(0, 1) != -100  # (R, T)
     student.train()
     with torch.no_grad():
         out = student(**batch)
@@ -156,7 +156,7 @@ def test_training_from_teachers_on_cached_maps(processor, saved, tmp_path):
         assert main([word for key, value in options.items() for word in (f"--{key}", *str(value).split())]) == 0
         student = AttnCapForConditionalGeneration.from_pretrained(tmp_path / output).eval()
         batch = CaptionCollator(processor, 3)(rows())
-        where = batch["labels"] != -100
+        where = batch["labels"].flatten(0, 1) != -100  # (R, T)
         with torch.no_grad():
             own, theirs = (model.eval()(**batch).logits[where].log_softmax(-1) for model in (student, teacher))
         return float((theirs.exp() * (theirs - own)).sum(-1).mean())

@@ -5,11 +5,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 
-from .arguments import CaptionTrainingArguments, SettingError
+from .arguments import SettingError
 
 
-def check_processes(training: CaptionTrainingArguments) -> None:
+def check_processes(training: TrainingArguments) -> None:
     """Refuses ways of running on several devices that would train on wrong captions, or fail in the middle of a run.
 
     Raises:
@@ -21,7 +22,8 @@ def check_processes(training: CaptionTrainingArguments) -> None:
             f"`torchrun --nproc_per_node {training.n_gpu}` or `accelerate launch --num_processes {training.n_gpu}`, or choose one "
             "GPU with CUDA_VISIBLE_DEVICES=0."
         )
-    if training.accelerator_config.dispatch_batches:
+    loading: Any = training.accelerator_config
+    if loading.dispatch_batches:
         raise SettingError(
             "`accelerator_config`: `dispatch_batches` cannot join batches whose captions differ in length: leave it out, as each "
             "process reads its own images."

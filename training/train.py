@@ -254,7 +254,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         logger.warning(
             "`encoder_learning_rate` is not used: the backbone is frozen; `freeze_backbone: false` in `model_config` trains it"
         )
-    earlier, origins = (read(model_arguments.model_name_or_path) for read in (earlier_stages, provenance))
+    earlier, origins = earlier_stages(model_arguments.model_name_or_path), provenance(model_arguments.model_name_or_path)
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
     train_rows, validation_rows = _pictures(splits, model, processor, data, training, chance)

@@ -137,7 +137,7 @@ class CaptionTrainer(ResumableTrainer):
         return super().get_batch_samples(iter(batches), num_batches, device)
 
     def _filled_up(self, batches: list[dict[str, Any]], number: int, device: torch.device) -> list[dict[str, Any]]:
-        """`number` batches of a stream on every process, as long as one of them has any left in this pass; those added do not count.
+        """`number` batches of a stream on every process, as long as one has any left in this pass; those added do not count.
 
         Processes have shards of different sizes. One that went on to the next pass, or to an evaluation, while others still
         train would wait for them, and they for its gradients. And `Trainer` makes no step after fewer batches than it accumulates.
