@@ -303,7 +303,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
 
         Args:
             labels: (R, T) words and end token, -100 where there is none; R a multiple of B, the captions of an image adjacent.
-                They are what `processor(text_target=captions)` returns. Where -100 comes first, it is moved behind the words.
+                They are what `processor(text_target=captions)` returns. Where -100 comes first and no
+                `decoder_input_ids` are given, it is moved behind the words, and the logits belong to the labels so moved.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
 
         The other arguments are those of [`AttnCapModel.forward`].
