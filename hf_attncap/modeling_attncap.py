@@ -318,7 +318,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         Args:
             labels: (B, k, T) words and end token, -100 where there is none: k captions per image. Or (R, T), R a multiple of B,
                 the captions of an image adjacent. They are what `processor(text_target=captions)` returns. Where -100 comes
-                first, it is moved behind the words.
+                first and no `decoder_input_ids` are given, it is moved behind the words, and the logits belong to the labels so
+                moved.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
 
         The other arguments are those of [`AttnCapModel.forward`].
