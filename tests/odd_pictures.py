@@ -172,7 +172,7 @@ def odd_metadata() -> Iterator[tuple[str, bytes]]:
 
 
 def odd_contents() -> Iterator[tuple[str, bytes]]:
-    """File names and contents: every format that Pillow writes, in every mode that it takes, whole, cut and damaged; and no images."""
+    """File names and contents: every format that Pillow writes, in every mode that it takes, whole, cut and damaged; no images."""
     picture = scene()
     grey = np.linspace(0, 65535, 48 * 32).reshape(32, 48)
     images = {mode: picture.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")}
