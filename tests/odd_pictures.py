@@ -1,9 +1,12 @@
-"""Image files whose pixels are fine and whose metadata is not, as bytes by a name that says what is wrong."""
+"""Damaged and odd image files, and such whose pixels are fine and whose metadata is not, by a name that says what is wrong."""
 
+import contextlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -110,7 +113,7 @@ def odd_metadata() -> Iterator[tuple[str, bytes]]:
         "iCCP": (b"", b"p\0\0not deflated", b"p\0\x07" + zlib.compress(b"x"), b"p\0\0" + zlib.compress(bytes(2**21))),
         "tEXt": (b"", b"no separator", b"a\0" + b"\xff" * 9),
         "zTXt": (b"", b"k\0\0not deflated", b"k\0\x09x", b"k\0\0" + zlib.compress(bytes(2**21)), b"key"),
-        "iTXt": (b"", b"k\0\1\0en\0k\0not", b"k\0\1\x09\0\0x", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", b"k\0\0\0\xff\0\xff\0\xff"),
+        "iTXt": (b"", b"k\0\1\0\0\0not", b"k\0\1\x09\0\0x", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", b"k\0\0\0\xff\0\xff\0\xff"),
         "pHYs": (b"", b"\0" * 3),
         "gAMA": (b"", b"\0"),
         "cHRM": (b"", b"\0" * 7),
@@ -166,3 +169,80 @@ def odd_metadata() -> Iterator[tuple[str, bytes]]:
         ("private tag beyond the end", 50000, 7, 2**31 - 1, b"\xff\xff\xff\x7f"),
     ]:
         yield f"TIFF {name}", tiff_with(tag, kind, count, value)
+
+
+def odd_contents() -> Iterator[tuple[str, bytes]]:
+    """File names and contents: every format that Pillow writes, in every mode that it takes, whole, cut and damaged; no images."""
+    picture = scene()
+    grey = np.linspace(0, 65535, 48 * 32).reshape(32, 48)
+    images = {mode: picture.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")}
+    images |= {
+        "LAB": Image.new("LAB", (48, 32)),
+        "PA": picture.convert("LA").convert("PA"),
+        "I;16": Image.fromarray(grey.astype(np.uint16)),
+    }
+    Image.init()
+    for kind in sorted(Image.SAVE):
+        for mode, image in images.items():
+            with contextlib.suppress(Exception):  # most formats take few modes
+                yield f"{kind}-{mode.replace(';', '')}.{kind.lower()}", encode(image, kind)
+    clear = images["P"].copy()
+    clear.info["transparency"] = 0
+    frames = {"save_all": True, "append_images": [picture.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", (48, 32))]}
+    random = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "ICO", "TGA", "PPM"):
+        if kind not in Image.SAVE:
+            continue
+        data = encode(picture, kind)
+        with contextlib.suppress(Exception):
+            yield f"frames-{kind}.img", encode(picture, kind, **frames)
+        with contextlib.suppress(Exception):
+            yield f"palette with transparency-{kind}.img", encode(clear, kind, transparency=0)
+        for share in (0.02, 0.2, 0.5, 0.8, 0.98):
+            yield f"cut at {share}-{kind}.img", data[: int(share * len(data))]
+        for number in range(4):
+            wrong = bytearray(data)
+            for place in random.integers(0, len(data) if number % 2 else min(len(data), 100), 3):
+                wrong[place] ^= int(random.integers(1, 256))
+            yield f"flipped {number}-{kind}.img", bytes(wrong)
+    yield "a png.jpg", encode(picture, "PNG")
+    yield "no ending", encode(picture, "JPEG")
+    yield "text.jpg", b"a dog runs"
+    yield "page.png", b"<!DOCTYPE html><html></html>"
+    yield "vector.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    yield "film.mp4", b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(200)
+    yield "empty.jpg", b""
+    yield "zeros.jpg", bytes(1000)
+    for size in ((1, 1), (1, 50_000), (50_000, 1), (3, 3)):
+        yield f"{size[0]} by {size[1]}.png", encode(Image.new("RGB", size, "teal"), "PNG")
+    for name in (
+        "two  spaces",
+        "[set] 1",
+        "*",
+        "line\nbreak",
+        "tab\t",
+        "-dash",
+        "--model",
+        "ümlaut",
+        "a'b\"c",
+        "%41",
+        os.fsdecode(b"caf\xe9"),
+    ):
+        yield f"{name}.png", encode(picture, "PNG")
+
+
+def write_odd_files(folder: Path, metadata: int = 1) -> list[str]:
+    """Writes `odd_contents`, every `metadata`-th picture of `odd_metadata` and what is no file; gives all paths."""
+    folder.mkdir()
+    files = dict(odd_contents())
+    files |= {f"{name}.img": data for name, data in list(odd_metadata())[::metadata]}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.jpg").mkdir()
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    (folder / "link.jpg").symlink_to(folder / "a png.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "secret.png").write_bytes(files["a png.jpg"])
+    (folder / "secret.png").chmod(0)
+    return [*sorted(map(str, folder.iterdir())), str(folder / "missing.jpg")]

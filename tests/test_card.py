@@ -219,6 +219,35 @@ def test_pictures_of_one_name_are_refused(checkpoint, pictures, tmp_path, capsys
     assert "Rename one" in capsys.readouterr().err and not (checkpoint / "results.json").exists()
 
 
+def test_files_of_others_in_the_folder_are_not_replaced(checkpoint, pictures, capsys):
+    strip, results = checkpoint / f"picture_{pictures[0].stem}.png", checkpoint / "results.json"
+    for file, content in ((strip, "a photograph"), (results, '["my own"]'), (results, "not JSON")):
+        file.write_text(content)
+        assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 1
+        assert f"{file} was not " in capsys.readouterr().err and file.read_text() == content
+        file.unlink()
+    for _ in range(2):  # its own it replaces
+        assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
+    assert Image.open(strip).width > 300
+
+
+def test_a_results_file_leads_to_no_file_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
+    precious = tmp_path / "picture_precious.png"
+    precious.touch()
+    (checkpoint / "results.json").write_text(json.dumps({"pictures": [{"file": "../picture_precious.png", "caption": "a"}]}))
+    assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
+    assert precious.exists()
+
+
+def test_pictures_that_cannot_be_read_are_left_out_of_what_is_measured(checkpoint, pictures, tmp_path, caplog):
+    lines = [{"file_name": str(picture), "captions": REFERENCES[0]} for picture in pictures]
+    (tmp_path / "broken.jpg").write_bytes(pictures[0].read_bytes()[:300])
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"file_name": "broken.jpg", "captions": ["a dog"]}, *lines])))
+    found = measure.measure(checkpoint, str(tmp_path / "data.jsonl"))
+    assert len(found["captions"]) == len(pictures) == found["data"]["images"]
+    assert "1 broken pictures are left out" in caplog.text and "broken.jpg" in caplog.text
+
+
 def tokens(*captions: str) -> list[list[str]]:
     return [caption.split() for caption in captions]
 

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from transformers.utils import logging
 
+import hf_attncap.captioner
+import hf_attncap.cli
 import hf_attncap.images
 from hf_attncap import Captioner
 from hf_attncap.cli import main
@@ -71,7 +73,7 @@ def test_json_has_all_of_it(tiny_checkpoint, pictures, results, tmp_path, capfd)
             "alternatives": [
                 {"caption": other.text, "score": pytest.approx(other.score, abs=1e-4)} for other in result.alternatives
             ],
-            "attention_file": str(tmp_path / f"{file.stem}.png"),
+            "attention_file": str(tmp_path / f"{file.stem}.attention.png"),
         }
     assert len(records) == len(pictures)
 
@@ -112,10 +114,100 @@ def test_film_strips_have_names_of_their_own(tiny_checkpoint, pictures, tmp_path
     pixels = files[0].read_bytes()
     assert captions(tiny_checkpoint, *files, "--attention", folder) == 0
     assert files[0].read_bytes() == pixels, "a picture was overwritten"
-    strips = [folder / "a-2.png", folder / "a-3.png", folder / "A-4.png"]
+    strips = [folder / "a.attention.png", folder / "a-2.attention.png", folder / "A-3.attention.png"]
     assert all(Image.open(strip).width > 300 for strip in strips)
     assert capfd.readouterr().err.splitlines() == [f"{file}: attention in {strip}" for file, strip in zip(files, strips)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(["more", "a.png", "A.gif", *(s.name for s in strips)])
+
+
+def test_film_strips_replace_their_own_kind_alone(tiny_checkpoint, pictures, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert captions(tiny_checkpoint, pictures[0], "--attention", out) == 0
+    strip = out / "wide.attention.png"
+    first = strip.read_bytes()
+    strip.write_bytes(first[:-8])  # still its own, if damaged
+    assert captions(tiny_checkpoint, pictures[0], "--attention", out) == 0
+    assert len(strip.read_bytes()) == len(first) and len(list(out.iterdir())) == 1
+
+    Image.new("RGB", (9, 9)).save(strip)  # somebody else's, of the same name
+    (out / "wide-2.attention.png").write_text("notes")
+    (out / "wide-3.attention.png").mkdir()
+    (out / "wide-4.attention.png").symlink_to(tmp_path / "elsewhere.png")
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert captions(tiny_checkpoint, pictures[0], "--attention", out) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (out / "wide-5.attention.png").is_file() and not (tmp_path / "elsewhere.png").exists()
+
+    # Its own film strip as an input is not replaced by that of another picture.
+    mine, other = tmp_path / "x.attention.png", tmp_path / "x.jpg"
+    mine.write_bytes(first)
+    other.write_bytes(pictures[0].read_bytes())
+    assert captions(tiny_checkpoint, other, mine, "--attention", tmp_path) == 0
+    assert mine.read_bytes() == first and (tmp_path / "x-2.attention.png").is_file()
+
+
+def test_long_names_have_film_strips(tiny_checkpoint, pictures, tmp_path, capfd):
+    file = tmp_path / ("ü" * 120 + ".jpg")
+    file.write_bytes(pictures[0].read_bytes())
+    assert captions(tiny_checkpoint, file, "--attention", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.attention.png"))) == 1
+
+
+def test_a_film_strip_that_cannot_be_drawn_ends_nothing(tiny_checkpoint, pictures, results, monkeypatch, tmp_path, capfd):
+    draw = hf_attncap.captioner.CaptionResult.plot_attention
+    broken = [pictures[1]]
+
+    def fail(result, path=None):
+        if result.image.size == Image.open(broken[0]).size:
+            raise ValueError("no room for a word")
+        return draw(result, path)
+
+    monkeypatch.setattr(hf_attncap.captioner.CaptionResult, "plot_attention", fail)
+    assert captions(tiny_checkpoint, *pictures, "--attention", tmp_path) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [f"{file}\t{result.text}" for file, result in zip(pictures, results)]
+    assert f"attncap: {pictures[1]}: its attention cannot be drawn: ValueError: no room for a word" in err.splitlines()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grey.attention.png", "wide.attention.png"]
+
+
+def test_a_picture_that_fails_in_its_batch_ends_nothing(tiny_checkpoint, pictures, results, monkeypatch, capfd):
+    caption, bad = Captioner._caption_batch, Image.open(pictures[1]).size
+
+    def fail(captioner, batch, *arguments):
+        if bad in [picture.size for picture in batch]:
+            raise RuntimeError("out of memory")
+        return caption(captioner, batch, *arguments)
+
+    monkeypatch.setattr(Captioner, "_caption_batch", fail)
+    assert captions(tiny_checkpoint, *pictures) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [f"{pictures[n]}\t{results[n].text}" for n in (0, 2)]
+    assert err.splitlines() == [f"attncap: {pictures[1]} cannot be captioned: RuntimeError: out of memory"]
+
+
+def test_pictures_that_are_large_together_are_not_in_memory_together(tiny_checkpoint, pictures, monkeypatch, capfd):
+    sizes, caption = [], Captioner._caption_batch
+    monkeypatch.setattr(hf_attncap.cli, "BATCH_PIXELS", 10_000)
+    monkeypatch.setattr(
+        Captioner, "_caption_batch", lambda self, batch, *rest: sizes.append(len(batch)) or caption(self, batch, *rest)
+    )
+    assert captions(tiny_checkpoint, *pictures, *pictures) == 0
+    assert sizes == [2, 2, 2]  # of 9,600, 7,500 and 1,600 pixels
+
+
+def test_names_of_any_kind_stand_on_one_line(tiny_checkpoint, pictures, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    names = ["a  b.jpg", "[set] 1.jpg", "line\nbreak.jpg", "tab\t.jpg", "-x.jpg"]
+    for name in names:
+        Path(name).write_bytes(pictures[0].read_bytes())
+    broken = ["two  spaces.jpg", "broken\nline.jpg"]
+    for name in broken:
+        Path(name).touch()
+    assert main(["caption", "--model", str(tiny_checkpoint), "--", *names, *broken]) == 1
+    out, err = capfd.readouterr()
+    shown = ["a  b.jpg", "[set] 1.jpg", "line\\nbreak.jpg", "tab\\t.jpg", "-x.jpg"]
+    assert [line.split("\t")[0] for line in out.splitlines()] == shown
+    assert [line.split(" is empty")[0] for line in err.splitlines()] == ["attncap: two  spaces.jpg", "attncap: broken\\nline.jpg"]
 
 
 def test_folder_that_cannot_be_written_to(tiny_checkpoint, pictures, capfd):

@@ -188,3 +188,15 @@ def test_few_images_and_single_references_are_noted(folder, capsys):
     assert evaluate(folder, "--compare", folder / "results.jsonl", references="single.json") == 0
     said = capsys.readouterr().err
     assert "has one reference an image" in said and "3 images are few" in said
+
+
+@pytest.mark.parametrize("option", ["--output", "--per-image"])
+def test_only_files_of_its_own_are_replaced(folder, capsys, option):
+    for name, content in (("photo.jpg", b"\xff\xd8\xff"), ("other.jsonl", b'{"image_id": 1, "caption": "a dog"}\n')):
+        (folder / name).write_bytes(content)
+        assert evaluate(folder, option, folder / name) == 1
+        assert f"{name} is there already, and `attncap evaluate` did not write it" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == content
+    (folder / "empty").touch()
+    for name in ("empty", "scores", "scores"):
+        assert evaluate(folder, option, folder / name) == 0

@@ -4,16 +4,20 @@ import base64
 import functools
 import http.server
 import io
+import os
+import re
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from odd_pictures import chunk, directory, encode, jpeg_with, odd_metadata, png_with, scene
+from odd_pictures import chunk, directory, encode, jpeg_with, odd_metadata, png_with, scene, write_odd_files
 from PIL import Image
 from transformers import pipeline
 
 from hf_attncap import Captioner
+from hf_attncap.cli import main
 from hf_attncap.images import ImageError, load_image
 
 ODD = dict(odd_metadata())
@@ -146,3 +150,33 @@ def test_extreme_shapes_are_captioned_and_drawn(tiny_checkpoint, tmp_path, size)
     result.plot_attention(tmp_path / "strip.png")
     drawn = Image.open(tmp_path / "strip.png").size
     assert min(drawn) > 100 and max(drawn) < 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, pipes")
+def test_every_odd_file_is_captioned_or_named(tiny_checkpoint, tmp_path, capfdbinary):
+    files = write_odd_files(tmp_path / "odd", metadata=8)
+    assert len(files) > 200
+    assert main(["caption", "--model", str(tiny_checkpoint), *files]) == 1
+    captioned, named = accounts(*capfdbinary.readouterr())
+    assert {one_line(file) for file in files} == captioned | named and not captioned & named
+    assert len(captioned) > 100 and len(named) > 40
+    whole = [file for file in files if not re.search(r"cut at|flipped|EPS|\.(svg|mp4|pdf)$", file)]
+    refused = {Path(file).name for file in whole if one_line(file) in named}
+    assert refused >= {"folder.jpg", "dangling.jpg", "loop.jpg", "pipe.jpg", "missing.jpg", "text.jpg", "empty.jpg"}
+    assert not [name for name in refused if "exif" in name or "by" in name or "png" in name]
+
+
+def one_line(file: str) -> bytes:
+    return os.fsencode(file).replace(b"\n", b"\\n").replace(b"\t", b"\\t")
+
+
+def accounts(out: bytes, err: bytes) -> tuple[set[bytes], set[bytes]]:
+    """The files that have a caption, and those that are named on stderr, as they are printed there."""
+    captioned = {line.split(b"\t")[0] for line in out.splitlines()}
+    # stderr shows the bytes of no encoding as \udce9, and a path in quotes with its backslashes doubled
+    lines = [line.replace(b"\\udce9", b"\xe9").replace(b"\\\\", b"\\") for line in err.splitlines()]
+    named = [re.match(rb"attncap: (?:b?['\"])?(/.*?/odd/.*?)(?:['\"])?(?: is | has | cannot | does )", line) for line in lines]
+    assert all(named), [line for line, found in zip(lines, named) if not found]
+    assert all(line.split(b"\t")[1].strip() for line in out.splitlines())
+    return captioned, {found[1] for found in named if found}
