@@ -72,6 +72,8 @@ def build_card(checkpoint: str | Path) -> ModelCard:
     if config is None or not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
     results, stages = _read(folder / "results.json"), _read(folder / "training.json") or []
+    if results is not None and not isinstance(results, dict):
+        raise ValueError(f"{folder / 'results.json'} was not written by `attncap card`: move it away.")
     dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results and "data" in results else {})
     name = about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
     title = about.get("title") or folder.resolve().name
@@ -119,7 +121,10 @@ def is_ours(checkpoint: str | Path) -> bool:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} was not written by hf_attncap, it holds no JSON ({error}): move it away.") from error
 
 
 def _about(path: Path) -> dict[str, Any]:

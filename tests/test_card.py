@@ -240,9 +240,9 @@ def test_a_results_file_leads_to_no_file_outside_the_folder(checkpoint, pictures
 
 
 def test_pictures_that_cannot_be_read_are_left_out_of_what_is_measured(checkpoint, pictures, tmp_path, caplog):
-    lines = [{"file_name": str(picture), "captions": REFERENCES[0]} for picture in pictures]
+    lines = [{"image": str(picture), "captions": REFERENCES[0]} for picture in pictures]
     (tmp_path / "broken.jpg").write_bytes(pictures[0].read_bytes()[:300])
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"file_name": "broken.jpg", "captions": ["a dog"]}, *lines])))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"image": "broken.jpg", "captions": ["a dog"]}, *lines])))
     found = measure.measure(checkpoint, str(tmp_path / "data.jsonl"))
     assert len(found["captions"]) == len(pictures) == found["data"]["images"]
     assert "1 broken pictures are left out" in caplog.text and "broken.jpg" in caplog.text
