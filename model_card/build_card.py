@@ -150,7 +150,7 @@ def check_about(about: Any, place: str) -> None:
             raise ValueError(f"{place}: `{name}` is {value!r:.60}; expected {KINDS[kind]}.")
     if "dataset" in about and not {"name"} <= about["dataset"].keys() <= {"name", "id", "split"}:
         raise ValueError(
-            f"{place}: `dataset` has {', '.join(map(str, about['dataset']))}; expected name and, if wanted, id and split."
+            f"{place}: `dataset` has {', '.join(map(str, about['dataset']))}; expected name, and perhaps id and split."
         )
 
 

@@ -199,12 +199,30 @@ def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
 
 @pytest.mark.parametrize(
     ("about", "message"),
-    [("titel: x\n", "about.yaml has titel: it may have base_model"), ("just words\n", "no lines at all"), ("a: [", "is no YAML")],
+    [
+        ("titel: x\n", "about.yaml has titel: it may have base_model"),
+        ("just words\n", "no lines at all"),
+        ("a: [", "is no YAML"),
+        ("title: 5\n", "`title` is 5; expected a text"),
+        ("summary: [a]\n", "`summary` is ['a']; expected a text"),
+        ("license:\n", "`license` is None; expected a text"),
+        ("repository: {a: b}\n", "`repository` is {'a': 'b'}; expected a text"),
+        ("base_model: 1.5\n", "`base_model` is 1.5; expected a text"),
+        ("dataset: Flickr8k\n", "`dataset` is 'Flickr8k'; expected a mapping with a name"),
+        ("dataset: {id: flickr8k}\n", "`dataset` has id; expected name"),
+        ("dataset: {name: 8}\n", "`dataset: name` is 8; expected a text"),
+        ("origins: one sentence\n", "`origins` is 'one sentence'; expected a list of texts"),
+        ("origins: [1]\n", "`origins` is [1]; expected a list of texts"),
+        ("1: 2\na: 3\n", "about.yaml has 1, a: it may have"),
+    ],
 )
 def test_strange_lines_about_a_checkpoint_are_named(checkpoint, capsys, about, message):
     (checkpoint / "about.yaml").write_text(about)
     assert main(["card", str(checkpoint)]) == 1
     assert message in capsys.readouterr().err
+    with pytest.raises(SettingError) as error:  # of a run that goes on from there
+        provenance(str(checkpoint))
+    assert message in str(error.value) and "about.yaml" in str(error.value)
 
 
 def test_folder_without_captioner_is_refused_before_anything_is_measured(tmp_path, capsys):

@@ -488,3 +488,12 @@ def test_collator_keeps_every_word_and_pads_with_minus_100(processor, rows):
     for index, row in enumerate(rows):
         own = {tuple(token for token in label if token != -100) for label in labels[index * k : (index + 1) * k].tolist()}
         assert len(own) == len({tuple(caption) for caption in row})
+
+
+@pytest.mark.parametrize(("batch", "code"), [(7, 2), (1, 2), (4, 0)], ids=["last of one", "all of one", "even"])
+def test_batch_norm_that_would_learn_from_one_value_is_refused_early(parquet, tmp_path, capsys, batch, code):
+    running = json.dumps({**TINY, "freeze_backbone": False, "freeze_batch_norm": False})
+    more = {"model_config": running, "per_device_train_batch_size": batch, "max_steps": 1}
+    assert main(options(parquet, tmp_path / "run", **more)) == code
+    assert ("a batch of a single image whose map is 1 x 1" in capsys.readouterr().err) is (code == 2)
+    assert (tmp_path / "run" / "model.safetensors").exists() is (code == 0)

@@ -1,14 +1,21 @@
 """Raw captions become tokens, and tokens become clean text again."""
 
+import logging
 import random
 from typing import Literal
 
 import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from training.vocabulary import build_tokenizer, word_coverage
+from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
+from tests.test_data import picture
+from training.train import main
+from training.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, word_coverage
 
 CAPTIONS = [
     "A black dog is running , fast .",
@@ -183,3 +190,115 @@ def test_known_words_survive_punctuation_and_case(kind, words, noise):
     seams = [noise[i % len(noise)] if noise else " " for i in range(len(words))]
     text = "".join(word + seam for word, seam in zip(words, seams, strict=True))
     assert decode(kind, text) == decode(kind, text.upper()) == " ".join(words)
+
+
+def coverage_of(tokenizer, captions: list[str]) -> tuple[float, list[str]]:
+    return word_coverage(tokenizer, captions), describe_coverage(tokenizer, captions, "do this")
+
+
+def test_coverage_names_the_most_frequent_missing_words_below_a_share():
+    share, said = coverage_of(TOKENIZERS["word"], ["Ein Hund, ein Café!", "a dog 's Hunde-Hütte, EIN cafe\u0301"])
+    assert share == pytest.approx(4 / 9)
+    assert said[0] == f"vocabulary: {len(TOKENIZERS['word'])} tokens, 44.44% of the 9 words of the training captions"
+    assert "5 words of the training captions are learned as <unk>, 3 different ones" in said[1]
+    assert "the most frequent are ein (3), hund (1), hunde-hütte (1): do this." in said[1]
+    assert len(describe_coverage(TOKENIZERS["word"], ["a black dog"] * 7 + ["hund"], "")) == 1, "21 of 22 words are enough"
+
+
+def test_word_pieces_miss_only_words_of_new_characters():
+    share, said = coverage_of(TOKENIZERS["bpe"], ["a running cat", "\u4e16\u754c"])
+    assert share == 0.75 and "\u4e16\u754c (1)" in said[1]
+
+
+def loaded(folder):
+    return AttnCapForConditionalGeneration.from_pretrained(folder), AttnCapProcessor.from_pretrained(folder)
+
+
+GERMAN = ["Zwei Hunde am Strand .", "ein Hund am Strand", "zwei Hunde, a dog", "selten"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own output layer", "tied"])
+def test_extended_checkpoint_says_the_same_of_the_old_words_and_learns_the_new(make_checkpoint, tmp_path, tied):
+    model, processor = loaded(make_checkpoint(tie_word_embeddings=tied))
+    tokenizer, size = processor.tokenizer, len(processor.tokenizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixel_values = torch.randn(2, 3, 64, 96)
+    labels = processor(text_target=["two red dogs", "a child"], return_tensors="pt")["labels"]
+    known = processor(text_target=["A black dog in the rain .", "Ein Hund"], return_tensors="pt")["labels"]
+    logits = model.eval()(pixel_values, labels=labels).logits
+
+    words = extend_vocabulary(model, tokenizer, GERMAN, min_count=2)
+    assert words == ["am", "hunde", "strand", "zwei"] and len(tokenizer) == size + 4
+    assert tokenizer.convert_tokens_to_ids(words) == list(range(size, size + 4))
+    assert model.config.vocab_size == model.lm_head.out_features == model.get_input_embeddings().num_embeddings == size + 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(value[: len(before[name])] if value.ndim else value, before[name]), name
+        if len(value.shape) and len(value) > len(before[name]):
+            mean, spread = before[name].mean(dim=0), before[name].std(dim=0)
+            assert (value[size:] - mean).abs().max() < 0.1 * spread.max(), name
+    extended = model(pixel_values, labels=labels).logits
+    torch.testing.assert_close(extended[..., :size], logits)
+    assert extended.softmax(-1)[..., size:].sum(-1).max() < 4 / (size + 4) * 1.5, "new words are no likelier than others"
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    assert torch.equal(processor(text_target=["A black dog in the rain .", "Ein Hund"], return_tensors="pt")["labels"], known)
+    assert model.generation_config.suppress_tokens == [0, 1, 3]
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, processor = loaded(tmp_path)
+    assert torch.equal(again.eval()(pixel_values, labels=labels).logits, extended)
+    ids = processor.tokenizer("Zwei Hunde!")["input_ids"]
+    assert processor.tokenizer.decode(ids) == "zwei hunde" and min(ids) >= size
+    new = processor(text_target=["Zwei Hunde", "am Strand"], return_tensors="pt")["labels"]
+    again.train()(pixel_values, labels=new).loss.backward()
+    for weight in (again.get_input_embeddings().weight, again.lm_head.weight):
+        assert weight.grad is not None and weight.grad[size:].abs().sum(dim=1).gt(0).any()
+    assert extend_vocabulary(again, processor.tokenizer, GERMAN, min_count=2) == [], "they are there"
+
+
+def test_what_cannot_be_extended_is_refused(make_checkpoint, tmp_path):
+    model, processor = loaded(make_checkpoint("bpe"))
+    with pytest.raises(ValueError, match="word pieces .* it is not extended"):
+        extend_vocabulary(model, processor.tokenizer, GERMAN)
+    model, processor = loaded(make_checkpoint())
+    model.config.freeze_word_embeddings = True
+    with pytest.raises(ValueError, match="set `freeze_word_embeddings` to false"):
+        extend_vocabulary(model, processor.tokenizer, GERMAN)
+
+
+def test_embeddings_are_resized_as_of_any_other_model(make_checkpoint):
+    model, _ = loaded(make_checkpoint())
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    assert model(torch.randn(1, 3, 64, 96)).logits.shape[-1] == model.config.vocab_size == size + 3
+    assert model.generate(pixel_values=torch.randn(1, 3, 64, 96)).shape[0] == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint, streaming, tmp_path, caplog, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
+    images = [{"bytes": picture(n), "path": None} for n in range(1, 5)]
+    columns = {"image": images, "captions": [[f"Ein Hund {name}", "ein Hund"] for name in ("rot", "blau", "alt", "jung")]}
+    features = Features({"image": Picture(), "captions": List(Value("string"))})
+    Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    options = {"train_file": tmp_path / "a.parquet", "model_name_or_path": tiny_checkpoint, "max_steps": 1, "use_cpu": True}
+    options |= {"per_device_train_batch_size": 2, "captions_per_image": 2, "report_to": "none", "streaming": streaming}
+    argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    with caplog.at_level(logging.WARNING):
+        assert main([*argv, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert "0.00% of the" in caplog.text and "ein (" in caplog.text and "`--extend_vocabulary True` adds those" in caplog.text
+    caplog.clear()
+    extend = ["--extend_vocabulary", "True", "--min_count", "2"]
+    with caplog.at_level(logging.WARNING):
+        assert main([*argv, *extend, "--output_dir", str(tmp_path / "more")]) == 0
+    assert "2 words are new in the vocabulary: ein, hund" in caplog.text and "a lower `min_count` than 2" in caplog.text
+    model, processor = loaded(tmp_path / "more")
+    old = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).config.vocab_size
+    assert model.config.vocab_size == len(processor.tokenizer) == old + 2
+    assert processor.tokenizer.decode(processor.tokenizer("Ein Hund")["input_ids"]) == "ein hund"
+    if not streaming:
+        assert main([*argv, "--inspect"]) == 0
+        assert "`--extend_vocabulary True` adds those" in capsys.readouterr().out
+        frozen = ["--model_config", '{"freeze_word_embeddings": true}', "--output_dir", str(tmp_path / "frozen")]
+        assert main([*argv, *extend, *frozen]) == 2
+        assert "`extend_vocabulary`: New words would never be learned" in capsys.readouterr().err

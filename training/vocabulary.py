@@ -130,9 +130,11 @@ def extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, captions: 
     """
     if model.config.freeze_word_embeddings:
         raise ValueError("New words would never be learned by frozen word embeddings: set `freeze_word_embeddings` to false.")
-    words = extend_tokenizer(tokenizer, captions, min_count)
+    size, words = model.config.vocab_size, extend_tokenizer(tokenizer, captions, min_count)
     if words:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(size + len(words))
+        bias = model.lm_head.bias.data  # (V + k), 0 for new words of tied embeddings, where rare words have learned less
+        bias[size:] = bias[:size].mean()
     return words
 
 
