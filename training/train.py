@@ -228,25 +228,12 @@ def _caption_scores(images: Dataset, processor: AttnCapProcessor) -> Callable[[A
 
 def train(model_arguments: ModelArguments, data: DataArguments, training: CaptionTrainingArguments) -> dict[str, float]:
     """One run: data, captioner, Trainer, saved checkpoint; returns the metrics, which are also in `metrics.json`."""
-    if training.self_critical and not model_arguments.model_name_or_path:
-        raise SettingError("`self_critical` goes on from a captioner that was trained before: give `--model_name_or_path`.")
-    if training.fp16 and training.device.type == "cpu":
-        raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
-    check_processes(training)
+    _check_start(model_arguments, training)
     sharing = [HubSharing(training)] if training.push_to_hub else []  # before anything that takes long
-    if training.self_critical:
-        _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
-    for teacher in training.distill_from or []:
-        _refuse_untrained("distill_from", teacher)
     set_seed(training.seed)
     output = Path(str(training.output_dir))
     checkpoint = _checkpoint_to_resume(training, output)
     splits, captions = _load(data, training)
-    validation = splits.validation
-    trainer_class: Any = ContrastiveTrainer if training.contrastive else CaptionTrainer
-    if training.self_critical:
-        references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
-        trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model, processor = build_captioner(model_arguments, captions, output)
     if training.contrastive:
         _check_contrastive(model, splits.train, bool(model_arguments.model_name_or_path))
@@ -255,6 +242,56 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
             "`encoder_learning_rate` is not used: the backbone is frozen; `freeze_backbone: false` in `model_config` trains it"
         )
     earlier, origins = earlier_stages(model_arguments.model_name_or_path), provenance(model_arguments.model_name_or_path)
+    trainer = _build_trainer(model, processor, splits, captions, data, training, sharing)
+    with _single_images_told():
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
+
+    def save_results() -> None:
+        if trainer.is_world_process_zero():
+            own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
+            _save_results(output, trainer.state, metrics, [*earlier, own], origins)
+
+    trainer.save_model()
+    save_results()  # already now: an evaluation that fails must not cost the run
+    if splits.validation is not None:
+        metrics = {**metrics, **trainer.evaluate()}
+        save_results()
+    if trainer.is_world_process_zero():
+        logger.warning("%s", _summary(trainer, metrics, output))
+    for upload in sharing:
+        upload.finish()
+    return metrics
+
+
+def _check_start(model_arguments: ModelArguments, training: CaptionTrainingArguments) -> None:
+    """Raises a SettingError for what can be known before data are read."""
+    if training.self_critical and not model_arguments.model_name_or_path:
+        raise SettingError("`self_critical` goes on from a captioner that was trained before: give `--model_name_or_path`.")
+    if training.fp16 and training.device.type == "cpu":
+        raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
+    check_processes(training)
+    if training.self_critical:
+        _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
+    for teacher in training.distill_from or []:
+        _refuse_untrained("distill_from", teacher)
+
+
+def _build_trainer(
+    model: AttnCapForConditionalGeneration,
+    processor: AttnCapProcessor,
+    splits: CaptionData,
+    captions: list[list[str]],
+    data: DataArguments,
+    training: CaptionTrainingArguments,
+    sharing: list[HubSharing],
+) -> CaptionTrainer:
+    """The Trainer of a run, with its rows, collators and callbacks."""
+    validation = splits.validation
+    trainer_class: Any = ContrastiveTrainer if training.contrastive else CaptionTrainer
+    if training.self_critical:
+        references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
+        trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
     model.model.encoder.to(memory_format=torch.channels_last)
     chance = Chance(training.seed)
     train_rows, validation_rows = _pictures(splits, model, processor, data, training, chance)
@@ -284,25 +321,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     if validation and training.sample_images and alone and not training.contrastive:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
-    with _single_images_told():
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
-
-    def save_results() -> None:
-        if trainer.is_world_process_zero():
-            own = stage((model_arguments, data, training), trainer.state, images, bool(model.config.freeze_backbone))
-            _save_results(output, trainer.state, metrics, [*earlier, own], origins)
-
-    trainer.save_model()
-    save_results()  # already now: an evaluation that fails must not cost the run
-    if validation is not None:
-        metrics = {**metrics, **trainer.evaluate()}
-        save_results()
-    if trainer.is_world_process_zero():
-        logger.warning("%s", _summary(trainer, metrics, output))
-    for upload in sharing:
-        upload.finish()
-    return metrics
+    return trainer
 
 
 def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: list[dict[str, Any]], origins: str | None) -> None:
