@@ -1,7 +1,7 @@
 """hf_attncap: a small image captioner that shows where it looked, at home in transformers.
 
-Where this package and transformers are both imported, in whatever order, transformers' Auto classes and `pipeline` know the
-captioner. Importing the package does not import transformers: `attncap --help` and `hf_attncap.metrics` need neither it nor torch.
+Importing this package and transformers, in either order, registers the captioner with transformers' Auto classes and `pipeline`.
+This package does not import transformers by itself: `attncap --help` and `hf_attncap.metrics` need neither transformers nor torch.
 """
 
 import importlib
@@ -87,11 +87,11 @@ def register() -> None:
         )
 
 
-class _RegisterLater:
+class _RegistrationFinder:
     """A finder that calls `register` as soon as transformers has been imported.
 
-    It finds nothing itself. In what the other finders found it only wraps the execution of transformers and of this package's
-    modules: the outermost of these imports registers when it ends, since inside it some of the classes are only half there.
+    It finds no modules itself: it wraps the loaders of transformers and of this package's modules. `register` runs after the
+    outermost of these imports, because until then some classes are not defined yet.
     """
 
     running = 0
@@ -124,4 +124,4 @@ class _RegisterLater:
 if "transformers" in sys.modules:
     register()
 else:
-    sys.meta_path.insert(0, _RegisterLater())
+    sys.meta_path.insert(0, _RegistrationFinder())

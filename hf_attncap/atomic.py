@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, also if the program is killed or the disk is full while it writes them."""
+"""Atomic writes: files and folders appear complete or not at all, even if the program is killed or the disk fills up."""
 
 import os
 import secrets
@@ -73,7 +73,7 @@ def refuse_occupied(path: str | os.PathLike[str]) -> None:
 
 
 def flush_to_disk(file: Path) -> None:
-    """What another library wrote to a file is on the disk afterwards; folders are passed over."""
+    """Flushes a file that another library wrote to disk; folders are skipped."""
     if file.is_file():
         with open(file, "rb+") as stream:  # Windows flushes no file that is open for reading alone
             os.fsync(stream.fileno())

@@ -284,7 +284,7 @@ class Captioner:
             except ImageError as error:
                 if sources is not images:
                     raise
-                raise ImageError(f"image {number} of the list: {error}") from error
+                raise ImageError(f"images[{number}]: {error}") from error
         results = []
         for start in range(0, len(pictures), batch_size):
             results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives)

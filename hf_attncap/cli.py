@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .metrics.significance import Comparison
 
 FEW = 100  # images, below which a bootstrap takes luck for gain too often
-BATCH_PIXELS = 2**26  # from which on a batch is full, however few its pictures: they are in memory all at once
+BATCH_PIXELS = 2**26  # a batch with more pixels takes no further picture, since all its pictures are in memory at once
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     caption = commands.add_parser(
         "caption",
         help="print a caption for each picture",
-        description="Prints a line a picture: its path, a tab and the caption. A picture that cannot be read "
-        "is named on stderr, the others are captioned, and the exit code is 1. Line breaks and tabs in a path are printed as "
+        description="Prints one line per picture: its path, a tab and the caption. Pictures that cannot be read are skipped and "
+        "named on stderr; the exit code is then 1. Line breaks and tabs in a path are printed as "
         "\\n, \\r and \\t; --json has the path as it is.",
     )
     caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL")
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT_DIR",
         type=Path,
         help="also write a film strip of where the model looked for each word, as NAME.attention.png; "
-        "of the files there it replaces those of earlier runs alone",
+        "replaces only the film strips of earlier runs",
     )
     caption.add_argument("--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)")
     caption.add_argument(
@@ -308,7 +308,7 @@ def _batches(args: argparse.Namespace) -> "Iterator[list[tuple[str, Image.Image]
                 raise ImageError(f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}")
             picture = load_image(file, allow_private_urls=args.allow_private_urls)
         except Exception as error:
-            _complain(error if isinstance(error, ImageError) else f"{file} cannot be read: {_said(error)}", file)
+            _complain(error if isinstance(error, ImageError) else f"{file} cannot be read: {_describe_error(error)}", file)
             continue
         batch.append((file, picture))
         pixels += picture.width * picture.height
@@ -333,7 +333,7 @@ def _results(
         )
     except Exception as error:
         if len(batch) == 1:
-            _complain(f"{batch[0][0]} cannot be captioned: {_said(error)}", batch[0][0])
+            _complain(f"{batch[0][0]} cannot be captioned: {_describe_error(error)}", batch[0][0])
             return
         for one in batch:
             yield from _results(captioner, [one], args)
@@ -349,9 +349,9 @@ def _draw(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> 
         strip = _strip_path(file, folder, taken)
         save_strip(result, strip)
     except Exception as error:
-        _complain(f"{file}: its attention cannot be drawn: {_said(error)}", file)
+        _complain(f"{file}: its attention cannot be drawn: {_describe_error(error)}", file)
         return None
-    print(f"{_shown(file)}: attention in {strip}", file=sys.stderr)
+    print(f"{_escape_path(file)}: attention in {strip}", file=sys.stderr)
     return strip
 
 
@@ -403,7 +403,7 @@ def _quieten() -> None:
 
 
 def _as_text(file: str, result: "CaptionResult") -> str:
-    return "\n\t".join([f"{_shown(file)}\t{result.text}", *(other.text for other in result.alternatives)])
+    return "\n\t".join([f"{_escape_path(file)}\t{result.text}", *(other.text for other in result.alternatives)])
 
 
 def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
@@ -419,14 +419,14 @@ def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
 
 def _complain(error: Exception | str, file: str = "") -> None:
     text = str(error)
-    text = text.replace(file, _shown(file)) if file else text
+    text = text.replace(file, _escape_path(file)) if file else text
     print("attncap:", re.sub(r"\s*[\r\n]\s*", " ", text), file=sys.stderr)
 
 
-def _said(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _shown(file: str) -> str:
+def _escape_path(file: str) -> str:
     """A path on one line."""
     return file.translate({ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"})

@@ -20,9 +20,9 @@ GONE = {
 
 
 class StopAtText(StoppingCriteria):
-    """Ends a caption whose last token completes one of the texts, wherever in it they begin.
+    """Ends a caption when its last token completes one of the stop strings.
 
-    transformers' own criterion looks for a made-up prefix in what the tokenizer writes, and a vocabulary of words lacks it.
+    transformers' own criterion tokenizes a made-up prefix, which a vocabulary of whole words cannot represent.
     """
 
     def __init__(self, texts: str | list[str], tokenizer: Any):

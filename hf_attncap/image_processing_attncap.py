@@ -20,7 +20,7 @@ class AttnCapImageProcessor(TorchvisionBackend):
     bilinear (antialiased); `do_rescale` by 1/255; `do_normalize` with ImageNet's `image_mean`, `image_std`.
 
     For a new model, use `from_config`: backbones differ in the mean and standard deviation that they expect. A saved
-    processor keeps its own, and they are what counts, whatever the model's config says.
+    processor uses the values that it was saved with, even if the model's config has others.
 
     The picture is squashed to the square, never cropped: captions speak of what stands at the edges.
     """

@@ -141,7 +141,7 @@ def _is_ready(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture without its metadata: read again, it must not be turned again."""
+    """The picture as RGB, without its metadata, so that loading it again does not rotate it again."""
     try:
         image.load()
         if 0 in image.size:

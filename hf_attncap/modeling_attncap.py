@@ -27,7 +27,7 @@ from .word_vectors_attncap import read_word_vectors
 
 logger = logging.get_logger(__name__)
 
-LABELS = "make labels with `processor(text_target=captions)`, which ends captions and pads them with -100 on the right"
+LABELS = "make labels with `processor(text_target=captions)`, which adds the end token and pads with -100 on the right"
 
 
 class AttnCapPreTrainedModel(PreTrainedModel):
@@ -197,8 +197,8 @@ def _label_rows(labels: torch.Tensor, *pictures: Any) -> torch.Tensor:
         given = given[0]  # of the encoder's output
     if given is not None and given.shape[0] != labels.shape[0]:
         raise ValueError(
-            f"`labels` {tuple(labels.shape)} are of {labels.shape[0]} images, but {given.shape[0]} were given: pass (images, "
-            "captions per image, words)."
+            f"`labels` {tuple(labels.shape)} are of {labels.shape[0]} images, but {given.shape[0]} were given: their shape "
+            "must be (images, captions per image, tokens)."
         )
     return labels.flatten(0, 1)
 
@@ -317,9 +317,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
 
         Args:
             labels: (B, k, T) words and end token, -100 where there is none: k captions per image. Or (R, T), R a multiple of B,
-                the captions of an image adjacent. They are what `processor(text_target=captions)` returns. Where -100 comes
-                first and no `decoder_input_ids` are given, it is moved behind the words, and the logits belong to the labels so
-                moved.
+                the captions of an image adjacent, as `processor(text_target=captions)` returns them. If rows are padded on the left
+                and no `decoder_input_ids` are given, the padding is moved to the right; the logits belong to the moved labels.
             num_items_in_batch: M, the number of labels over all accumulated batches and processes; default this batch's own.
 
         The other arguments are those of [`AttnCapModel.forward`].
@@ -329,7 +328,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             the attentions as in [`AttnCapModel.forward`].
 
         Raises:
-            ValueError: the labels are of another number of images, hold padding, or are prompts; the Trainer withholds them.
+            ValueError: the labels are for another number of images, contain the padding token or are prompts, or the Trainer
+                withholds them (`label_smoothing_factor`).
         """
         given = decoder_input_ids
         if labels is not None:
@@ -411,10 +411,11 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         ended = torch.isin(labels, torch.tensor(ends, device=labels.device))  # (R, T)
         padded, complete = torch.stack([wrong.any(), ended.any()]).tolist()
         if padded:
-            raise ValueError(f"`labels` have padding (id {pad}) among or before the words, which would be learned: {LABELS}.")
+            raise ValueError(f"`labels` have padding (id {pad}), which the model would learn to generate: {LABELS}.")
         if not complete:
             logger.warning_once(
-                f"No label of this batch is an end token. Unless all captions were cut, they will not end: {LABELS}."
+                f"No label of this batch is an end token, so the model may not learn to end captions: {LABELS}. This warning is "
+                "harmless if all captions of the batch were cut at the length limit."
             )
 
     def caption_loss(

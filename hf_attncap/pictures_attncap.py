@@ -92,7 +92,7 @@ def _reads_heif(header: bytes) -> bool:
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:
-        raise FormatError('HEIC, which needs one more package: pip install "hf_attncap[heic]", or save it as JPEG') from error
+        raise FormatError('HEIC, which needs pillow-heif: pip install "hf_attncap[heic]", or save it as JPEG') from error
     register_heif_opener()
     return True
 

@@ -131,7 +131,7 @@ def _about(path: Path) -> dict[str, Any]:
     try:
         about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     about = {} if about is None else about
     check_about(about, str(path))
     return about
@@ -140,8 +140,8 @@ def _about(path: Path) -> dict[str, Any]:
 def check_about(about: Any, place: str) -> None:
     """Raises a ValueError, naming the place, for what is not the content of an `about.yaml`."""
     if not isinstance(about, dict) or about.keys() - LINES.keys():
-        what = ", ".join(sorted(map(str, about.keys() - LINES.keys()))) if isinstance(about, dict) else "no lines at all"
-        raise ValueError(f"{place} has {what}: it may have {', '.join(sorted(LINES))}.")
+        what = ", ".join(sorted(map(str, about.keys() - LINES.keys()))) if isinstance(about, dict) else "no mapping"
+        raise ValueError(f"{place} has {what}: it may have only {', '.join(sorted(LINES))}, as `name: value`.")
     values = {**about, **{f"dataset: {name}": value for name, value in _items(about.get("dataset"))}}
     for name, value in values.items():
         several = isinstance(value, list) and all(isinstance(item, str) for item in value)

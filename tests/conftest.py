@@ -9,6 +9,8 @@ from typing import Literal
 # Sums of several threads on a busy machine are not the same to the last bit, as tests of resumed runs want them; and the tests
 # themselves run side by side. Set before torch is loaded, here and by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A name that is no folder is then unknown at once, and not after several attempts to reach the Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest

@@ -201,8 +201,8 @@ def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
     ("about", "message"),
     [
         ("titel: x\n", "about.yaml has titel: it may have base_model"),
-        ("just words\n", "no lines at all"),
-        ("a: [", "is no YAML"),
+        ("just words\n", "no mapping"),
+        ("a: [", "cannot be read as YAML"),
         ("title: 5\n", "`title` is 5; expected a text"),
         ("summary: [a]\n", "`summary` is ['a']; expected a text"),
         ("license:\n", "`license` is None; expected a text"),
@@ -329,7 +329,7 @@ def test_checkpoints_without_record_have_no_earlier_stages(checkpoint):
 def test_provenance_is_read_or_its_file_named(checkpoint):
     assert provenance(None) is None and provenance(str(checkpoint)) is None
     (checkpoint / "about.yaml").write_text("origins: [")
-    with pytest.raises(SettingError, match="about.yaml of .* is no YAML"):
+    with pytest.raises(SettingError, match="about.yaml of .* cannot be read as YAML"):
         provenance(str(checkpoint))
 
 

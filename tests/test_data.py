@@ -298,7 +298,7 @@ def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(train_file=path))
     assert data.train["captions"][:] == [["a dog"], ["two"]] and data.validation is None
-    assert "captions without a word beside others are left out, lines 1" in caplog.text
+    assert "captions without a word are left out, lines 1" in caplog.text
 
 
 WRONG_FILES = {

@@ -133,7 +133,7 @@ def test_heic_without_its_package_names_it(monkeypatch, brand):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
     data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100)
-    with pytest.raises(ImageError, match=r'is HEIC, which needs one more package: pip install "hf_attncap\[heic\]"'):
+    with pytest.raises(ImageError, match=r'is HEIC, which needs pillow-heif: pip install "hf_attncap\[heic\]"'):
         load_image(data)
 
 

@@ -449,7 +449,7 @@ def test_yaml_that_is_none_is_named(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("learning_rate: [1\n")
     assert main(["--config", str(config)]) == 2
-    assert f"{config} is no YAML" in capsys.readouterr().err
+    assert f"{config} cannot be read as YAML" in capsys.readouterr().err
 
 
 def test_unknown_setting_is_named(tmp_path, capsys):

@@ -44,7 +44,7 @@ class ModelArguments:
     extend_vocabulary: bool = field(
         default=False,
         metadata={
-            "help": "Checkpoint: its vocabulary gets the words of the training captions that it lacks and that occur at least "
+            "help": "Checkpoint: add the words of the training captions that its vocabulary lacks, if they occur at least "
             "`min_count` times."
         },
     )
@@ -101,8 +101,8 @@ class DataArguments:
     captions_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the captions: a list of strings per image, or one string (rows of an image are put together). "
-            "Several columns of one row are joined by '+'. Default: captions, or the one with a usual name (caption, text, ...)."
+            "help": "Column of the captions: a list of strings per image, or one string (rows of the same image are merged). "
+            "Join several columns with '+'. Default: captions, or the only one with a usual name (caption, text, ...)."
         },
     )
     image_id_column: str | None = field(

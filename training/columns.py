@@ -36,7 +36,7 @@ def with_columns(name: str, columns: Collection[str], arguments: DataArguments, 
     }
     if found["image_column"] is None and typed and len(images) == 1:
         found["image_column"] = images[0]
-    _say(name, arguments, found)
+    _log_recognised(name, arguments, found)
     usual = {"image_column": IMAGE_COLUMNS[0], "captions_column": CAPTION_COLUMNS[0]}
     arguments = replace(arguments, **{setting: column or usual[setting] for setting, column in found.items()})
     check_columns(name, columns, arguments)
@@ -63,7 +63,7 @@ def with_shard_columns(path: str, features: Features, arguments: DataArguments) 
     captions = arguments.captions_column
     if captions is None:
         captions = _recognised(path, "captions_column", known, CAPTION_COLUMNS)
-        _say(path, arguments, {"captions_column": captions})
+        _log_recognised(path, arguments, {"captions_column": captions})
     elif captions not in features and isinstance(members, dict | None) and captions not in known:
         raise SettingError(
             f"{path} has no member and no JSON field '{captions}', only {', '.join([*features, *known])}: set `captions_column` "
@@ -107,7 +107,7 @@ def _recognised(name: str, setting: str, columns: Iterable[str], usual: tuple[st
     return fitting[0] if fitting else None
 
 
-def _say(name: str, arguments: DataArguments, found: dict[str, str | None]) -> None:
+def _log_recognised(name: str, arguments: DataArguments, found: dict[str, str | None]) -> None:
     for setting, column in found.items():
         if getattr(arguments, setting) is None and column not in (None, IMAGE_COLUMNS[0], CAPTION_COLUMNS[0]):
             logger.warning("%s: `%s` is '%s'", name, setting, column)

@@ -320,7 +320,7 @@ def _tell(split: Split, unit: str, found: dict[str, list[Entry]]) -> None:
     if entries := found["bare"]:
         split.broken.append(f"{split.name}: {len(entries)} images have no caption, {where['bare']}.")
     if entries := found["blank"]:
-        split.notes.append(f"{split.name}: captions without a word beside others are left out, {where['blank']}.")
+        split.notes.append(f"{split.name}: captions without a word are left out, {where['blank']}.")
 
 
 def _rows_of(source: Source, kept: list[tuple[int, str, list[str]]]) -> Dataset:

@@ -51,7 +51,7 @@ def provenance(model_name_or_path: str | None) -> str | None:
         about = yaml.safe_load(_text(model_name_or_path, ABOUT) or "")
         check_about(about or {}, f"{ABOUT} of {model_name_or_path}")
     except yaml.YAMLError as error:
-        raise SettingError(f"{ABOUT} of {model_name_or_path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise SettingError(f"{ABOUT} of {model_name_or_path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     except ValueError as error:
         raise SettingError(str(error)) from error
     kept = {name: about[name] for name in PROVENANCE if name in about} if about else {}

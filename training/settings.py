@@ -90,7 +90,7 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise SettingError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise SettingError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise SettingError(f"{path} must hold `setting: value` lines.")
     return settings

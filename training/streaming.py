@@ -109,7 +109,7 @@ def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[Iterab
 
 
 @dataclass
-class _Turn:
+class _RowFilter:
     """Whether a row, by its number, is one of this process's."""
 
     rank: int
@@ -120,9 +120,10 @@ class _Turn:
 
 
 def share_of(rows: IterableDataset, rank: int, processes: int) -> IterableDataset:
-    """The rows of one of several processes, in whose shares each row is once: whole shards, if there is one for each process.
+    """The rows of one process; each row belongs to exactly one process.
 
-    Of fewer shards than processes, every process reads all and keeps every row whose turn it is, before pictures are decoded.
+    With at least one shard per process, each process reads whole shards. With fewer, every process reads all rows and keeps every
+    n-th one, before images are decoded.
     Shuffle afterwards, with the same seed on all processes.
     """
     if processes == 1:
@@ -131,7 +132,7 @@ def share_of(rows: IterableDataset, rank: int, processes: int) -> IterableDatase
         return split_dataset_by_node(rows, rank, processes)
     if rows.num_shards > processes:
         return rows.shard(processes, rank)
-    return rows.filter(_Turn(rank, processes), with_indices=True)
+    return rows.filter(_RowFilter(rank, processes), with_indices=True)
 
 
 def _open_table(arguments: DataArguments) -> tuple[str, IterableDataset]:

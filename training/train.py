@@ -111,8 +111,8 @@ def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[At
     model, report = loaded
     if other := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise SettingError(
-            f"`model_config`: {path} was made with other layers ({first(other)}), which are chosen when a captioner is made: "
-            "leave them out."
+            f"`model_config` changes which layers {path} has ({first(other)}), and layers can be chosen only for a new captioner: "
+            "leave those fields out."
         )
     processor.image_processor.warn_of_other_statistics(model.config)
     tokenizer = processor.tokenizer
@@ -145,7 +145,7 @@ def _load(data: DataArguments, training: CaptionTrainingArguments) -> tuple[Capt
     splits = load_stream(data, training.seed) if data.streaming else load_data(data)
     if splits.validation is None:
         refuse_without_validation(training)
-        logger.warning("no validation images: nothing is evaluated, no samples are shown, and no checkpoint is better than another")
+        logger.warning("no validation images: the run has no evaluations, no samples and no best checkpoint")
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     return splits, splits.captions(training.max_steps * batch)
 
@@ -204,20 +204,20 @@ def _check_batch_norm(model: AttnCapForConditionalGeneration, processor: AttnCap
     if batch > 1 and not alone:
         return
     size = processor.image_processor.size
-    with torch.no_grad(), _single_images_told():
+    with torch.no_grad(), _explain_batch_norm_error():
         copy.deepcopy(model.model.encoder).train()(torch.zeros(1, 3, size["height"], size["width"]))
 
 
 @contextmanager
-def _single_images_told() -> Iterator[None]:
+def _explain_batch_norm_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise SettingError(
-            "`freeze_batch_norm: false`: a batch of a single image whose map is 1 x 1 gives batch norm one value to learn from: "
-            "set it to true, or set `dataloader_drop_last`, larger batches or larger images."
+            "`freeze_batch_norm: false` needs more than one value per channel, but one batch has a single image with a 1 x 1 map: "
+            "set it to true, set `dataloader_drop_last`, or use larger batches or larger images."
         ) from error
 
 
@@ -243,7 +243,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
         )
     earlier, origins = earlier_stages(model_arguments.model_name_or_path), provenance(model_arguments.model_name_or_path)
     trainer = _build_trainer(model, processor, splits, captions, data, training, sharing)
-    with _single_images_told():
+    with _explain_batch_norm_error():
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     images = None if data.streaming else len(splits.train)  # type: ignore[arg-type]
 

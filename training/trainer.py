@@ -32,8 +32,8 @@ class CaptionTrainer(ResumableTrainer):
     Batches of evaluations are made by `eval_data_collator`, if there is one. In every batch the image is the first axis of each
     tensor, labels included: (B, k, T).
 
-    Of a training dataset without length, a stream, each process must be given its own images, as `load_stream` does. A pass over
-    the stream ends on all processes at once, and each image counts once in it.
+    If the training dataset is a stream (has no length), give each process its own images, as `load_stream` does. All processes end
+    a pass over the stream together, and each image counts once per pass.
 
     With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
     With `teachers`, the training loss is (1 - w) * loss + w * cross-entropy against what they say, w = `distill_weight`.

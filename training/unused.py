@@ -93,7 +93,7 @@ RULES = (
     ),
     Rule(("sample_images",), lambda run: run.contrastive, "shows captions, and `contrastive` training has none"),
     # transformers' own: what one of them means depends on another.
-    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "gives way to `max_steps`"),
+    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "is overridden by `max_steps`"),
     Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "goes with `eval_strategy: steps`"),
     Rule(("save_steps",), lambda run: run.save_strategy != "steps", "goes with `save_strategy: steps`"),
     Rule(("logging_steps",), lambda run: run.logging_strategy != "steps", "goes with `logging_strategy: steps`"),
@@ -102,7 +102,7 @@ RULES = (
     Rule(
         ("metric_for_best_model", "greater_is_better"),
         lambda run: not (run.load_best_model_at_end or run.early_stopping_patience or run.save_strategy == "best"),
-        "chooses nothing: set `load_best_model_at_end` or `early_stopping_patience` too",
+        "has no effect without `load_best_model_at_end` or `early_stopping_patience`: set one of them too",
     ),
     Rule(
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -149,7 +149,7 @@ RULES = (
             "liger_kernel_config",
         ),
         lambda run: True,
-        "is for language models, and has no use for captioners: leave it out",
+        "has no effect in this trainer: leave it out",
         True,
     ),
     Rule(

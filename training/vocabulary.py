@@ -109,12 +109,12 @@ def describe_coverage(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str
 
 
 def extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], min_count: int = 5) -> list[str]:
-    """Gives words that a captioner's vocabulary lacks ids of their own, behind those that it has.
+    """Adds the words that a captioner's vocabulary lacks; their ids follow the existing ones.
 
     The tokenizer and the model are changed in place; save both. Rows of the word embedding and of the output layer stay as they
     are. New rows are about the mean of the old ones, weight and bias: `resize_token_embeddings` draws them from a normal
-    distribution of that mean and a small part of the covariance. So k new words take at most k / (V + k) of the probability of an
-    average word, and what the captioner says hardly changes before it is trained. It draws random numbers: set a seed before.
+    distribution of that mean and a small part of the covariance. So a new word gets about the probability of an
+    average old word or less, and captions hardly change before training. Random numbers are drawn: set a seed before.
 
     Args:
         model: an `AttnCapForConditionalGeneration` whose word embedding learns.
@@ -142,7 +142,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]
     """The part of `extend_vocabulary` that changes the tokenizer, for the same arguments and errors."""
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.model, WordLevel):
-        raise ValueError("A vocabulary of word pieces ('bpe') writes new words with the pieces that it has: it is not extended.")
+        raise ValueError("A vocabulary of word pieces ('bpe') already writes new words with its pieces: it is not extended.")
     _, missing = _count_words(tokenizer, captions)
     words = sorted((word for word, count in missing.items() if count >= min_count), key=lambda word: (-missing[word], word))
     vocabulary = backend.get_vocab()
