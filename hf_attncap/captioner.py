@@ -3,9 +3,10 @@
 import math
 import os
 import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tenso
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 NAMING = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for which it found nothing
+BATCH_PIXELS = 2**26  # of a stream's batch, which is in memory at once
 
 PANELS_A_ROW = 6
 PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
@@ -267,15 +269,7 @@ class Captioner:
             ValueError: a number below 1, more alternatives than beams, or a prompt with a word that the model
                 does not know.
         """
-        if beams is None:
-            beams = max(self.model.generation_config.num_beams or 1, alternatives)
-        for name, value in (("beams", beams), ("alternatives", alternatives), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}, but it must be at least 1.")
-        if alternatives > beams:
-            raise ValueError(f"{alternatives} `alternatives` need as many `beams` (now {beams}): raise them.")
-        if prompt is not None:
-            check_prompt(self.processor.tokenizer, prompt)
+        beams = self._checked_beams(beams, alternatives, prompt, batch_size)
         sources = images if isinstance(images, (list, tuple)) else [images]
         pictures = []
         for number, source in enumerate(sources):
@@ -289,6 +283,78 @@ class Captioner:
         for start in range(0, len(pictures), batch_size):
             results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives)
         return results if sources is images else results[0]
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        on_error: Literal["raise", "yield"] = "raise",
+        beams: int | None = None,
+        alternatives: int = 1,
+        prompt: str | None = None,
+        batch_size: int = 8,
+        allow_private_urls: bool = False,
+    ) -> Iterator[CaptionResult | ImageError]:
+        """One result per picture, in the order of the pictures, for any number of them.
+
+        Pictures are read one batch at a time. A batch with more than 64 megapixels takes no further picture. If a batch fails,
+        its pictures are captioned one by one, so that a failure costs only the picture that caused it.
+
+        Args:
+            images: what `caption` takes, from any iterable. It is read as far as results are taken.
+            on_error: what happens with a picture that cannot be read or captioned. "raise": its `ImageError` is raised, after the
+                results of the pictures before it. "yield": the error takes the place of its result.
+
+        The other arguments are those of `caption`.
+
+        Raises:
+            ImageError: as described for `on_error`.
+            ValueError: as `caption`; `images` is a single picture, or `on_error` is neither of the two.
+        """
+        if on_error not in ("raise", "yield"):
+            raise ValueError(f"`on_error` is {on_error!r}, but it must be 'raise' or 'yield'.")
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
+            raise ValueError("`images` is a single picture: use `caption`, or give a list of pictures.")
+        beams = self._checked_beams(beams, alternatives, prompt, batch_size)
+
+        def outcomes() -> Iterator[CaptionResult | ImageError]:
+            for batch in _read_batches(images, batch_size, allow_private_urls):
+                found = iter(
+                    self._caption_each([item for item in batch if isinstance(item[1], Image.Image)], prompt, beams, alternatives)
+                )
+                for _, picture in batch:
+                    outcome = picture if isinstance(picture, ImageError) else next(found)
+                    if isinstance(outcome, ImageError) and on_error == "raise":
+                        raise outcome
+                    yield outcome
+
+        return outcomes()
+
+    def _checked_beams(self, beams: int | None, alternatives: int, prompt: str | None, batch_size: int) -> int:
+        """The beams, by default those of the checkpoint; raises a ValueError for arguments that do not fit."""
+        if beams is None:
+            beams = max(self.model.generation_config.num_beams or 1, alternatives)
+        for name, value in (("beams", beams), ("alternatives", alternatives), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}, but it must be at least 1.")
+        if alternatives > beams:
+            raise ValueError(f"{alternatives} `alternatives` need as many `beams` (now {beams}): raise them.")
+        if prompt is not None:
+            check_prompt(self.processor.tokenizer, prompt)
+        return beams
+
+    def _caption_each(self, named: list[tuple[str, Any]], *settings: Any) -> list[CaptionResult | ImageError]:
+        """The results of pictures with their names; where a batch fails, each picture by itself, and errors for those that fail."""
+        if not named:
+            return []
+        try:
+            return list(self._caption_batch([picture for _, picture in named], *settings))
+        except Exception as error:  # of many kinds: memory, devices, preprocessing
+            if len(named) > 1:
+                return [outcome for item in named for outcome in self._caption_each([item], *settings)]
+            failure = ImageError(f"{named[0][0]} cannot be captioned: {_describe(error)}")
+            failure.__cause__ = error
+            return [failure]
 
     @torch.inference_mode()
     def _caption_batch(self, pictures: list[Image.Image], prompt: str | None, beams: int, alternatives: int) -> list[CaptionResult]:
@@ -306,6 +372,34 @@ class Captioner:
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
             results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture))
         return results
+
+
+def _read_batches(
+    images: Iterable[Any], batch_size: int, allow_private_urls: bool
+) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
+    """Batches of names and pictures, or the errors of pictures that cannot be read."""
+    batch: list[tuple[str, Image.Image | ImageError]] = []
+    pixels = 0
+    for number, source in enumerate(images):
+        name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
+        try:
+            picture = load_image(source, allow_private_urls=allow_private_urls)
+            pixels += picture.width * picture.height
+        except ImageError as error:
+            picture = error
+        except Exception as error:  # of many kinds: sources of unknown types, memory
+            picture = ImageError(f"{name} cannot be read: {_describe(error)}")
+            picture.__cause__ = error
+        batch.append((name, picture))
+        if len(batch) == batch_size or pixels > BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _check_hub_name(source: str) -> None:

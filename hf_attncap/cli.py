@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .captioner import Captioner, CaptionResult
     from .metrics import CaptionScores
     from .metrics.files import References
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from .metrics.significance import Comparison
 
 FEW = 100  # images, below which a bootstrap takes luck for gain too often
-BATCH_PIXELS = 2**26  # a batch with more pixels takes no further picture, since all its pictures are in memory at once
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -287,58 +284,24 @@ def _caption(args: argparse.Namespace) -> int:
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # a path goes out byte for byte
     taken = set(map(_key, args.files))
-    captioner, missing = None, len(args.files)
-    for batch in _batches(args):
-        captioner = captioner or _load(args)
-        for file, result in _results(captioner, batch, args):
-            strip = _draw(file, result, args.attention, taken) if args.attention else None
-            print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
-            missing -= bool(strip or not args.attention)
-    return int(missing > 0)
-
-
-def _batches(args: argparse.Namespace) -> "Iterator[list[tuple[str, Image.Image]]]":
-    """The files whose pictures can be read, with the pictures; the others are named on stderr."""
-    from .images import ImageError, load_image
-
-    batch, pixels = [], 0
-    for file in args.files:
-        try:
-            if os.path.isdir(file):
-                raise ImageError(f"{file} is a folder; name the pictures in it: {os.path.join(file, '*.jpg')}")
-            picture = load_image(file, allow_private_urls=args.allow_private_urls)
-        except Exception as error:
-            _complain(error if isinstance(error, ImageError) else f"{file} cannot be read: {_describe_error(error)}", file)
+    missing = len(args.files)
+    outcomes = _load(args).stream(
+        args.files,
+        on_error="yield",
+        beams=args.beams,
+        alternatives=args.n_best,
+        prompt=args.prompt,
+        batch_size=args.batch_size,
+        allow_private_urls=args.allow_private_urls,
+    )
+    for file, result in zip(args.files, outcomes):
+        if isinstance(result, Exception):
+            _complain(result, file)
             continue
-        batch.append((file, picture))
-        pixels += picture.width * picture.height
-        if len(batch) == args.batch_size or pixels > BATCH_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
-
-
-def _results(
-    captioner: "Captioner", batch: "list[tuple[str, Image.Image]]", args: argparse.Namespace
-) -> "Iterator[tuple[str, CaptionResult]]":
-    """The files with their captions; where a batch fails, each picture by itself, and those that fail are named on stderr."""
-    try:
-        results = captioner.caption(
-            [picture for _, picture in batch],
-            beams=args.beams,
-            alternatives=args.n_best,
-            prompt=args.prompt,
-            batch_size=len(batch),
-        )
-    except Exception as error:
-        if len(batch) == 1:
-            _complain(f"{batch[0][0]} cannot be captioned: {_describe_error(error)}", batch[0][0])
-            return
-        for one in batch:
-            yield from _results(captioner, [one], args)
-    else:
-        yield from zip((file for file, _ in batch), results)
+        strip = _draw(file, result, args.attention, taken) if args.attention else None
+        print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
+        missing -= bool(strip or not args.attention)
+    return int(missing > 0)
 
 
 def _draw(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> Path | None:
@@ -384,12 +347,8 @@ def _key(path: str | Path) -> str:
 def _load(args: argparse.Namespace) -> "Captioner":
     _quieten()
     from . import Captioner
-    from .pipeline_attncap import check_prompt
 
-    captioner = Captioner.from_pretrained(args.model, device=args.device)
-    if args.prompt is not None:
-        check_prompt(captioner.processor.tokenizer, args.prompt)  # else each picture would be named for it
-    return captioner
+    return Captioner.from_pretrained(args.model, device=args.device)
 
 
 def _quieten() -> None:

@@ -309,3 +309,58 @@ def test_film_strip_of_any_shape_and_length(result, tmp_path, size):
 def test_film_strip_that_cannot_be_written_is_an_os_error(result, tmp_path):
     with pytest.raises(OSError):
         result.plot_attention(tmp_path / "nowhere" / "strip.png")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_stream_gives_a_result_or_an_error_per_picture_in_order(captioner, pictures, batch_size, tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    sources = [pictures[0], tmp_path / "empty.jpg", pictures[1].read_bytes(), None, Image.open(pictures[2])]
+    found = list(captioner.stream(iter(sources), on_error="yield", batch_size=batch_size))
+    alone = captioner.caption([pictures[0], pictures[1], pictures[2]], batch_size=1)
+    assert [one.text for one in (found[0], found[2], found[4])] == [one.text for one in alone]
+    assert isinstance(found[1], ImageError) and "empty.jpg is empty" in str(found[1])
+    assert isinstance(found[3], ImageError) and "NoneType" in str(found[3])
+
+
+def test_stream_raises_after_the_results_before_the_broken_picture(captioner, pictures):
+    stream = captioner.stream([pictures[0], b"no picture", pictures[1]])
+    assert next(stream).text == captioner.caption(pictures[0]).text
+    with pytest.raises(ImageError, match="not an image"):
+        next(stream)
+
+
+def test_stream_reads_no_further_than_its_batch(captioner, pictures):
+    read = []
+    stream = captioner.stream((read.append(n) or pictures[n % 3] for n in range(10**9)), batch_size=2)
+    next(stream), next(stream), next(stream)
+    assert read == [0, 1, 2, 3]
+
+
+def test_failure_of_one_picture_costs_no_other_of_its_batch(captioner, pictures, monkeypatch):
+    caption, bad = captioner._caption_batch, Image.open(pictures[1]).size
+
+    def fail(batch, *arguments):
+        if bad in [picture.size for picture in batch]:
+            raise RuntimeError("out of memory")
+        return caption(batch, *arguments)
+
+    monkeypatch.setattr(captioner, "_caption_batch", fail)
+    found = list(captioner.stream([Image.open(file) for file in pictures], on_error="yield"))
+    assert isinstance(found[0], CaptionResult) and isinstance(found[2], CaptionResult)
+    assert str(found[1]) == "images[1] cannot be captioned: RuntimeError: out of memory"
+    assert isinstance(found[1].__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        ("photo.jpg", {}, "single picture"),
+        (Image.new("RGB", (9, 9)), {}, "single picture"),
+        ([], {"on_error": "skip"}, "'raise' or 'yield'"),
+        ([], {"batch_size": 0}, "at least 1"),
+        ([], {"prompt": "xylophone"}, "does not know"),
+    ],
+)
+def test_stream_refuses_what_does_not_fit_before_it_reads(captioner, images, settings, message):
+    with pytest.raises(ValueError, match=message):
+        captioner.stream(images, **settings)
