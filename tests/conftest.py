@@ -1,7 +1,8 @@
 """What several test files share: small saved checkpoints and generated pictures."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -80,6 +81,21 @@ def _sharpen(model: AttnCapForConditionalGeneration) -> None:
 def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
     """The folder of a tiny random captioner with a word tokenizer and attention over the words so far."""
     return make_checkpoint()
+
+
+@pytest.fixture
+def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The code of exported folders is copied to a folder of this test alone, and forgotten afterwards."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

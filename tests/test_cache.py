@@ -188,4 +188,5 @@ def test_use_cache_says_whether_a_cache_comes_back():
     model = MODELS["history"]
     assert model(encoder_outputs=REGIONS, decoder_input_ids=IDS).past_key_values is not None  # the config's default
     assert model(encoder_outputs=REGIONS, decoder_input_ids=IDS, use_cache=False).past_key_values is None
-    assert model(encoder_outputs=REGIONS, labels=IDS).past_key_values is None
+    labels = IDS.masked_fill(model.config.pad_token_id == IDS, -100)
+    assert model(encoder_outputs=REGIONS, labels=labels).past_key_values is None

@@ -150,8 +150,7 @@ def test_model_and_processor_that_are_saved_there_take_their_code_along(elsewher
         assert home.startswith("transformers_modules.again.")
 
 
-def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, remote_code):
     [expected] = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")(picture)
     plain = make_pipeline("image-captioning", model=str(exported), device="cpu")
     assert type(plain) is AttnCapPipeline

@@ -109,9 +109,9 @@ WARNED = [
     ({**CHECKPOINT, "tokenizer_kind": "bpe"}, "`tokenizer_kind` is not used"),
     ({**CHECKPOINT, "image_size": 100}, "`image_size` is not used"),
     ({"eval_steps": 5}, "`eval_steps` is not used: it goes with `eval_strategy: steps`"),
-    ({"max_steps": 5, "num_train_epochs": 2}, "`num_train_epochs` is not used: it gives way to `max_steps`"),
+    ({"max_steps": 5, "num_train_epochs": 2}, "`num_train_epochs` is not used: it is overridden by `max_steps`"),
     ({"do_train": True}, "`do_train` is not used"),
-    ({"metric_for_best_model": "loss"}, "`metric_for_best_model` is not used: it chooses nothing"),
+    ({"metric_for_best_model": "loss"}, "`metric_for_best_model` is not used: it has no effect without `load_best_model_at_end`"),
     ({"hub_model_id": "a/b"}, "`hub_model_id` is not used: it goes with `push_to_hub`"),
     (
         {"model_config": '{"trainable_blocks": 2}'},

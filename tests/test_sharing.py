@@ -138,7 +138,7 @@ EXPORT = {"config.json", "generation_config.json", "model.safetensors", "process
 
 
 @pytest.mark.slow
-def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tmp_path, pictures, monkeypatch):
+def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tmp_path, pictures, remote_code):
     card = tmp_path / "run" / "README.md"
     card.parent.mkdir()
     card.write_text("# Mine\n")
@@ -152,7 +152,6 @@ def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tm
 
     received, picture = hub.folder / "me" / "mine", str(pictures[0])
     assert (received / "README.md").read_text() == "# Mine\n"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     said = Captioner.from_pretrained(tmp_path / "run", device="cpu").caption(picture).text
     assert Captioner.from_pretrained(received, device="cpu").caption(picture).text == said
     AutoModelForImageTextToText.from_pretrained(received, trust_remote_code=True)

@@ -495,5 +495,5 @@ def test_batch_norm_that_would_learn_from_one_value_is_refused_early(parquet, tm
     running = json.dumps({**TINY, "freeze_backbone": False, "freeze_batch_norm": False})
     more = {"model_config": running, "per_device_train_batch_size": batch, "max_steps": 1}
     assert main(options(parquet, tmp_path / "run", **more)) == code
-    assert ("a batch of a single image whose map is 1 x 1" in capsys.readouterr().err) is (code == 2)
+    assert ("a single image with a 1 x 1 map" in capsys.readouterr().err) is (code == 2)
     assert (tmp_path / "run" / "model.safetensors").exists() is (code == 0)
