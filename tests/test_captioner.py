@@ -332,7 +332,8 @@ def test_stream_raises_after_the_results_before_the_broken_picture(captioner, pi
 def test_stream_reads_no_further_than_its_batch(captioner, pictures):
     read = []
     stream = captioner.stream((read.append(n) or pictures[n % 3] for n in range(10**9)), batch_size=2)
-    next(stream), next(stream), next(stream)
+    for _ in range(3):
+        next(stream)
     assert read == [0, 1, 2, 3]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from hf_attncap.model_card.build_card import check_about
+from hf_attncap.model_card.build_card import check_about  # pyright: ignore[reportMissingImports]  # there once installed
 from transformers.utils.hub import cached_file
 
 from hf_attncap import AttnCapProcessor
