@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .captioner import Captioner, CaptionResult
     from .configuration_attncap import AttnCapConfig
     from .image_processing_attncap import AttnCapImageProcessor
+    from .images import ImageError
     from .modeling_attncap import AttnCapForConditionalGeneration, AttnCapModel
     from .pipeline_attncap import AttnCapPipeline
     from .processing_attncap import AttnCapProcessor
@@ -30,6 +31,7 @@ _HOMES = {
     "AttnCapProcessor": "processing_attncap",
     "CaptionResult": "captioner",
     "Captioner": "captioner",
+    "ImageError": "images",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "AttnCapProcessor",
     "CaptionResult",
     "Captioner",
+    "ImageError",
     "register",
 ]
 

@@ -82,7 +82,7 @@ class CaptionResult:
         for which the model looked everywhere evenly stays grey.
 
         Args:
-            path: also save the figure there; the ending says how (.png, .pdf, .svg).
+            path: also save the figure there, in place of a file of that name; the ending says how (.png, .pdf, .svg).
 
         Raises:
             OSError: `path` cannot be written.

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "named on stderr; the exit code is then 1. Line breaks and tabs in a path are printed as "
         "\\n, \\r and \\t; --json has the path as it is.",
     )
-    caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL")
+    caption.add_argument("files", nargs="+", metavar="FILE", help="a picture: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
     caption.add_argument("--model", metavar="DIR_OR_NAME", help="a folder or a Hub repository (default: the model of this package)")
     caption.add_argument(
         "--attention",

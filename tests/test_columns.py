@@ -87,9 +87,9 @@ def test_usual_names_are_taken_and_told(make, image, captions, tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(**make(tmp_path, image, captions)))
     assert sorted(content(data.train)) == ROWS
-    assert f"`captions_column` is '{captions}'" in caplog.text
+    assert f"`captions_column` is not set; '{captions}' is taken" in caplog.text
     named_by_datasets = make in (as_image_folder, as_image_folder_with_csv, as_shards)
-    assert (f"`image_column` is '{image}'" in caplog.text) is (image != "image" and not named_by_datasets)
+    assert (f"`image_column` is not set; '{image}' is taken" in caplog.text) is (image != "image" and not named_by_datasets)
 
 
 @pytest.mark.parametrize("make", [as_parquet, as_dataset, as_shards], ids=lambda make: make.__name__)
@@ -98,7 +98,7 @@ def test_usual_names_are_taken_of_streams_too(make, tmp_path, monkeypatch, caplo
     with caplog.at_level(logging.WARNING):
         data = load_stream(data_arguments(**make(tmp_path, "photo", "caption"), streaming=True), seed=1)
     assert sorted((red, text) for red, texts in content(data.train) for text in texts) == sorted(EACH)
-    assert "`captions_column` is 'caption'" in caplog.text
+    assert "`captions_column` is not set; 'caption' is taken" in caplog.text
 
 
 def test_only_column_of_pictures_is_taken_whatever_its_name(tmp_path):

@@ -110,4 +110,4 @@ def _recognised(name: str, setting: str, columns: Iterable[str], usual: tuple[st
 def _log_recognised(name: str, arguments: DataArguments, found: dict[str, str | None]) -> None:
     for setting, column in found.items():
         if getattr(arguments, setting) is None and column not in (None, IMAGE_COLUMNS[0], CAPTION_COLUMNS[0]):
-            logger.warning("%s: `%s` is '%s'", name, setting, column)
+            logger.warning("%s: `%s` is not set; '%s' is taken", name, setting, column)
