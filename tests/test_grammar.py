@@ -47,7 +47,7 @@ ODD = [
 
 # Answers in the words of link-grammar 5.12, and obeys, leaves out and ends where it does. A sentence parses if it ends in
 # "parses", has linkages that are all wrong if it ends in "violates" and gets no answer if it ends in "slow".
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -u
 import sys
 if sys.argv[1:] == ["--version"]:
     print("Version: link-grammar-5.12.0")
