@@ -146,6 +146,7 @@ def test_captions_are_the_captioner_s_own_whatever_is_read(more, tiny_checkpoint
 @pytest.mark.slow
 def test_averaged_weights_are_what_speaks(data, tmp_path, quick_drawing):
     more = {"ema_decay": 0.999, "save_strategy": "steps", "save_steps": 12, "eval_steps": 12, "max_steps": 12}
+    more["learning_rate"] = 0.2  # so that the average lags behind enough to say something else
     assert main(options(data, tmp_path, **more)) == 0
     checkpoint = tmp_path / "checkpoint-12"
     said = captions_of(tmp_path / "samples" / "step-000012")
