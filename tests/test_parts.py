@@ -125,7 +125,7 @@ def test_every_cnn_of_torchvision_ends_in_a_map():
 @pytest.mark.slow
 def test_the_full_model_in_bfloat16_by_device_map(tmp_path):
     pytest.importorskip("accelerate")
-    AttnCapForConditionalGeneration(AttnCapConfig()).save_pretrained(tmp_path)
+    AttnCapForConditionalGeneration(AttnCapConfig(word_attention="history")).save_pretrained(tmp_path)
     model = load(tmp_path, dtype=torch.bfloat16, device_map="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     pixel_values = torch.rand(1, 3, 224, 224, device=model.device)
