@@ -352,7 +352,7 @@ class Captioner:
         except Exception as error:  # of many kinds: memory, devices, preprocessing
             if len(named) > 1:
                 return [outcome for item in named for outcome in self._caption_each([item], *settings)]
-            failure = ImageError(f"{named[0][0]} cannot be captioned: {_describe(error)}")
+            failure = ImageError(f"{named[0][0]} cannot be captioned: {describe_error(error)}")
             failure.__cause__ = error
             return [failure]
 
@@ -388,7 +388,7 @@ def _read_batches(
         except ImageError as error:
             picture = error
         except Exception as error:  # of many kinds: sources of unknown types, memory
-            picture = ImageError(f"{name} cannot be read: {_describe(error)}")
+            picture = ImageError(f"{name} cannot be read: {describe_error(error)}")
             picture.__cause__ = error
         batch.append((name, picture))
         if len(batch) == batch_size or pixels > BATCH_PIXELS:
@@ -398,7 +398,8 @@ def _read_batches(
         yield batch
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """The type of an error of any kind, and what it says."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

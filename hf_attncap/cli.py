@@ -306,13 +306,13 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _draw(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> Path | None:
     """Writes a film strip and gives its path; None if that fails, which is named on stderr."""
-    from .captioner import save_strip
+    from .captioner import describe_error, save_strip
 
     try:
         strip = _strip_path(file, folder, taken)
         save_strip(result, strip)
     except Exception as error:
-        _complain(f"{file}: its attention cannot be drawn: {_describe_error(error)}", file)
+        _complain(f"{file}: its attention cannot be drawn: {describe_error(error)}", file)
         return None
     print(f"{_escape_path(file)}: attention in {strip}", file=sys.stderr)
     return strip
@@ -380,10 +380,6 @@ def _complain(error: Exception | str, file: str = "") -> None:
     text = str(error)
     text = text.replace(file, _escape_path(file)) if file else text
     print("attncap:", re.sub(r"\s*[\r\n]\s*", " ", text), file=sys.stderr)
-
-
-def _describe_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _escape_path(file: str) -> str:

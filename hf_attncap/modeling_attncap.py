@@ -400,9 +400,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
 
     def _check_labels(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> None:
         """Refuses labels (R, T) with padding among the words, and given inputs (R, T) that have it before one; warns of no end."""
-        pad, end = self.config.pad_token_id, self.config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        if pad in ends or end is None:
+        pad, ends = self.config.pad_token_id, self.end_token_ids
+        if pad in ends or not ends:
             return
         wrong = labels == pad  # (R, T)
         if input_ids is not None:
