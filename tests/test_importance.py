@@ -95,7 +95,8 @@ def test_a_word_that_one_region_brings_about_points_there(tiny_checkpoint):
         maps = word_importance(model, torch.tensor([[BOS, word]]), encoded, 1)[0, 0] * sign  # (5, 7)
         assert maps[1, 5] > 0.01 and int(maps.argmax()) == 12
         squares = word_importance(model, torch.tensor([[BOS, word]]), encoded, 3)[0, 0] * sign
-        assert (squares[:3, 4:] > 0.01).all() and squares[:, :4].abs().max() < 1e-4 and squares[3:].abs().max() < 1e-4
+        # Elsewhere the mean of the others brings more of the region into the picture, never less.
+        assert (squares[:3, 4:] > 0.01).all() and (squares[:, :4] < 1e-4).all() and (squares[3:] < 1e-4).all()
 
 
 @pytest.mark.parametrize(
@@ -156,12 +157,11 @@ def test_stream_explains_and_pictures_show_both_maps(tiny_checkpoint, pictures, 
 
 def test_a_word_that_depends_on_nothing_stays_grey(tiny_checkpoint, pictures):
     result = Captioner.from_pretrained(tiny_checkpoint, device="cpu").explain(pictures[0])
+    result.words, result.attention = result.words[:2], result.attention[:2]
     result.importance = np.full_like(result.attention, -3.0)
     result.importance[0, 0, 0] = 2.0
-    axes = [axis for axis in result.plot_importance().axes if axis.images]
-    count = len(result.words)
-    lit, grey = (np.ptp(np.asarray(axes[index].images[0].get_array()), axis=2).max() for index in (-count - 2, -3))
-    assert grey == pytest.approx(0, abs=1e-6) and lit > 0.1
+    _, _, _, lit, grey = (np.asarray(axis.images[0].get_array()) for axis in result.plot_importance().axes if axis.images)
+    assert np.ptp(lit[..., :3], axis=2).max() > 0.1 and np.ptp(grey[..., :3], axis=2).max() == pytest.approx(0, abs=1e-6)
 
 
 def test_command_line_writes_importance(tiny_checkpoint, pictures, tmp_path, capfd):
