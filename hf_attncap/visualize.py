@@ -21,7 +21,7 @@ DOTS = 150  # an inch
 LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
 MARK = "hf_attncap"
 FULL_ATTENTION = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
-FULL_IMPORTANCE = 1.0  # nats: the same
+FULL_IMPORTANCE = 0.5  # nats: the same
 
 
 class Layer(NamedTuple):
