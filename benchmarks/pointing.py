@@ -1,12 +1,12 @@
-"""Does the attention look at what the words name? The pointing game on generated scenes whose objects have known places.
+"""Do attention and importance point at what the words name? The pointing game on generated scenes whose objects have known places.
 
     python benchmarks/pointing.py --backbone_weights mobilenet_v2.safetensors --runs runs/pointing --output pointing.json
 
 A scene has three or four objects of different shapes and colours in some of the nine cells of a grid. A captioner of each
 `word_attention` learns from scenes and names the objects of others, whose cells were never taken together in training. For each
-shape that it names and that is there, a hit is a step whose highest region weight, at its region's centre, lies in that
-object's box (Zhang et al., 2018, "Top-down neural attention by excitation backprop"). Chance is the share of all regions whose
-centres lie in it.
+shape that it names and that is there, a hit is a step whose map is highest at a region whose centre lies in that object's box:
+the map of attention (`hits`) or of importance (`importance_hits`) (Zhang et al., 2018, "Top-down neural attention by excitation
+backprop"). Chance is the share of all regions whose centres lie in it.
 """
 
 import argparse
@@ -153,23 +153,26 @@ def point(folder: Path, count: int, seed: int) -> dict[str, float | None]:
     captioner = Captioner.from_pretrained(folder)
     random = np.random.default_rng(seed)
     scenes = [scene(random, held_out=True) for _ in range(count)]
-    hits, chances, named, there, sharpness = [], [], 0, 0, []
+    hits, important, chances, named, there, sharpness = [], [], [], 0, 0, []
     for start in range(0, count, 50):
         part = scenes[start : start + 50]
-        for (_, things), result in zip(part, captioner.caption([image for image, _ in part], batch_size=50)):
+        for (_, things), result in zip(part, captioner.explain([image for image, _ in part], batch_size=50)):
             places = {thing.shape: thing for thing in things}
             there += len(things)
-            pairs = dict(zip(result.words[1:], zip(result.words, result.attention[1:])))
-            for shape, (colour, weights) in pairs.items():
+            assert result.importance is not None
+            pairs = dict(zip(result.words[1:], zip(result.words, result.attention[1:], result.importance[1:])))
+            for shape, (colour, weights, falls) in pairs.items():
                 if shape not in places:
                     continue
                 named += places[shape].colour == colour
                 inside = within(places[shape].box, weights.shape)
                 hits.append(bool(inside.flat[weights.argmax()]))
+                important.append(bool(inside.flat[falls.argmax()]))
                 chances.append(inside.mean())
                 sharpness.append(weights.max() * weights.size)
     return {
         "hits": _mean(hits),
+        "importance_hits": _mean(important),
         "chance": _mean(chances),
         "shapes": len(hits) / there,
         "shapes_with_colour": named / there,

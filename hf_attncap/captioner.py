@@ -1,8 +1,6 @@
 """Pictures in, captions out, with where the model looked for each word."""
 
-import math
 import os
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +14,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from .atomic import atomic_write
 from .configuration_attncap import AttnCapConfig
 from .images import ImageError, load_image
+from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
 from .processing_attncap import AttnCapProcessor
+from .visualize import attention_layer, film_strip, importance_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,13 +31,6 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 NAMING = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for which it found nothing
 BATCH_PIXELS = 2**26  # of a stream's batch, which is in memory at once
-
-PANELS_A_ROW = 6
-PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
-DOTS = 150  # an inch
-LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
-MARK = "hf_attncap"
-FULL_SCALE = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
 
 
 class Alternative(NamedTuple):
@@ -65,6 +57,8 @@ class CaptionResult:
             components of the word before. Else None.
         alternatives: further captions, the best first, if they were asked for.
         image: the picture, upright and RGB, in its own proportions.
+        importance: (T, H, W) float32, one map per word, in nats: how much the word's log-probability falls when the decoder does
+            not see the region and its neighbours; negative where it rises. None unless it was asked for (`Captioner.explain`).
     """
 
     text: str
@@ -74,6 +68,7 @@ class CaptionResult:
     word_attention: np.ndarray | None = field(repr=False)
     alternatives: list[Alternative]
     image: Image.Image = field(repr=False)
+    importance: np.ndarray | None = field(default=None, repr=False)
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
         """A film strip: the picture, then for each word the picture in grey, lit where the model looked most.
@@ -87,67 +82,24 @@ class CaptionResult:
         Raises:
             OSError: `path` cannot be written.
         """
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
+        return film_strip(self.image, self.text, self.words, [attention_layer(self.attention)], path)
 
-        shape = min(max(self.image.width / self.image.height, 1 / LONGEST), LONGEST)
-        width = (PANEL_AREA * min(max(shape, 0.4), 2.5)) ** 0.5  # inches, room for a word above a tall picture
-        height = min(PANEL_AREA / width, width / shape)
-        panels = len(self.words) + 1
-        rows = math.ceil(panels / PANELS_A_ROW)
-        columns = math.ceil(panels / rows)
-        heading = textwrap.fill(self.text, max(20, int(columns * width * 6.5)))
-        top = 0.25 + 0.3 * (heading.count("\n") + 1)
-        size = (columns * (width + 0.1) + 0.8, rows * (height + 0.35) + top)
-        figure = Figure(size, dpi=DOTS, layout="constrained")
-        figure.suptitle(heading, fontsize=17, parse_math=False)
-        bare = {"xticks": [], "yticks": [], "frame_on": False}
-        axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=bare).flatten()
+    def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
+        """A film strip with two maps per word: its attention, and below it its importance, each with its own colour scale.
 
-        dots = int(max(width, height) * DOTS)
-        pixels = (dots, round(dots / shape)) if shape > 1 else (round(dots * shape), dots)
-        photo = self.image.resize(pixels, Image.Resampling.LANCZOS, reducing_gap=3.0)
-        axes[0].imshow(photo)
-        times_even = self.attention * math.prod(self.attention.shape[1:])  # (T, H, W)
-        most = max(FULL_SCALE, float(times_even.max(initial=0)))
-        colours = ScalarMappable(Normalize(1, most, clip=True), "inferno")
-        for axis, word, weights in zip(axes[1:], self.words, times_even):
-            axis.imshow(_lit(photo, weights, colours))
-            axis.set_title(word, fontsize=14, pad=4, parse_math=False)
-        if self.words:
-            bar = figure.colorbar(colours, ax=list(axes), aspect=30 * rows, pad=0.01)
-            bar.set_label("attention (1 = even)", fontsize=11)
-        if path is not None:
-            figure.savefig(path)
-        return figure
+        Importance is drawn in nats from 0 up; a word that does not depend on the picture stays grey, and so do regions below 0.
 
+        Args:
+            path: as for `plot_attention`.
 
-def save_strip(result: CaptionResult, path: Path) -> None:
-    """Writes a film strip as PNG, whole or not at all, with the mark that `is_strip` knows it by."""
-    figure = result.plot_attention()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", metadata={"Software": MARK})
-
-
-def is_strip(path: Path) -> bool:
-    """Whether a file is there that `save_strip` wrote, by its mark; its name proves nothing."""
-    if path.is_symlink():
-        return False
-    try:
-        with Image.open(path) as image:
-            return image.format == "PNG" and image.info.get("Software") == MARK
-    except Exception:  # no such file, no picture, a damaged one
-        return False
-
-
-def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
-    """The picture in grey, with weights (H, W) stretched over it in a `ScalarMappable`'s colours: (height, width, 3)."""
-    smooth = np.asarray(Image.fromarray(weights).resize(photo.size, Image.Resampling.BICUBIC))  # (height, width)
-    grey = np.asarray(photo.convert("L"), np.float32)[..., None] / 255  # (height, width, 1)
-    alpha = 0.8 * colours.norm(smooth)[..., None] ** 0.7  # (height, width, 1)
-    # Tinting keeps the picture's own light and shade visible under the brightest colour.
-    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours.to_rgba(smooth)[..., :3] * (0.7 + 0.3 * grey)
+        Raises:
+            OSError: `path` cannot be written.
+            ValueError: there is no importance.
+        """
+        if self.importance is None:
+            raise ValueError("This result has no importance: make it with `Captioner.explain` or `explain=True`.")
+        layers = [attention_layer(self.attention), importance_layer(self.importance)]
+        return film_strip(self.image, self.text, self.words, layers, path)
 
 
 class Captioner:
@@ -225,6 +177,7 @@ class Captioner:
         prompt: str | None = ...,
         batch_size: int = ...,
         allow_private_urls: bool = ...,
+        explain: bool = ...,
     ) -> CaptionResult: ...
 
     @overload
@@ -237,6 +190,7 @@ class Captioner:
         prompt: str | None = ...,
         batch_size: int = ...,
         allow_private_urls: bool = ...,
+        explain: bool = ...,
     ) -> list[CaptionResult]: ...
 
     def caption(
@@ -248,6 +202,7 @@ class Captioner:
         prompt: str | None = None,
         batch_size: int = 8,
         allow_private_urls: bool = False,
+        explain: bool = False,
     ) -> CaptionResult | list[CaptionResult]:
         """One caption a picture, with where the model looked.
 
@@ -259,6 +214,7 @@ class Captioner:
             prompt: the beginning of all captions, which they continue.
             batch_size: how many pictures go through the model together.
             allow_private_urls: also fetch from addresses that are not public.
+            explain: also find the `importance` of each region for each word, which decodes the caption H * W times more.
 
         Returns:
             A result, or a list of results for a list.
@@ -281,8 +237,22 @@ class Captioner:
                 raise ImageError(f"images[{number}]: {error}") from error
         results = []
         for start in range(0, len(pictures), batch_size):
-            results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives)
+            results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives, explain)
         return results if sources is images else results[0]
+
+    @overload
+    def explain(self, images: ImageSource, **options: Any) -> CaptionResult: ...
+
+    @overload
+    def explain(self, images: list[Any] | tuple[Any, ...], **options: Any) -> list[CaptionResult]: ...
+
+    def explain(self, images: ImageSource | list[Any] | tuple[Any, ...], **options: Any) -> CaptionResult | list[CaptionResult]:
+        """`caption` with `explain=True`: the same results, and which regions each word depends on in their `importance`.
+
+        Args:
+            images, options: what `caption` takes.
+        """
+        return self.caption(images, **options, explain=True)
 
     def stream(
         self,
@@ -294,6 +264,7 @@ class Captioner:
         prompt: str | None = None,
         batch_size: int = 8,
         allow_private_urls: bool = False,
+        explain: bool = False,
     ) -> Iterator[CaptionResult | ImageError]:
         """One result per picture, in the order of the pictures, for any number of them.
 
@@ -319,9 +290,8 @@ class Captioner:
 
         def outcomes() -> Iterator[CaptionResult | ImageError]:
             for batch in _read_batches(images, batch_size, allow_private_urls):
-                found = iter(
-                    self._caption_each([item for item in batch if isinstance(item[1], Image.Image)], prompt, beams, alternatives)
-                )
+                readable = [item for item in batch if isinstance(item[1], Image.Image)]
+                found = iter(self._caption_each(readable, prompt, beams, alternatives, explain))
                 for _, picture in batch:
                     outcome = picture if isinstance(picture, ImageError) else next(found)
                     if isinstance(outcome, ImageError) and on_error == "raise":
@@ -357,10 +327,21 @@ class Captioner:
             return [failure]
 
     @torch.inference_mode()
-    def _caption_batch(self, pictures: list[Image.Image], prompt: str | None, beams: int, alternatives: int) -> list[CaptionResult]:
+    def _caption_batch(
+        self, pictures: list[Image.Image], prompt: str | None, beams: int, alternatives: int, explain: bool
+    ) -> list[CaptionResult]:
         """B pictures with `alternatives` captions each, the best first."""
         inputs = self.processor(images=pictures, text=prompt, return_tensors="pt").to(self.model.device)
-        found = generate_captions(self.model, **inputs, output_attentions=True, num_beams=beams, num_return_sequences=alternatives)
+        encoded = self.model.get_encoder()(inputs.pop("pixel_values"))  # (B, N, C)
+        found = generate_captions(
+            self.model,
+            **inputs,
+            encoder_outputs=encoded,
+            output_attentions=True,
+            num_beams=beams,
+            num_return_sequences=alternatives,
+        )
+        falls = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
         results = []
         for b, picture in enumerate(pictures):
             captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
@@ -370,7 +351,8 @@ class Captioner:
             if weights is not None:
                 weights = best.merge(weights[b, 0], over_words=self.model.config.word_attention == "history")
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
-            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture))
+            importance = None if falls is None else best.add_up(falls[b])  # (T, H, W)
+            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture, importance))
         return results
 
 

@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write a film strip of where the model looked for each word, as NAME.attention.png; "
         "replaces only the film strips of earlier runs",
     )
+    caption.add_argument(
+        "--importance",
+        metavar="OUT_DIR",
+        type=Path,
+        help="also write NAME.importance.png: below the attention, which regions each word depends on; takes longer",
+    )
     caption.add_argument("--beams", metavar="N", type=_count, help="captions followed at a time (default: the model's own)")
     caption.add_argument(
         "--n-best", metavar="N", type=_count, default=1, help="captions a picture; the further ones stand behind a tab"
@@ -278,8 +284,9 @@ def _result(
 def _caption(args: argparse.Namespace) -> int:
     if args.beams is not None and args.n_best > args.beams:
         args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best}, or leave --beams out")
-    if args.attention:
-        _make_folder(args.attention)
+    folders = {kind: folder for kind in ("attention", "importance") if (folder := getattr(args, kind))}
+    for kind, folder in folders.items():
+        _make_folder(folder, kind)
     if isinstance(sys.stdout, io.TextIOWrapper):
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # a path goes out byte for byte
@@ -293,48 +300,50 @@ def _caption(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         batch_size=args.batch_size,
         allow_private_urls=args.allow_private_urls,
+        explain="importance" in folders,
     )
     for file, result in zip(args.files, outcomes):
         if isinstance(result, Exception):
             _complain(result, file)
             continue
-        strip = _draw(file, result, args.attention, taken) if args.attention else None
-        print(_as_json(file, result, strip) if args.json else _as_text(file, result), flush=True)
-        missing -= bool(strip or not args.attention)
+        strips = {kind: _draw(file, result, kind, folder, taken) for kind, folder in folders.items()}
+        print(_as_json(file, result, strips) if args.json else _as_text(file, result), flush=True)
+        missing -= all(strips.values())
     return int(missing > 0)
 
 
-def _draw(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> Path | None:
-    """Writes a film strip and gives its path; None if that fails, which is named on stderr."""
-    from .captioner import describe_error, save_strip
+def _draw(file: str, result: "CaptionResult", kind: str, folder: Path, taken: set[str]) -> Path | None:
+    """Writes a film strip of "attention" or "importance" and gives its path; None if that fails, which is named on stderr."""
+    from .captioner import describe_error
+    from .visualize import save_strip
 
     try:
-        strip = _strip_path(file, folder, taken)
-        save_strip(result, strip)
+        strip = _strip_path(file, kind, folder, taken)
+        save_strip(result.plot_attention() if kind == "attention" else result.plot_importance(), strip)
     except Exception as error:
-        _complain(f"{file}: its attention cannot be drawn: {describe_error(error)}", file)
+        _complain(f"{file}: its {kind} cannot be drawn: {describe_error(error)}", file)
         return None
-    print(f"{_escape_path(file)}: attention in {strip}", file=sys.stderr)
+    print(f"{_escape_path(file)}: {kind} in {strip}", file=sys.stderr)
     return strip
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, kind: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{folder} cannot be made a folder ({error.strerror}); give another --attention") from error
+        raise OSError(f"{folder} cannot be made a folder ({error.strerror}); give another --{kind}") from error
     if not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is a folder that must not be written to; give another --attention")
+        raise OSError(f"{folder} is a folder that must not be written to; give another --{kind}")
 
 
-def _strip_path(file: str, folder: Path, taken: set[str]) -> Path:
-    """FOLDER/<stem>.attention.png, or <stem>-2.attention.png ... where that is taken or another program's file."""
-    from .captioner import is_strip
+def _strip_path(file: str, kind: str, folder: Path, taken: set[str]) -> Path:
+    """FOLDER/<stem>.<kind>.png, or <stem>-2.<kind>.png ... where that is taken or another program's file."""
+    from .visualize import is_strip
 
     stem = Path(urlsplit(file).path if "://" in file else file).stem
     stem = os.fsencode(stem)[:200].decode(errors="ignore") or "picture"  # the longest name is mostly of 255 bytes
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    paths = (folder / f"{name}.attention.png" for name in names)
+    paths = (folder / f"{name}.{kind}.png" for name in names)
     path = next(path for path in paths if _key(path) not in taken and (is_strip(path) or not os.path.lexists(path)))
     taken.add(_key(path))
     return path
@@ -365,7 +374,7 @@ def _as_text(file: str, result: "CaptionResult") -> str:
     return "\n\t".join([f"{_escape_path(file)}\t{result.text}", *(other.text for other in result.alternatives)])
 
 
-def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
+def _as_json(file: str, result: "CaptionResult", strips: dict[str, Path | None]) -> str:
     record: dict[str, Any] = {
         "path": file,
         "caption": result.text,
@@ -373,7 +382,7 @@ def _as_json(file: str, result: "CaptionResult", strip: Path | None) -> str:
         "words": result.words,
         "alternatives": [{"caption": other.text, "score": other.score} for other in result.alternatives],
     }
-    return json.dumps(record if strip is None else {**record, "attention_file": str(strip)})
+    return json.dumps(record | {f"{kind}_file": str(strip) for kind, strip in strips.items() if strip})
 
 
 def _complain(error: Exception | str, file: str = "") -> None:

@@ -202,10 +202,11 @@ def check_prompt(tokenizer: Any, prompt: str) -> None:
 @torch.no_grad()
 def generate_captions(
     model: Any,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None = None,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     output_attentions: bool = False,
+    encoder_outputs: Any = None,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """`model.generate`, with the score and on request the attention of every caption, whatever the way of generating.
@@ -215,6 +216,7 @@ def generate_captions(
         pixel_values: (B, 3, height, width).
         input_ids, attention_mask: (B, t), the beginnings of the captions, left padded and without start token; t may be 0.
         output_attentions: also look up the attention, in one further pass over the words.
+        encoder_outputs: of the pictures, with their `grid_shape`, in place of `pixel_values`.
         generate_kwargs: arguments of `generate`.
 
     Returns:
@@ -222,14 +224,15 @@ def generate_captions(
         `sequences_scores`, for greedy search and sampling too; `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or
         (B, k, T, E) as `caption_attentions`, or None.
     """
-    encoder_outputs = model.get_encoder()(pixel_values)  # (B, N, C)
+    if encoder_outputs is None:
+        encoder_outputs = model.get_encoder()(pixel_values)  # (B, N, C)
     out = model.generate(
         encoder_outputs=encoder_outputs,
         input_ids=input_ids,
         attention_mask=attention_mask,
         **{**generate_kwargs, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
     )
-    batch, per_image = pixel_values.shape[0], out.sequences.shape[0] // pixel_values.shape[0]
+    batch = encoder_outputs.last_hidden_state.shape[0]
     regions = weights = None
     if output_attentions:
         regions, weights = _attentions(model, out.sequences, encoder_outputs, attention_mask)
@@ -239,7 +242,7 @@ def generate_captions(
         "attention": regions,
         "word_attention": weights,
     }
-    return {name: None if rows is None else rows.unflatten(0, (batch, per_image)) for name, rows in found.items()}
+    return {name: None if rows is None else rows.unflatten(0, (batch, -1)) for name, rows in found.items()}
 
 
 def _attentions(
@@ -308,17 +311,28 @@ class CaptionPieces:
             float32 (W, ...), rows in sum 1. With `over_words` (W, W): column 0 is the start token and column j word j - 1.
         """
         values = rows.float().cpu().numpy()  # (T, ...)
-        mean = np.zeros((len(self.words), len(values)), dtype=np.float32)  # (W, T)
+        mean = self._tokens_of_words(len(values))  # (W, T)
         total = np.zeros((len(values), 1 + len(self.words)), dtype=np.float32)  # (T, 1 + W)
         total[0, 0] = 1
         for position, word in self._word_of.items():
-            mean[word, position - 1] = 1
             total[position : position + 1, 1 + word] = 1  # the last token is no input, and beyond the rows
         mean /= mean.sum(axis=1, keepdims=True)
         merged = np.tensordot(mean, values, axes=1)  # (W, ...)
         if over_words:
             merged = np.tril(merged @ total[:, :-1])  # (W, W)
         return merged / merged.sum(axis=tuple(range(1, merged.ndim)), keepdims=True)
+
+    def add_up(self, rows: torch.Tensor) -> np.ndarray:
+        """The sum over the tokens that a word is made of: rows (T, ...), row t of token t + 1, to float32 (W, ...)."""
+        values = rows.float().cpu().numpy()  # (T, ...)
+        return np.tensordot(self._tokens_of_words(len(values)), values, axes=1)  # (W, ...)
+
+    def _tokens_of_words(self, tokens: int) -> np.ndarray:
+        """(W, T) float32: 1 where token t + 1 is a part of the word, else 0."""
+        parts = np.zeros((len(self.words), tokens), dtype=np.float32)  # (W, T)
+        for position, word in self._word_of.items():
+            parts[word, position - 1] = 1
+        return parts
 
 
 __all__ = ["AttnCapPipeline", "CaptionPieces", "check_prompt", "generate_captions"]

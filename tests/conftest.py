@@ -44,13 +44,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         torch.manual_seed(0)
         model = AttnCapForConditionalGeneration(
             AttnCapConfig(
-                backbone="mobilenet_v3_small",
                 encoder_channels=16,
                 vocab_size=len(words),
                 word_embed_dim=12,
                 hidden_size=16,
                 attention_dim=8,
-                **{"word_attention": "history", **config},
+                **{"backbone": "mobilenet_v3_small", "word_attention": "history", **config},
             )
         )
         _sharpen(model)

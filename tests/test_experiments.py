@@ -157,6 +157,7 @@ def test_pointing_game_from_scenes_to_scores(script, monkeypatch, tmp_path):
     found = json.loads(output.read_text())["runs"]
     assert [run["word_attention"] for run in found] == list(pointing.KINDS)
     assert all(0 <= run["shapes_with_colour"] <= run["shapes"] <= 1 for run in found)
+    assert all({"hits", "importance_hits"} <= run.keys() for run in found)
 
 
 def test_two_captioners_side_by_side(script, monkeypatch, tmp_path, capsys):

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write
-from hf_attncap.captioner import is_strip, save_strip
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
+from hf_attncap.visualize import is_strip, save_strip
 
 from .arguments import DataArguments, SettingError
 from .data import load_data
@@ -133,7 +133,7 @@ def draw_pictures(checkpoint: str | Path, pictures: Sequence[str], drawn: Collec
             raise SettingError(f"{place} was not drawn by `attncap card`, which would replace it: move it away.")
     results = Captioner.from_pretrained(checkpoint).caption(list(pictures))
     for place, result in zip(places, results):
-        save_strip(result, place)
+        save_strip(result.plot_attention(), place)
     return [{"file": name, "caption": result.text} for name, result in zip(names, results)]
 
 
