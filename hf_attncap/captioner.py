@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .atomic import atomic_write
-from .configuration_attncap import AttnCapConfig
+from .confidence import estimate_confidence
+from .configuration_attncap import SIGNALS, AttnCapConfig
 from .images import ImageError, load_image
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
@@ -65,6 +66,13 @@ class CaptionResult:
             components of the word before. Else None.
         alternatives: further captions, the best first, if they were asked for.
         image: the picture, upright and RGB, in its own proportions.
+        signals: what the confidence is computed from: "score", "lowest" (the log-probability of the least likely generated token)
+            and "entropy" (the mean entropy, in nats, of the distributions that the generated tokens were chosen from).
+        confidence: the calibrated probability that `text` is a good caption: one with a CIDEr-D of at least the calibration's
+            threshold (0.5) against the references of its image, with the document frequencies of the set of images that the
+            calibration was fitted on. It holds for images like those and for the default decoding; with other `beams` it is an
+            approximation. `None` if the checkpoint has no calibration, which `attncap calibrate` makes, or with a prompt, since
+            the signals are then of the rest of the caption alone.
     """
 
     text: str
@@ -74,6 +82,8 @@ class CaptionResult:
     word_attention: np.ndarray | None = field(repr=False)
     alternatives: list[Alternative]
     image: Image.Image = field(repr=False)
+    signals: dict[str, float] = field(repr=False, default_factory=dict)
+    confidence: float | None = None
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
         """A film strip: the picture, then for each word the picture in grey, lit where the model looked most.
@@ -361,6 +371,8 @@ class Captioner:
         """B pictures with `alternatives` captions each, the best first."""
         inputs = self.processor(images=pictures, text=prompt, return_tensors="pt").to(self.model.device)
         found = generate_captions(self.model, **inputs, output_attentions=True, num_beams=beams, num_return_sequences=alternatives)
+        calibration = self.model.config.confidence if prompt is None else None
+        signals = {"score": found["scores"], "lowest": found["lowest"], "entropy": found["entropy"]}
         results = []
         for b, picture in enumerate(pictures):
             captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
@@ -370,7 +382,9 @@ class Captioner:
             if weights is not None:
                 weights = best.merge(weights[b, 0], over_words=self.model.config.word_attention == "history")
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
-            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture))
+            own = {name: signals[name][b, 0].item() for name in SIGNALS}
+            confidence = None if calibration is None else float(estimate_confidence(calibration, own))
+            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture, own, confidence))
         return results
 
 

@@ -28,6 +28,7 @@ FLOORS = [
     {"export"},
     {"captioner"},
     {"inference"},
+    {"confidence"},
     {"hub"},
     {"images"},
     {"pipeline_attncap"},
