@@ -55,9 +55,9 @@ class AttnCapConfig(PreTrainedConfig):
         dropout: dropout before the output layer, in training.
         alpha_c: weight of the doubly stochastic regulariser (ibid., equation 14).
         label_smoothing: of the cross-entropy, in [0, 1).
-        confidence: the calibration that `attncap calibrate` fitted to these weights and to the default decoding, `None` without one:
-            `weights` of the signals `score`, `lowest` and `entropy`, `bias`, the `threshold` of CIDEr from which a caption counts as
-            good, and the number of `images` it was fitted on. Fine-tuning removes it.
+        confidence: the calibration that `attncap calibrate` fitted to these weights and to the default decoding, or `None`.
+            It has `weights` of the signals `score`, `lowest` and `entropy`, a `bias`, the `threshold` of CIDEr from which a
+            caption counts as good, and the number of `images` it was fitted on. Fine-tuning removes it.
         pad_token_id, decoder_start_token_id: what fills up short captions, and what every caption begins with; both are needed.
         bos_token_id, eos_token_id: the first word of a caption and its end, the end also as a list; `None` if there is none.
         unk_token_id: the unknown word, which generation leaves out by default; `None` if there is none.
