@@ -19,7 +19,7 @@ from .measure import caption, captioned_images, commit
 REPORT, CHART = "calibration.json", "calibration.jpg"
 THRESHOLD = 0.5  # of CIDEr-D: captions from here on are good
 FEWEST = 10  # good captions, and others, in each half
-BINS = 10
+BINS, IN_A_BIN = 10, 10  # at most as many bins, of at least as many images
 RIDGE = 1.0  # on weights of standardised signals
 RESAMPLES = 1000
 
@@ -160,7 +160,7 @@ def _measure(calibration: dict[str, Any], data: dict[str, np.ndarray]) -> dict[s
 
 def reliability(confidence: np.ndarray, good: np.ndarray) -> list[dict[str, Any]]:
     """Bins of as many images each, from the least confident on: mean confidence against the share of good captions."""
-    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), BINS) if len(part)]
+    parts = np.array_split(np.argsort(confidence, kind="stable"), max(min(BINS, len(good) // IN_A_BIN), 1))
     return [
         {"images": len(part), "confidence": _rounded(confidence[part].mean()), "good": _rounded(good[part].mean())}
         for part in parts
@@ -216,5 +216,5 @@ def _draw(report: dict[str, Any], file: Any) -> None:
     left.set(xlabel="confidence", ylabel="share of good captions", xlim=(0, 1), ylim=(0, 1), title="Reliability")
     right.set(xlabel="share of images captioned", ylabel="share of captions that are not good", xlim=(0, 1), ylim=(0, 1))
     right.set_title("Risk against coverage")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower right")
     figure.savefig(file, format="jpeg")
