@@ -167,7 +167,7 @@ def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
 def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
     faster = pack(packable, tmp_path / "faster", {"num_beams": 2})
     mean = blend([packable, packable], tmp_path / "mean")
-    tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable)), [["two red dogs"]], tmp_path)
+    tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable), model_config={}), [["two red dogs"]], tmp_path)
     configs = [AttnCapConfig.from_pretrained(faster), AttnCapConfig.from_pretrained(mean), tuned.config]
     assert [config.confidence for config in configs] == [None] * 3
 
