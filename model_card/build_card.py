@@ -251,7 +251,7 @@ def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             areas = {kind: "{:.3f} ({:.3f} to {:.3f})".format(*found[kind]) for kind in ("auroc", "auroc_of_score")}
             halves = {str(half["coverage"]): f"{100 * half['cider']:.1f}" for half in found["coverage"]}
             shares = {str(half["coverage"]): f"{100 - 100 * half['risk']:.0f}" for half in found["coverage"]}
-            own = {"name": "/".join(Path(name).parts[-2:]), "images": found["images"], "brier": f"{found['brier']:.3f}"}
+            own = {"name": name, "images": found["images"], "brier": f"{found['brier']:.3f}"}
             sets.append({**own, **areas, "cider": halves, "good": shares})
     chart = "calibration.jpg" if (folder / "calibration.jpg").is_file() else None
     return {**report["calibration"], "sets": sets, "chart": chart}

@@ -69,7 +69,8 @@ def calibrate(
         "threshold": THRESHOLD,
         "images": int(fitted.sum()),
     }
-    named = {Path(file).as_posix(): part for file, part in zip(files, sets)}
+    short = ["/".join(Path(file).parts[-2:]) for file in files]  # where they lie on this machine is nobody's business
+    named = dict(zip(short if len(set(short)) == len(files) else files, sets))
     named |= {"all": data} if len(sets) > 1 else {}
     measured = {name: _measure(calibration, part) for name, part in named.items()}
     report = {"calibration": calibration, "sets": measured, "split": split, "commit": commit()}
@@ -210,7 +211,7 @@ def _draw(report: dict[str, Any], file: Any) -> None:
     for name, found in report["sets"].items():
         if found["images"]:
             bins, curve = found["reliability"], found["coverage"]
-            label = f"{Path(name).parent.name}/{Path(name).name}".lstrip("/") + f" ({found['images']} images)"
+            label = f"{name} ({found['images']} images)"
             left.plot([b["confidence"] for b in bins], [b["good"] for b in bins], marker="o", label=label)
             right.plot([c["coverage"] for c in curve], [c["risk"] for c in curve], marker="o", label=label)
     left.set(xlabel="confidence", ylabel="share of good captions", xlim=(0, 1), ylim=(0, 1), title="Reliability")
