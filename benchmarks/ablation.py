@@ -82,7 +82,8 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "training.train", "--config", str(config), "--disable_tqdm", "true", *words]
         subprocess.run(command, cwd=ROOT, check=True)
     seconds = time.monotonic() - start
-    captions, scores = caption(Captioner.from_pretrained(folder), load_data(DataArguments(train_file=args.validation_file)).train)
+    rows = load_data(DataArguments(train_file=args.validation_file)).train
+    captions, scores, _ = caption(Captioner.from_pretrained(folder), rows)
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {
         "row": row.name,

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from .configuration_attncap import AttnCapConfig
+from .confidence import estimate_confidence
+from .configuration_attncap import SIGNALS, AttnCapConfig
 from .images import ImageError, load_image
 from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
@@ -59,6 +60,13 @@ class CaptionResult:
         image: the picture, upright and RGB, in its own proportions.
         importance: (T, H, W) float32, one map per word, in nats: how much the word's log-probability falls when the decoder does
             not see the region and its neighbours; negative where it rises. None unless it was asked for (`Captioner.explain`).
+        signals: what the confidence is computed from: "score", "lowest" (the log-probability of the least likely generated token)
+            and "entropy" (the mean entropy, in nats, of the distributions that the generated tokens were chosen from).
+        confidence: the calibrated probability that `text` is a good caption: one with a CIDEr-D of at least the calibration's
+            threshold (0.5) against the references of its image, with the document frequencies of the set of images that the
+            calibration was fitted on. It holds for images like those and for the default decoding; with other `beams` it is an
+            approximation. `None` if the checkpoint has no calibration, which `attncap calibrate` makes, or with a prompt, since
+            the signals are then of the rest of the caption alone.
     """
 
     text: str
@@ -69,6 +77,8 @@ class CaptionResult:
     alternatives: list[Alternative]
     image: Image.Image = field(repr=False)
     importance: np.ndarray | None = field(default=None, repr=False)
+    signals: dict[str, float] = field(repr=False, default_factory=dict)
+    confidence: float | None = None
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
         """A film strip: the picture, then for each word the picture in grey, lit where the model looked most.
@@ -342,6 +352,8 @@ class Captioner:
             num_return_sequences=alternatives,
         )
         falls = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
+        calibration = self.model.config.confidence if prompt is None else None
+        signals = {"score": found["scores"], "lowest": found["lowest"], "entropy": found["entropy"]}
         results = []
         for b, picture in enumerate(pictures):
             captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
@@ -352,7 +364,9 @@ class Captioner:
                 weights = best.merge(weights[b, 0], over_words=self.model.config.word_attention == "history")
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
             importance = None if falls is None else best.add_up(falls[b])  # (T, H, W)
-            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture, importance))
+            own = {name: signals[name][b, 0].item() for name in SIGNALS}
+            confidence = None if calibration is None else float(estimate_confidence(calibration, own))
+            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture, importance, own, confidence))
         return results
 
 

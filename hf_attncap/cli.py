@@ -1,6 +1,7 @@
 """The console script `attncap`: reads the command line, calls, prints."""
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -88,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     caption.add_argument("--json", action="store_true", help="print a JSON object a line instead, with scores and words")
     caption.add_argument("--prompt", metavar="TEXT", help="the beginning of all captions")
+    caption.add_argument(
+        "--min-confidence",
+        metavar="P",
+        type=_probability,
+        help="leave out captions whose calibrated confidence is below P, from 0 to 1, and name their pictures on stderr",
+    )
     caption.add_argument("--batch-size", metavar="N", type=_count, default=8, help="pictures at a time (default: 8)")
     caption.add_argument("--device", metavar="D", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     caption.add_argument("--allow-private-urls", action="store_true", help="also fetch URLs from the local network")
@@ -133,6 +140,27 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--pictures", metavar="FILE", nargs="+", help="photographs to show with the model's attention")
     card.set_defaults(command=_card)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="make a checkpoint say how sure it is of its captions",
+        description="Fits the confidence of captions on half of the captioned images and measures it on the other half. Writes the "
+        "calibration into the checkpoint's config.json, and the report beside it as calibration.json and calibration.jpg. "
+        "A caption is good if its CIDEr is at least 0.5 against the references of its image. Use images that the captioner "
+        "was not trained on.",
+    )
+    calibrate.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    calibrate.add_argument(
+        "--images",
+        metavar="FILE",
+        type=_file,
+        nargs="+",
+        required=True,
+        help="captioned pictures in a format of `train`; several files are reported one by one and together",
+    )
+    calibrate.add_argument("--split", metavar="NAME", help="of the images, where a file has several")
+    calibrate.add_argument("--image-dir", metavar="DIR", help="where paths of pictures begin (default: the folder of the file)")
+    calibrate.set_defaults(command=_calibrate)
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -150,6 +178,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
 
 
 def _train(arguments: list[str]) -> int:
@@ -180,13 +218,35 @@ def _card(args: argparse.Namespace) -> int:
 
     build_card(args.checkpoint)  # complains before anything that takes long
     if args.images or args.pictures:
-        try:
-            from .training import measure  # pyright: ignore[reportMissingImports]  # there once installed
-        except ImportError as error:
-            raise OSError(f'measuring needs more packages: pip install "hf_attncap[train]" ({error})') from error
+        measure = _training_module("measure")
         measure.update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures or [])
     print(write_card(args.checkpoint))
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    _quieten()
+    report = _training_module("calibration").calibrate(args.checkpoint, args.images, args.split, args.image_dir)
+    for name, found in report["sets"].items():
+        figures = [found["auroc"], found["auroc_of_score"]] if found["images"] else []
+        if not figures or figures[0][0] is None:
+            print(f"{name}: {found['images']} images to measure on are too few")
+            continue
+        area, raw = (f"{middle:.3f} ({low:.3f} to {high:.3f})" for middle, low, high in figures)
+        print(f"{name}: {found['images']} images, {100 * found['good']:.0f} % with a good caption")
+        print(f"  AUROC {area}, of the score alone {raw}; Brier score {found['brier']:.3f}")
+        for kept in found["coverage"][4::5]:
+            good = 100 - 100 * kept["risk"]
+            print(f"  the surest {100 * kept['coverage']:.0f} %: {good:.0f} % good, CIDEr {100 * kept['cider']:.1f}")
+    print(f"{args.checkpoint}: calibrated; the report is in {Path(args.checkpoint) / 'calibration.json'}")
+    return 0
+
+
+def _training_module(name: str) -> Any:
+    try:
+        return importlib.import_module(f".training.{name}", __package__)
+    except ImportError as error:
+        raise OSError(f'measuring needs more packages: pip install "hf_attncap[train]" ({error})') from error
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -284,6 +344,10 @@ def _result(
 def _caption(args: argparse.Namespace) -> int:
     if args.beams is not None and args.n_best > args.beams:
         args.usage_error(f"--n-best {args.n_best} needs as many beams: give --beams {args.n_best}, or leave --beams out")
+    if args.min_confidence is not None and args.prompt is not None:
+        args.usage_error(
+            "--min-confidence judges whole captions, and with --prompt only the rest is the model's own: give one of them"
+        )
     folders = {kind: folder for kind in ("attention", "importance") if (folder := getattr(args, kind))}
     for kind, folder in folders.items():
         _make_folder(folder, kind)
@@ -292,7 +356,11 @@ def _caption(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # a path goes out byte for byte
     taken = set(map(_key, args.files))
     missing = len(args.files)
-    outcomes = _load(args).stream(
+    captioner = _load(args)
+    if args.min_confidence is not None and captioner.model.config.confidence is None:
+        name = args.model or "The package's own model"
+        raise ValueError(f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on its folder first.")
+    outcomes = captioner.stream(
         args.files,
         on_error="yield",
         beams=args.beams,
@@ -305,6 +373,10 @@ def _caption(args: argparse.Namespace) -> int:
     for file, result in zip(args.files, outcomes):
         if isinstance(result, Exception):
             _complain(result, file)
+            continue
+        if args.min_confidence is not None and result.confidence < args.min_confidence:
+            _complain(f"{file}: left out, its caption has a confidence of {result.confidence:.2f}", file)
+            missing -= 1
             continue
         strips = {kind: _draw(file, result, kind, folder, taken) for kind, folder in folders.items()}
         print(_as_json(file, result, strips) if args.json else _as_text(file, result), flush=True)
@@ -379,6 +451,7 @@ def _as_json(file: str, result: "CaptionResult", strips: dict[str, Path | None])
         "path": file,
         "caption": result.text,
         "score": result.score,
+        "confidence": result.confidence,
         "words": result.words,
         "alternatives": [{"caption": other.text, "score": other.score} for other in result.alternatives],
     }

@@ -1,5 +1,6 @@
 """Configuration of the AttnCap captioner: every choice of the architecture as a checked field."""
 
+import math
 from typing import Any, Literal
 
 import torchvision
@@ -10,6 +11,9 @@ from .efficientnet_lite_attncap import EFFICIENTNET_LITE
 
 # Their last hidden state is a sequence of windows or patches, not the map of a convolution.
 ATTENTION_BACKBONES = ("vit_", "swin_", "maxvit_")
+
+# What a confidence is computed from; `generate_captions` says what they are.
+SIGNALS = ("score", "lowest", "entropy")
 
 
 @strict
@@ -51,6 +55,9 @@ class AttnCapConfig(PreTrainedConfig):
         dropout: dropout before the output layer, in training.
         alpha_c: weight of the doubly stochastic regulariser (ibid., equation 14).
         label_smoothing: of the cross-entropy, in [0, 1).
+        confidence: the calibration that `attncap calibrate` fitted to these weights and to the default decoding, or `None`.
+            It has `weights` of the signals `score`, `lowest` and `entropy`, a `bias`, the `threshold` of CIDEr from which a
+            caption counts as good, and the number of `images` it was fitted on. Fine-tuning removes it.
         pad_token_id, decoder_start_token_id: what fills up short captions, and what every caption begins with; both are needed.
         bos_token_id, eos_token_id: the first word of a caption and its end, the end also as a list; `None` if there is none.
         unk_token_id: the unknown word, which generation leaves out by default; `None` if there is none.
@@ -96,6 +103,7 @@ class AttnCapConfig(PreTrainedConfig):
 
     alpha_c: float | int = 1.0
     label_smoothing: float | int = 0.0
+    confidence: dict[str, Any] | None = None
 
     is_encoder_decoder: bool = True
     use_cache: bool = True
@@ -168,9 +176,21 @@ class AttnCapConfig(PreTrainedConfig):
             isinstance(self.image_std, (int, float)) or all(value > 0 for value in self.image_std),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
+        self._validate_confidence()
         self._validate_tokens()
         if self.tie_word_embeddings:
             self._validate_tying()
+
+    def _validate_confidence(self) -> None:
+        if self.confidence is None:
+            return
+        weights = self.confidence.get("weights")
+        values = [*weights.values(), self.confidence.get("bias")] if isinstance(weights, dict) else [None]
+        _check(
+            isinstance(weights, dict) and set(weights) <= set(SIGNALS) and all(map(_is_finite, values)),
+            f"`confidence` is {self.confidence}, but it needs finite `weights` of {', '.join(SIGNALS)} and a finite `bias`: run "
+            "`attncap calibrate`, or set it to None.",
+        )
 
     def _validate_tokens(self) -> None:
         for name in ("pad_token_id", "decoder_start_token_id"):
@@ -202,6 +222,10 @@ class AttnCapConfig(PreTrainedConfig):
         )
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -219,4 +243,4 @@ def _check_backbone(name: str) -> None:
         raise ValueError(f"`backbone` is '{name}', which torchvision does not have: use one of {', '.join(usable)}.")
 
 
-__all__ = ["AttnCapConfig"]
+__all__ = ["SIGNALS", "AttnCapConfig"]

@@ -41,6 +41,8 @@ COPIED = (
     # What its card is made of.
     "results.json",
     "pointing.json",
+    "calibration.json",
+    "calibration.jpg",
     "training.json",
     "about.yaml",
     "picture_*.png",

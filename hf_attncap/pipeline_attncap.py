@@ -221,7 +221,9 @@ def generate_captions(
 
     Returns:
         For k = `num_return_sequences` captions a picture: `sequences` (B, k, T + 1) from the start token on; `scores` (B, k) as
-        `sequences_scores`, for greedy search and sampling too; `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or
+        `sequences_scores`, for greedy search and sampling too; `lowest` (B, k), the log-probability of the least likely generated
+        token, and `entropy` (B, k), the mean entropy in nats of the distributions that the generated tokens were chosen from, both
+        of the model's own distributions, end token included; `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or
         (B, k, T, E) as `caption_attentions`, or None.
     """
     if encoder_outputs is None:
@@ -239,6 +241,7 @@ def generate_captions(
     found = {
         "sequences": out.sequences,
         "scores": _scores(model, out, generate_kwargs),
+        **_certainty(model, out),
         "attention": regions,
         "word_attention": weights,
     }
@@ -269,10 +272,32 @@ def _scores(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> torch.Tens
     settings = dict(generate_kwargs)
     config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
     steps = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # (R, T)
-    ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=steps.device)
-    is_end = torch.isin(out.sequences[:, -steps.shape[1] :], ends)  # (R, T)
-    made = is_end.cumsum(dim=1) - is_end.long() == 0  # (R, T), up to the end token
+    made = _made(out.sequences[:, -steps.shape[1] :], config.eos_token_id)  # (R, T)
     return steps.where(made, 0).sum(dim=1) / made.sum(dim=1) ** config.length_penalty
+
+
+def _made(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
+    """Which tokens (R, T) stand in front of or at the end token: (R, T)."""
+    is_end = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))  # (R, T)
+    return is_end.cumsum(dim=1) - is_end.long() == 0
+
+
+def _certainty(model: Any, out: Any) -> dict[str, torch.Tensor]:
+    """`lowest` and `entropy` (R) of generated sequences."""
+    logits = torch.stack(out.logits, dim=1)  # (rows, steps, V)
+    beams = getattr(out, "beam_indices", None)  # (R, T), -1 behind the end
+    steps = len(out.logits) if beams is None else min(len(out.logits), beams.shape[1])
+    tokens = out.sequences[:, out.sequences.shape[1] - (steps if beams is None else beams.shape[1]) :][:, :steps]  # (R, T)
+    if beams is None:
+        made, logits = _made(tokens, model.generation_config.eos_token_id), logits[:, :steps]  # (R, T), (R, T, V)
+    else:
+        made = beams[:, :steps] >= 0  # (R, T)
+        logits = logits[beams[:, :steps].clamp(min=0), torch.arange(steps, device=logits.device)]  # (R, T, V)
+    log_probs = logits.float().log_softmax(dim=-1)  # (R, T, V)
+    chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1)  # (R, T)
+    entropies = torch.special.entr(log_probs.exp()).sum(dim=-1)  # (R, T)
+    count = made.sum(dim=1).clamp(min=1)  # (R)
+    return {"lowest": chosen.where(made, 0).amin(dim=1), "entropy": entropies.where(made, 0).sum(dim=1) / count}
 
 
 class CaptionPieces:

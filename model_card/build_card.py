@@ -1,7 +1,8 @@
 """The model card of a checkpoint: `README.md`, rendered from `template.md` and what the folder says of itself.
 
 No figure is typed by hand. Of the folder are read: `config.json` and the headers of the weights; `results.json`, what
-`attncap card --images` measured; `pointing.json`, what `benchmarks/pointing_photographs.py` found; `training.json`, the stages that
+`attncap card --images` measured; `calibration.json` and `calibration.jpg`, what
+`attncap calibrate` measured; `pointing.json`, what `benchmarks/pointing_photographs.py` found; `training.json`, the stages that
 training recorded; `about.yaml`, the words of a person:
 
     title: My captioner
@@ -91,6 +92,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         "split": results and _split(results, dataset),
         "results": results if results and "scores" in results else None,
         "pointing": _pointing(_read(folder / "pointing.json")),
+        "confidence": _confidence(folder, config),
     }
     measured = parts["results"]
     if measured:
@@ -236,6 +238,23 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
         "writing": {**limits["writing"], "cider": f"{100 * limits['writing']['cider']:.1f}"},
         "fifths": [f"{100 * value:.1f}" for value in limits["unusual"]["cider_by_fifth"]],
     }
+
+
+def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the template says of a calibration: of the one that the configuration holds, or nothing."""
+    report, own = _read(folder / "calibration.json"), config.get("confidence")
+    if report is None or own is None or report["calibration"] != own:
+        return None
+    sets = []
+    for name, found in report["sets"].items():
+        if found["images"] and found["auroc"][0] is not None:
+            areas = {kind: "{:.3f} ({:.3f} to {:.3f})".format(*found[kind]) for kind in ("auroc", "auroc_of_score")}
+            halves = {str(half["coverage"]): f"{100 * half['cider']:.1f}" for half in found["coverage"]}
+            shares = {str(half["coverage"]): f"{100 - 100 * half['risk']:.0f}" for half in found["coverage"]}
+            own = {"name": name, "images": found["images"], "brier": f"{found['brier']:.3f}"}
+            sets.append({**own, **areas, "cider": halves, "good": shares})
+    chart = "calibration.jpg" if (folder / "calibration.jpg").is_file() else None
+    return {**report["calibration"], "sets": sets, "chart": chart}
 
 
 def _pointing(found: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -69,6 +69,7 @@ def test_json_has_all_of_it(tiny_checkpoint, pictures, results, tmp_path, capfd)
             "path": str(file),
             "caption": result.text,
             "score": pytest.approx(result.score, abs=1e-4),
+            "confidence": None,
             "words": result.words,
             "alternatives": [
                 {"caption": other.text, "score": pytest.approx(other.score, abs=1e-4)} for other in result.alternatives

@@ -145,6 +145,7 @@ OTHERS = {
     "dropout": 0.25,
     "alpha_c": 0.5,
     "label_smoothing": 0.1,
+    "confidence": {"weights": {"score": 2.0, "lowest": 0.25}, "bias": 1, "threshold": 0.5, "images": 40},
     "use_cache": False,
     "unk_token_id": 4,
 }

@@ -27,7 +27,7 @@ FLOORS = [
     {"export"},
     {"captioner"},
     {"inference"},
-    {"importance", "visualize"},
+    {"confidence", "importance", "visualize"},
     {"hub"},
     {"images"},
     {"pipeline_attncap"},

@@ -46,6 +46,7 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
         for name, value in mean.items():
             value += other[name] * (share / sum(shares))
     model.load_state_dict(own | mean)
+    model.config.confidence = None  # it was fitted to the weights of the last
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         hand_on(checkpoints[-1], folder)

@@ -50,11 +50,10 @@ def measure(checkpoint: str | Path, file: str, split: str | None = None, image_d
         SettingError: for data that cannot be read.
         OSError: for a checkpoint that cannot be loaded.
     """
-    arguments = DataArguments(train_file=file, train_split=split, image_dir=image_dir, skip_broken_images=True)
-    rows: Any = load_data(arguments).train
+    rows = captioned_images(file, split, image_dir)
     captioner = Captioner.from_pretrained(checkpoint)
     references = dict(zip(rows["image_id"], rows["captions"]))
-    captions, scores = caption(captioner, rows)
+    captions, scores, _ = caption(captioner, rows)
     cider = dict(zip(scores.ids, scores.per_image["cider"].tolist()))
     tokens = {name: [tokenize(reference) for reference in own] for name, own in references.items()}
     settings = captioner.model.generation_config.to_dict()
@@ -74,14 +73,21 @@ def measure(checkpoint: str | Path, file: str, split: str | None = None, image_d
     }
 
 
-def caption(captioner: Captioner, rows: Any) -> tuple[dict[str, str], CaptionScores]:
-    """The captioner's captions of rows with `image`, `image_id` and `captions`, with its own settings, and their scores."""
+def captioned_images(file: str, split: str | None = None, image_dir: str | None = None) -> Any:
+    """Rows with `image`, `image_id` and `captions` of a file in any format that training reads, without unreadable images."""
+    return load_data(DataArguments(train_file=file, train_split=split, image_dir=image_dir, skip_broken_images=True)).train
+
+
+def caption(captioner: Captioner, rows: Any) -> tuple[dict[str, str], CaptionScores, list[dict[str, float]]]:
+    """Captions of rows with `image`, `image_id` and `captions`, with the captioner's own settings; their scores and `signals`."""
     captions: dict[str, str] = {}
+    signals: list[dict[str, float]] = []
     for start in tqdm(range(0, len(rows), BATCH), desc="captions", unit="batches", mininterval=10):
         batch = rows[start : start + BATCH]
         results = captioner.caption(batch["image"], batch_size=BATCH)
         captions |= zip(batch["image_id"], (result.text for result in results))
-    return captions, CaptionMetrics(dict(zip(rows["image_id"], rows["captions"]))).score(captions)
+        signals += (result.signals for result in results)
+    return captions, CaptionMetrics(dict(zip(rows["image_id"], rows["captions"]))).score(captions), signals
 
 
 def speed(captioner: Captioner, rows: Any) -> dict[str, Any]:

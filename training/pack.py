@@ -17,7 +17,7 @@ from .record import hand_on
 def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | None = None) -> Path:
     """Write model and processor to `out`, weights in float16 (half the size), the config saying float32; the record goes along.
 
-    `generation` are settings that replace those of the checkpoint's `generation_config.json`.
+    `generation` are settings that replace those of the checkpoint's `generation_config.json`; they remove a calibrated confidence.
 
     Loaded again the model is in float32, as fine-tuning needs; transformers takes the dtype from the config.
 
@@ -34,6 +34,8 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
             raise ValueError(f"'{name}' in {checkpoint} has values beyond float16, up to {tensor.abs().max():.3g}.")
     if unknown := model.generation_config.update(**(generation or {})):
         raise ValueError(f"There are no such settings of generation: {', '.join(unknown)}.")
+    if generation:
+        model.config.confidence = None  # it was fitted to the captions of the checkpoint's own settings
     with atomic_folder(out) as folder:
         model.half().save_pretrained(folder)
         hand_on(checkpoint, folder)

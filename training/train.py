@@ -109,6 +109,7 @@ def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[At
             f"`model_config`: {path} has weights of other sizes, which are chosen when a captioner is made: leave them out."
         ) from error
     model, report = loaded
+    model.config.confidence = None  # it was fitted to the weights that change now
     if other := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise SettingError(
             f"`model_config` changes which layers {path} has ({first(other)}), and layers can be chosen only for a new captioner: "
