@@ -294,7 +294,9 @@ def _check_files(args: argparse.Namespace) -> None:
     for number, file in enumerate(written):
         if os.path.realpath(file) in map(os.path.realpath, [*read, *written[:number]]):
             raise ValueError(f"{file} is given twice, and would be overwritten: give another --output or --per-image")
-        if file != "-" and not Path(file).absolute().parent.is_dir():
+        if file == "-":
+            continue  # stdout, whatever files are there
+        if not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
         if Path(file).is_dir():
             raise ValueError(f"{file} is a folder: name a file in it")
