@@ -240,8 +240,7 @@ def generate_captions(
         regions, weights = _attentions(model, out.sequences, encoder_outputs, attention_mask)
     found = {
         "sequences": out.sequences,
-        "scores": _scores(model, out, generate_kwargs),
-        **_certainty(model, out),
+        **_signals(model, out, generate_kwargs),
         "attention": regions,
         "word_attention": weights,
     }
@@ -265,39 +264,34 @@ def _attentions(
     return regions[row, chosen_at], None if weights is None else weights[row, chosen_at]
 
 
-def _scores(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:
-    """`sequences_scores` (R), also of sequences that beam search did not find."""
-    if getattr(out, "sequences_scores", None) is not None:
-        return out.sequences_scores
+def _signals(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """`scores`, `lowest` and `entropy` (R) of generated sequences; the score is `sequences_scores` also without beam search."""
     settings = dict(generate_kwargs)
     config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
-    steps = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # (R, T)
-    made = _made(out.sequences[:, -steps.shape[1] :], config.eos_token_id)  # (R, T)
-    return steps.where(made, 0).sum(dim=1) / made.sum(dim=1) ** config.length_penalty
+    logits = torch.stack(out.logits, dim=1)  # (rows, steps, V)
+    beams = getattr(out, "beam_indices", None)  # (R, T), -1 behind the end
+    if beams is None:
+        tokens = out.sequences[:, -logits.shape[1] :]  # (R, T)
+        made = _made(tokens, config.eos_token_id)  # (R, T)
+    else:
+        tokens = out.sequences[:, -beams.shape[1] :][:, : logits.shape[1]]  # (R, T)
+        beams = beams[:, : logits.shape[1]]  # (R, T)
+        made = beams >= 0  # (R, T)
+        logits = logits[beams.clamp(min=0), torch.arange(beams.shape[1], device=logits.device)]  # (R, T, V)
+    log_probs = logits.float().log_softmax(dim=-1)  # (R, T, V)
+    chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1).where(made, 0)  # (R, T)
+    entropies = torch.special.entr(log_probs.exp()).sum(dim=-1).where(made, 0)  # (R, T)
+    count = made.sum(dim=1).clamp(min=1)  # (R)
+    scores = getattr(out, "sequences_scores", None)  # (R)
+    if scores is None:
+        scores = chosen.sum(dim=1) / count**config.length_penalty  # (R)
+    return {"scores": scores, "lowest": chosen.amin(dim=1), "entropy": entropies.sum(dim=1) / count}
 
 
 def _made(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
     """Which tokens (R, T) stand in front of or at the end token: (R, T)."""
     is_end = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))  # (R, T)
     return is_end.cumsum(dim=1) - is_end.long() == 0
-
-
-def _certainty(model: Any, out: Any) -> dict[str, torch.Tensor]:
-    """`lowest` and `entropy` (R) of generated sequences."""
-    logits = torch.stack(out.logits, dim=1)  # (rows, steps, V)
-    beams = getattr(out, "beam_indices", None)  # (R, T), -1 behind the end
-    steps = len(out.logits) if beams is None else min(len(out.logits), beams.shape[1])
-    tokens = out.sequences[:, out.sequences.shape[1] - (steps if beams is None else beams.shape[1]) :][:, :steps]  # (R, T)
-    if beams is None:
-        made, logits = _made(tokens, model.generation_config.eos_token_id), logits[:, :steps]  # (R, T), (R, T, V)
-    else:
-        made = beams[:, :steps] >= 0  # (R, T)
-        logits = logits[beams[:, :steps].clamp(min=0), torch.arange(steps, device=logits.device)]  # (R, T, V)
-    log_probs = logits.float().log_softmax(dim=-1)  # (R, T, V)
-    chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1)  # (R, T)
-    entropies = torch.special.entr(log_probs.exp()).sum(dim=-1)  # (R, T)
-    count = made.sum(dim=1).clamp(min=1)  # (R)
-    return {"lowest": chosen.where(made, 0).amin(dim=1), "entropy": entropies.where(made, 0).sum(dim=1) / count}
 
 
 class CaptionPieces:
