@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
@@ -37,8 +38,24 @@ class StopAtText(StoppingCriteria):
         return torch.tensor(ends, device=input_ids.device)  # (R)
 
 
+class NoRepeatedTokens(LogitsProcessor):
+    """Bans each token that a caption, or its prompt, already holds, except the repeatable ones."""
+
+    def __init__(self, repeatable: list[int]):
+        self.repeatable = torch.tensor(repeatable, dtype=torch.long)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.repeatable = self.repeatable.to(input_ids.device)
+        banned = ~torch.isin(input_ids, self.repeatable)  # (R, T)
+        return scores.scatter(1, input_ids, scores.gather(1, input_ids).masked_fill(banned, -torch.inf))  # (R, V)
+
+
 class AttnCapGenerationMixin(GenerationMixin):
-    """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`."""
+    """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`.
+
+    `generation_config` may have a setting of its own, `repeatable_token_ids`: the tokens that a caption may hold more than once.
+    All others are used once at most. None, or no such setting, allows every token.
+    """
 
     config: Any
     device: Any
@@ -65,6 +82,14 @@ class AttnCapGenerationMixin(GenerationMixin):
         generation_config.stop_strings = None
         own.append(StopAtText(texts, tokenizer))
         return super()._get_stopping_criteria(generation_config, own, None, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _get_logits_processor(self, generation_config, *args: Any, logits_processor=None, **kwargs: Any):
+        """The library's processors and, where the checkpoint asks for it, no repeated words."""
+        own, repeatable = LogitsProcessorList(), getattr(generation_config, "repeatable_token_ids", None)
+        if repeatable is not None:
+            own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids]))
+        own.extend(logits_processor or [])
+        return super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

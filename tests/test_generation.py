@@ -385,6 +385,38 @@ def test_allowed_words_by_image():
 
 
 MODES = [{}, {"num_beams": 3}, {"do_sample": True}, {"do_sample": True, "num_beams": 2}]
+REPEATABLE = [4, 6]
+
+
+def test_no_repeated_words_except_the_repeatable_ones():
+    got = talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, generation_config=repeats(REPEATABLE))
+    want = forbid("history", lambda words: set(words) - {*REPEATABLE})
+    plain = [greedy(score, [BOS], WORDS) for score in scorers("history")]
+    assert [until_end(row) for row in got] == want != plain
+    got = talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, generation_config=repeats(None))
+    assert [until_end(row) for row in got] == plain
+
+
+@pytest.mark.parametrize("mode", [*MODES, {"do_sample": True, "top_k": 1}, {"num_beams": 4, "num_return_sequences": 4}], ids=str)
+def test_no_word_is_repeated_in_any_mode(mode):
+    """The prompts count, of different lengths too; the tokens of beginning, end and padding do not."""
+    torch.manual_seed(0)
+    prompts = torch.tensor([[PAD, PAD, 7], [4, 4, 8], [PAD, 9, 9], [5, 6, 7]])
+    settings = {"max_new_tokens": 6, "encoder_outputs": images(), "suppress_tokens": [PAD, BOS, UNK, EOS], **mode}
+    sequences = talker().generate(input_ids=prompts, generation_config=repeats(REPEATABLE), **settings)
+    start = 1 + prompts.shape[1]
+    assert sequences.shape[1] == start + 6
+    for row in sequences.tolist():
+        for place in range(start, len(row)):
+            assert row[place] in REPEATABLE or row[place] not in row[:place]
+    free = talker().generate(input_ids=prompts, **settings)
+    assert any(len({*row}) < len(row) for row in free[:, start:].tolist()), "nothing was repeated anyway: a poor test"
+
+
+def repeats(tokens: list[int] | None) -> GenerationConfig:
+    config = GenerationConfig()
+    config.repeatable_token_ids = tokens
+    return config
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -126,6 +126,7 @@ def test_decoder_stage_on_cached_features_then_encoder_stage(parquet, tmp_path):
     ids = trained.generate(**processor(images=image, return_tensors="pt"))
     assert processor.batch_decode(ids, skip_special_tokens=True)[0]
     assert trained.generation_config.num_beams == 3 and trained.generation_config.max_new_tokens == 21
+    assert isinstance(trained.generation_config.repeatable_token_ids, list)
 
 
 def test_weights_decay_at_the_rate_of_their_part_and_vectors_do_not(parquet, tmp_path):

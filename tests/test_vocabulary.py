@@ -1,6 +1,8 @@
 """Raw captions become tokens, and tokens become clean text again."""
 
+import json
 import logging
+import shutil
 import random
 from typing import Literal
 
@@ -15,7 +17,7 @@ from transformers import AutoTokenizer
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from tests.test_data import picture
 from training.train import main
-from training.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, word_coverage
+from training.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens, word_coverage
 
 CAPTIONS = [
     "A black dog is running , fast .",
@@ -256,6 +258,15 @@ def test_extended_checkpoint_says_the_same_of_the_old_words_and_learns_the_new(m
     assert extend_vocabulary(again, processor.tokenizer, GERMAN, min_count=2) == [], "they are there"
 
 
+def test_words_that_people_repeat_may_be_repeated():
+    captions = ["A dog and a cat .", "A man on a bus ."] * 20 + ["The bus ."] * 300 + ["dog dog", "the the", "tram tram"] * 4
+    tokenizer = build_tokenizer(captions, min_count=5)
+    found = tokenizer.convert_ids_to_tokens(repeatable_tokens(tokenizer, captions))
+    assert found == ["a"], "'the' is rarely repeated, 'dog' too seldom to tell, 'tram' is unknown"
+    assert repeatable_tokens(tokenizer, []) == []
+    assert repeatable_tokens(build_tokenizer(captions, "bpe", min_count=1), captions) is None
+
+
 def test_what_cannot_be_extended_is_refused(make_checkpoint, tmp_path):
     model, processor = loaded(make_checkpoint("bpe"))
     with pytest.raises(ValueError, match="word pieces .* it is not extended"):
@@ -296,9 +307,15 @@ def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint,
     old = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).config.vocab_size
     assert model.config.vocab_size == len(processor.tokenizer) == old + 2
     assert processor.tokenizer.decode(processor.tokenizer("Ein Hund")["input_ids"]) == "ein hund"
+    assert not hasattr(model.generation_config, "repeatable_token_ids"), "the checkpoint has no such rule"
     if not streaming:
         assert main([*argv, "--inspect"]) == 0
         assert "`--extend_vocabulary True` adds those" in capsys.readouterr().out
+        ruled = shutil.copytree(tiny_checkpoint, tmp_path / "ruled")
+        settings = json.loads((ruled / "generation_config.json").read_text()) | {"_from_model_config": False}
+        (ruled / "generation_config.json").write_text(json.dumps(settings | {"repeatable_token_ids": [4]}))
+        assert main([*argv, *extend, "--model_name_or_path", str(ruled), "--output_dir", str(tmp_path / "more ruled")]) == 0
+        assert loaded(tmp_path / "more ruled")[0].generation_config.repeatable_token_ids == [4]
         frozen = ["--model_config", '{"freeze_word_embeddings": true}', "--output_dir", str(tmp_path / "frozen")]
         assert main([*argv, *extend, *frozen]) == 2
         assert "`extend_vocabulary`: New words would never be learned" in capsys.readouterr().err

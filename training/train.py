@@ -46,7 +46,7 @@ from .stopping import EarlyStopping
 from .streaming import load_stream
 from .trainer import CaptionTrainer
 from .views import FeatureRows
-from .vocabulary import build_tokenizer, describe_coverage, extend_vocabulary
+from .vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens
 from .word_vectors import write_word_vectors
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def build_captioner(
     except (StrictDataclassError, ValueError) as error:
         raise SettingError(str(error)) from error
     model.generation_config.update(max_new_tokens=MAX_NEW_TOKENS, num_beams=3, no_repeat_ngram_size=3)
+    _let_repeat(model, repeatable_tokens(tokenizer, sentences))
     side = {"height": arguments.image_size, "width": arguments.image_size}
     return model, AttnCapProcessor(AttnCapImageProcessor.from_config(config, size=side), tokenizer)
 
@@ -123,9 +124,18 @@ def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[At
         except ValueError as error:
             raise SettingError(f"`extend_vocabulary`: {error}") from error
         logger.warning("%d words are new in the vocabulary: %s", len(words), first(words) or "none")
+        if (known := getattr(model.generation_config, "repeatable_token_ids", None)) is not None:
+            _let_repeat(model, sorted({*known, *(repeatable_tokens(tokenizer, sentences) or [])}))
     for sentence in describe_coverage(tokenizer, sentences, way_out(arguments, tokenizer)):
         logger.warning("%s", sentence)
     return model, processor
+
+
+def _let_repeat(model: Any, tokens: list[int] | None) -> None:
+    """Sets which tokens a caption may hold more than once, in a form that is saved and loaded."""
+    if tokens is not None:
+        model.generation_config.repeatable_token_ids = tokens
+        model.generation_config._from_model_config = False  # or loading it drops settings that transformers does not know
 
 
 def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[str], tokenizer: Any, output: Path) -> str | None:

@@ -14,6 +14,8 @@ BPE_VOCAB_SIZE = 4000
 MODEL_MAX_LENGTH = 64  # tokens; a caption has at most 20 words, the model itself sets no limit
 COVERED = 0.95  # of the words; below it, captions are worth a warning
 SHOWN = 10  # missing words
+REPEATED = 0.1  # of the captions with a word: from here on it may be repeated
+UNREPEATED = 50  # captions with the word once, which are added before that share is taken
 
 _CHAR = r"\p{L}\p{M}\p{N}"
 _PART = rf"[\p{{L}}\p{{N}}][{_CHAR}]*"
@@ -149,6 +151,32 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]
     ids = {word: number for number, word in enumerate(words, 1 + max(vocabulary.values()))}
     backend.model = WordLevel({**vocabulary, **ids}, unk_token="<unk>")
     return words
+
+
+def repeatable_tokens(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> list[int] | None:
+    """The words that people write more than once in a caption, such as "a" or "the", for `generation_config.repeatable_token_ids`.
+
+    A word belongs to them if it occurs again in at least a tenth of the captions that hold it. 50 captions in which it occurs
+    once are added to the count, so that a rare word needs more than a few cases.
+
+    Args:
+        tokenizer: of whole words, or of word pieces, which recur in different words: for those there is no such list.
+        captions: the training captions, raw.
+
+    Returns:
+        Their ids in rising order, or None for word pieces.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.model, WordLevel):
+        return None
+    held: Counter[int] = Counter()
+    repeated: Counter[int] = Counter()
+    for encoding in backend.encode_batch(list(captions), add_special_tokens=False):
+        for token, count in Counter(encoding.ids).items():
+            held[token] += 1
+            repeated[token] += count > 1
+    del held[tokenizer.unk_token_id]
+    return sorted(token for token in held if repeated[token] >= REPEATED * (held[token] + UNREPEATED))
 
 
 def _count_words(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> tuple[int, Counter[str]]:
