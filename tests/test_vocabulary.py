@@ -2,8 +2,8 @@
 
 import json
 import logging
-import shutil
 import random
+import shutil
 from typing import Literal
 
 import pytest
