@@ -145,7 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--split", metavar="NAME", help="of the images, where a file has several")
     card.add_argument("--image-dir", metavar="DIR", help="where paths of pictures begin (default: the folder of the file)")
     card.add_argument(
-        "--pictures", metavar="FILE", nargs="+", default=[], help="photographs to show with the attention and importance of each word"
+        "--pictures",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="photographs to show with the attention and importance of each word",
     )
     card.set_defaults(command=_card)
 

@@ -81,6 +81,5 @@ def _check_datasets(datasets: Any, place: str) -> None:
 def check_count(about: dict[str, Any], sets: int, place: str) -> None:
     """Raises a ValueError if `datasets` does not have one entry for each of the measured sets."""
     if "datasets" in about and len(about["datasets"]) != sets:
-        raise ValueError(
-            f"{place}: `datasets` has {len(about['datasets'])} entries for {sets} measured files: list one for each file, in their order."
-        )
+        listed = len(about["datasets"])
+        raise ValueError(f"{place}: `datasets` has {listed} entries for {sets} measured files: list one for each, in their order.")

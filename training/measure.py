@@ -32,9 +32,7 @@ INTERVALS = ("bleu_4", "cider")
 DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 
 
-def measure(
-    checkpoint: str | Path, files: Sequence[str], split: str | None = None, image_dir: str | None = None
-) -> dict[str, Any]:
+def measure(checkpoint: str | Path, files: Sequence[str], split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
     """Captions sets of images with a checkpoint's own decoding settings, scores the captions and takes the time.
 
     Images that cannot be read are left out, with a warning that names them.
