@@ -86,7 +86,7 @@ def build_card(checkpoint: str | Path) -> ModelCard:
         "few": FEW,
         "independent": about.get("independent", []),
         "pointing": _pointing(folder / "pointing.json"),
-        "confidence": _confidence(folder, config),
+        "confidence": _confidence(folder, config, {own["data"]["file"]: own["label"] for own in sets}),
     }
     return ModelCard.from_template(_metadata(title, about, sets, results), template_path=str(TEMPLATE), **parts)
 
@@ -263,8 +263,11 @@ def _score(own: dict[str, Any], kind: str) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the template says of a calibration: of the one that the configuration holds, or nothing."""
+def _confidence(folder: Path, config: dict[str, Any], labels: dict[str, str]) -> dict[str, Any] | None:
+    """What the template says of a calibration: of the one that the configuration holds, or nothing.
+
+    Sets that the scores are of too have the `labels` that they have there.
+    """
     report, own = _read(folder / "calibration.json"), config.get("confidence")
     if report is None or own is None or report["calibration"] != own:
         return None
@@ -274,7 +277,7 @@ def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             areas = {kind: "{:.3f} ({:.3f} to {:.3f})".format(*found[kind]) for kind in ("auroc", "auroc_of_score")}
             halves = {str(half["coverage"]): f"{100 * half['cider']:.1f}" for half in found["coverage"]}
             shares = {str(half["coverage"]): f"{100 - 100 * half['risk']:.0f}" for half in found["coverage"]}
-            own = {"name": name, "images": found["images"], "brier": f"{found['brier']:.3f}"}
+            own = {"name": labels.get(name, name), "images": found["images"], "brier": f"{found['brier']:.3f}"}
             sets.append({**own, **areas, "cider": halves, "good": shares})
     chart = "calibration.jpg" if (folder / "calibration.jpg").is_file() else None
     return {**report["calibration"], "sets": sets, "chart": chart}

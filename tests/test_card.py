@@ -181,7 +181,7 @@ def test_each_of_several_sets_has_its_scores(checkpoint, captioned, tmp_path, ca
     files = ["--images", str(captioned), str(second)]
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     assert main(["card", str(checkpoint), *files]) == 1  # before anything is measured
-    assert "`datasets` has 1 entries for 2 measured files" in capsys.readouterr().err
+    assert "2 files are measured, but `datasets` lists 1" in capsys.readouterr().err
     assert not (checkpoint / "results.json").exists()
 
     datasets = [*ABOUT["datasets"], {"name": "Other", "id": "someone/other", "split": "validation"}]
@@ -301,10 +301,11 @@ def test_export_takes_along_what_the_card_is_made_of(checkpoint, pictures):
     assert "an abacus" in text and 'model="someone/tiny"' in text
 
 
-def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
+def test_words_of_a_person_are_not_replaced(checkpoint, captioned, capsys):
     (checkpoint / "README.md").write_text("# Mine\n")
-    assert main(["card", str(checkpoint)]) == 1
+    assert main(["card", str(checkpoint), "--images", str(captioned)]) == 1
     assert "was written by hand: move it away" in capsys.readouterr().err
+    assert not (checkpoint / "results.json").exists()
     assert main(["export-hub", str(checkpoint), str(checkpoint.parent / "exported")]) == 0
     assert (checkpoint.parent / "exported" / "README.md").read_text() == (checkpoint / "README.md").read_text() == "# Mine\n"
 
