@@ -1,35 +1,96 @@
-"""Captions of two captioners for the same random images, as a Markdown table.
+"""Two captioners on the same images, as Markdown tables: captions of random images, and differences of the scores.
 
     python benchmarks/side_by_side.py first/results.json second/results.json
+    python benchmarks/side_by_side.py first/results.json second/results.json \\
+        --references flickr8k/validation.parquet coco/validation.parquet
 
-The files are what `attncap card CHECKPOINT --images` leaves in a checkpoint's folder; the images are the same at every call.
+The first two files are what `attncap card CHECKPOINT --images` leaves in a checkpoint's folder. The images are the same at every
+call. With --references, which takes the files that both were measured on, a second table has the differences of BLEU-4 and
+CIDEr per set, second minus first, with 95 % intervals and p of a paired bootstrap over the images.
 """
 
 import argparse
 import json
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from hf_attncap.metrics import CaptionMetrics, compare
 
 SEED, SHOWN = 0, 10
+COMPARED = {"bleu_4": "BLEU-4", "cider": "CIDEr"}
+
+
+def read_sets(file: Path) -> list[dict[str, Any]]:
+    """The measured sets of a results file."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if "sets" not in results:
+        sys.exit(f"error: {file} has no measured sets: make it with `attncap card CHECKPOINT --images`")
+    return results["sets"]
+
+
+def shared_sets(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each set of the first with the set of the second that has most of its images, if one has any."""
+    for own in first:
+        other = max(second, key=lambda found: len(own["captions"].keys() & found["captions"].keys()))
+        if own["captions"].keys() & other["captions"].keys():
+            yield own, other
+
+
+def print_captions(files: list[Path], first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    print(f"| image | {files[0].parent.name} | {files[1].parent.name} | a reference |\n|---|---|---|---|")
+    for pair in shared_sets(first, second):
+        shared = sorted(pair[0]["captions"].keys() & pair[1]["captions"].keys())
+        for name in random.Random(SEED).sample(shared, min(SHOWN, len(shared))):
+            said = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in pair]
+            print(f"| {name} | {said[0]} | {said[1]} | {pair[0]['references'][name].replace('|', '/')} |")
+
+
+def print_differences(files: list[Path], first: list[dict[str, Any]], second: list[dict[str, Any]], references: list[str]) -> None:
+    # Only here, since it loads torch.
+    from hf_attncap.training.measure import captioned_images, name_sets  # pyright: ignore[reportMissingImports]
+
+    print(f"\n| images | score | {files[0].parent.name} | {files[1].parent.name} | difference (95 % interval) | p |")
+    print("|---|---|---|---|---|---|")
+    for name, file in zip(name_sets(references), references):
+        rows = captioned_images(file)
+        texts = dict(zip(rows["image_id"], rows["captions"]))
+        metrics = CaptionMetrics(texts)
+        scores = []
+        for path, sets in zip(files, (first, second)):
+            found = [own["captions"] for own in sets if own["captions"].keys() == texts.keys()]
+            if not found:
+                sys.exit(
+                    f"error: {path} has no set of the images of {file}: measure both checkpoints on it with `attncap card --images`"
+                )
+            scores.append(metrics.score(found[0]))
+        comparison = compare(*scores)
+        for kind, title in COMPARED.items():
+            one = comparison[kind]
+            values = [f"{100 * value:.1f}" for value in (one.first, one.second)]
+            difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in (one.difference, one.low, one.high)))
+            print(f"| {name}, {len(texts):,} | {title} | {values[0]} | {values[1]} | {difference} | {one.p:.4f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs=2, type=Path)
+    parser.add_argument(
+        "--references", nargs="+", metavar="FILE", default=[], help="captioned images, in a format of `attncap train`"
+    )
     args = parser.parse_args()
-    first, second = (json.loads(file.read_text(encoding="utf-8")) for file in args.results)
-    shared = sorted(first["captions"].keys() & second["captions"].keys())
-    if not shared:
+    first, second = (read_sets(file) for file in args.results)
+    if not any(shared_sets(first, second)):
         parser.error("the two files have no image in common")
-    print(f"| image | {args.results[0].parent.name} | {args.results[1].parent.name} | a reference |\n|---|---|---|---|")
-    for name in random.Random(SEED).sample(shared, min(SHOWN, len(shared))):
-        said = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in (first, second)]
-        print(f"| {name} | {said[0]} | {said[1]} | {first['references'][name].replace('|', '/')} |")
+    print_captions(args.results, first, second)
+    if args.references:
+        print_differences(args.results, first, second, args.references)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -129,15 +129,28 @@ def _parser() -> argparse.ArgumentParser:
     card = commands.add_parser(
         "card",
         help="write a checkpoint's model card",
-        description="Writes README.md of a checkpoint from what its folder says of itself: results.json, which --images makes, "
-        "training.json of its training, and about.yaml with words of your own (title, summary, license, repository, base_model, "
-        "dataset, origins).",
+        description="Writes README.md of a checkpoint from the files in its folder: results.json, which --images and --pictures "
+        "write, training.json of its training, and about.yaml with your own text (title, summary, license, license_name, "
+        "license_link, repository, base_model, datasets, independent, origins).",
     )
     card.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
-    card.add_argument("--images", metavar="FILE", type=_file, help="captioned pictures to measure it on, in a format of `train`")
-    card.add_argument("--split", metavar="NAME", help="of the images, where the file has several")
+    card.add_argument(
+        "--images",
+        metavar="FILE",
+        type=_file,
+        nargs="+",
+        default=[],
+        help="captioned pictures to measure it on, in a format of `train`; each file is measured by itself",
+    )
+    card.add_argument("--split", metavar="NAME", help="of the images, where a file has several")
     card.add_argument("--image-dir", metavar="DIR", help="where paths of pictures begin (default: the folder of the file)")
-    card.add_argument("--pictures", metavar="FILE", nargs="+", help="photographs to show with the model's attention")
+    card.add_argument(
+        "--pictures",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="photographs to show with the attention and importance of each word",
+    )
     card.set_defaults(command=_card)
 
     calibrate = commands.add_parser(
@@ -214,12 +227,12 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     _quieten()
-    from .model_card.build_card import build_card, write_card  # pyright: ignore[reportMissingImports]  # there once installed
+    from .model_card.build_card import check_card, write_card  # pyright: ignore[reportMissingImports]  # there once installed
 
-    build_card(args.checkpoint)  # complains before anything that takes long
+    check_card(args.checkpoint, len(args.images))
     if args.images or args.pictures:
         measure = _training_module("measure")
-        measure.update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures or [])
+        measure.update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures)
     print(write_card(args.checkpoint))
     return 0
 

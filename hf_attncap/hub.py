@@ -45,7 +45,7 @@ COPIED = (
     "calibration.jpg",
     "training.json",
     "about.yaml",
-    "picture_*.png",
+    "picture_*.jpg",
 )
 # transformers saves, beside a model that came with its code, the files that its own file imports: this makes the pipeline one.
 PIPELINE_COMES_ALONG = """

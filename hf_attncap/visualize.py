@@ -20,6 +20,9 @@ PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
 DOTS = 150  # an inch
 LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
 MARK = "hf_attncap"
+JPEG_MARK = f"Software: {MARK}".encode()
+JPEG_WIDTH = 1600  # dots: twice the width of the column in which the Hub shows cards, for screens of two dots per pixel
+JPEG_QUALITY = 85
 FULL_ATTENTION = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
 FULL_IMPORTANCE = 0.5  # nats: the same
 
@@ -98,9 +101,17 @@ def film_strip(
 
 
 def save_strip(figure: "Figure", path: Path) -> None:
-    """Writes a film strip as PNG, whole or not at all, with the mark that `is_strip` knows it by."""
+    """Writes a film strip, whole or not at all, with the mark that `is_strip` knows it by.
+
+    Args:
+        path: its ending says how: .png at full size, .jpg for a web page.
+    """
+    options: dict[str, Any] = {"format": "png", "metadata": {"Software": MARK}}
+    if path.suffix == ".jpg":
+        jpeg = {"quality": JPEG_QUALITY, "optimize": True, "comment": JPEG_MARK}
+        options = {"format": "jpeg", "dpi": min(DOTS, JPEG_WIDTH / figure.get_figwidth()), "pil_kwargs": jpeg}
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", metadata={"Software": MARK})
+        figure.savefig(file, **options)
 
 
 def is_strip(path: Path) -> bool:
@@ -109,8 +120,9 @@ def is_strip(path: Path) -> bool:
         return False
     try:
         with Image.open(path) as image:
-            return image.format == "PNG" and image.info.get("Software") == MARK
-    except Exception:  # no such file, no picture, a damaged one
+            place, mark = {"PNG": ("Software", MARK), "JPEG": ("comment", JPEG_MARK)}[image.format or ""]
+            return image.info.get(place) == mark
+    except Exception:  # no such file, no picture, a damaged one, another format
         return False
 
 

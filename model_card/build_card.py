@@ -1,19 +1,15 @@
-"""The model card of a checkpoint: `README.md`, rendered from `template.md` and what the folder says of itself.
+"""The model card of a checkpoint: `README.md`, rendered from `template.md` and the files in the checkpoint's folder.
 
-No figure is typed by hand. Of the folder are read: `config.json` and the headers of the weights; `results.json`, what
-`attncap card --images` measured; `calibration.json` and `calibration.jpg`, what
-`attncap calibrate` measured; `pointing.json`, what `benchmarks/pointing_photographs.py` found; `training.json`, the stages that
-training recorded; `about.yaml`, the words of a person:
+No figure is typed by hand, except those in `independent`. The card reads:
 
-    title: My captioner
-    summary: What it is and for whom.
-    license: apache-2.0                      # of the weights, as the Hub names licences
-    repository: user/name                    # where it will be on the Hub
-    base_model: user/name                    # if it is fine-tuned from another
-    dataset: {name: Flickr8k, id: flickr8k}  # what it was measured on; the id is the Hub's
-    origins: [sentences on data, initial weights and their licences]
+- `config.json` and the headers of the weights
+- `results.json`: what `attncap card --images` measured
+- `calibration.json` and `calibration.jpg`: what `attncap calibrate` measured
+- `pointing.json`: what `benchmarks/pointing_photographs.py` found
+- `training.json`: the stages that training recorded
+- `about.yaml`: your own text; its lines are described in `about.py`
 
-Each of these files, and each line of the last, may be missing.
+Each of them but the first two may be missing.
 """
 
 import json
@@ -22,20 +18,18 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from hf_attncap.atomic import atomic_write
 
+from .about import ABOUT, check_count, read_about
+
 TEMPLATE = Path(__file__).with_name("template.md")
-ABOUT = "about.yaml"
 CARD = "README.md"
-LINES = {"title": str, "summary": str, "license": str, "repository": str, "base_model": str, "dataset": dict, "origins": list}
-KINDS = {str: "a text", dict: "a mapping with a name", list: "a list of texts"}
-MARK = "Rendered by `attncap card`, which replaces it: words of your own belong into about.yaml."
-SHOWN, FAILURES, SEED = 10, 5, 0
-FEW = 100  # images, of which scores depend on which they are
+MARK = "Rendered by `attncap card`"
+SHOWN, FAILURES, SEED = 5, 3, 0
+FEW = 100  # images; of fewer the scores vary too much, and the limits count too little
 SCORES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -45,20 +39,22 @@ SCORES = {
     "cider": "CIDEr",
 }
 WORD_ATTENTION = {
-    "none": "over regions alone",
-    "score": "over regions; the last word has a say",
-    "channel": "over regions and the components of the last word",
-    "history": "over regions and all words so far",
+    "none": "over regions",
+    "score": "over regions; the previous word is part of the query",
+    "channel": "over regions and over the components of the previous word",
+    "history": "over regions and over all previous words",
 }
+CAPTIONS = {"own": "its own captions", "references": "the reference captions"}
+MAPS = ("attention", "importance")
 FROM_HUB = """from transformers import pipeline
 
 captioner = pipeline("image-to-text", model="{name}", trust_remote_code=True)
 print(captioner("photo.jpg"))"""
 FROM_FOLDER = """from hf_attncap import Captioner
 
-result = Captioner.from_pretrained("{name}").caption("photo.jpg")
+result = Captioner.from_pretrained("{name}").explain("photo.jpg")
 print(result.text)
-result.plot_attention("photo_attention.png")"""
+result.plot_importance("photo_importance.png")"""
 
 
 def build_card(checkpoint: str | Path) -> ModelCard:
@@ -66,38 +62,48 @@ def build_card(checkpoint: str | Path) -> ModelCard:
 
     Raises:
         FileNotFoundError: the folder lacks a configuration or weights.
-        ValueError: `about.yaml` is no mapping of the lines above.
+        ValueError: `about.yaml` is no mapping of the lines above, or a file has another form than this version writes.
     """
     folder = Path(checkpoint)
-    config, about = _read(folder / "config.json"), _about(folder / ABOUT)
-    if config is None or not any(folder.glob("model*.safetensors")):
-        raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
-    results, stages = _read(folder / "results.json"), _read(folder / "training.json") or []
-    if results is not None and not isinstance(results, dict):
-        raise ValueError(f"{folder / 'results.json'} was not written by `attncap card`: move it away.")
-    dataset = about.get("dataset") or ({"name": results["data"]["file"]} if results and "data" in results else {})
+    config, about = _config(folder), read_about(folder / ABOUT)
+    results, stages = _results(folder / "results.json"), _read(folder / "training.json") or []
+    sets = _name_sets(about, results.get("sets", []), str(folder / ABOUT))
     name = about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
     title = about.get("title") or folder.resolve().name
     code = FROM_HUB if "auto_map" in config else FROM_FOLDER
     parts = {
         "mark": MARK,
         "title": title,
-        "summary": about.get("summary") or "A captioner that shows where it looked for each word.",
+        "summary": about.get("summary") or "An image captioner that shows which image regions it used for each word.",
         "snippet": code.format(name=name),
         "model": list(_model(folder, config).items()),
         **_training(stages),
+        "license": {kind: about.get(f"license{kind}") for kind in ("", "_name", "_link")},
         "origins": about.get("origins", []),
-        "pictures": (results or {}).get("pictures", []),
-        "dataset": dataset.get("name"),
-        "split": results and _split(results, dataset),
-        "results": results if results and "scores" in results else None,
-        "pointing": _pointing(_read(folder / "pointing.json")),
-        "confidence": _confidence(folder, config),
+        "pictures": results.get("pictures", []),
+        "results": results if sets else None,
+        "sets": [_measured(own) for own in sets],
+        "few": FEW,
+        "independent": about.get("independent", []),
+        "pointing": _pointing(folder / "pointing.json"),
+        "confidence": _confidence(folder, config, {own["data"]["file"]: own["label"] for own in sets}),
     }
-    measured = parts["results"]
+    return ModelCard.from_template(_metadata(title, about, sets, results), template_path=str(TEMPLATE), **parts)
+
+
+def check_card(checkpoint: str | Path, measured: int = 0) -> None:
+    """Raises what `write_card` would raise, before anything that takes long.
+
+    Args:
+        measured: number of files that the checkpoint is to be measured on, anew. Default: `results.json` stays as it is.
+    """
+    folder = Path(checkpoint)
+    _check_ours(folder)
     if measured:
-        parts |= _measured(measured)
-    return ModelCard.from_template(_metadata(title, about, dataset, measured), template_path=str(TEMPLATE), **parts)
+        _config(folder)
+        check_count(read_about(folder / ABOUT), measured, str(folder / ABOUT))
+    else:
+        build_card(folder)
 
 
 def write_card(checkpoint: str | Path) -> Path:
@@ -108,8 +114,7 @@ def write_card(checkpoint: str | Path) -> Path:
         FileNotFoundError, ValueError: as `build_card`.
     """
     file = Path(checkpoint) / CARD
-    if not is_ours(checkpoint):
-        raise FileExistsError(f"{file} was written by hand: move it away, and its words into {ABOUT} if they are to stay.")
+    _check_ours(checkpoint)
     card = str(build_card(checkpoint))
     with atomic_write(file) as stream:
         stream.write(card)
@@ -122,6 +127,30 @@ def is_ours(checkpoint: str | Path) -> bool:
     return not file.exists() or MARK in file.read_text(encoding="utf-8")
 
 
+def _check_ours(checkpoint: str | Path) -> None:
+    if not is_ours(checkpoint):
+        file = Path(checkpoint) / CARD
+        raise FileExistsError(f"{file} was written by hand: move it away, and put the text that is to stay in {ABOUT}.")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = _read(folder / "config.json")
+    if config is None or not any(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
+    return config
+
+
+def _results(path: Path) -> dict[str, Any]:
+    results = _read(path)
+    if results is None:
+        return {}
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} was not written by `attncap card`: move it away.")
+    if "captions" in results:
+        raise ValueError(f"{path} has the form of an earlier version: measure again with `attncap card --images`.")
+    return results
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -129,70 +158,54 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} was not written by hf_attncap, it holds no JSON ({error}): move it away.") from error
 
 
-def _about(path: Path) -> dict[str, Any]:
-    try:
-        about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    about = {} if about is None else about
-    check_about(about, str(path))
-    return about
+def _name_sets(about: dict[str, Any], sets: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    """The measured sets with the `name`, `type` and `split` that the metadata and the tables have for them."""
+    if sets:
+        check_count(about, len(sets), place)
+    datasets = about.get("datasets") or [{"name": own["data"]["file"]} for own in sets]
+    named = []
+    for own, dataset in zip(sets, datasets):
+        split = own["data"]["split"] or dataset.get("split")
+        label = dataset["name"] + (f", {split}" if split else "")
+        named.append({**own, "name": dataset["name"], "type": dataset.get("id") or dataset["name"], "split": split, "label": label})
+    if len({(own["type"], own["split"]) for own in named}) < len(named):
+        raise ValueError(f"{place}: two of `datasets` have the same id (or name) and split; the Hub could not tell them apart.")
+    return named
 
 
-def check_about(about: Any, place: str) -> None:
-    """Raises a ValueError, naming the place, for what is not the content of an `about.yaml`."""
-    if not isinstance(about, dict) or about.keys() - LINES.keys():
-        what = ", ".join(sorted(map(str, about.keys() - LINES.keys()))) if isinstance(about, dict) else "no mapping"
-        raise ValueError(f"{place} has {what}: it may have only {', '.join(sorted(LINES))}, as `name: value`.")
-    values = {**about, **{f"dataset: {name}": value for name, value in _items(about.get("dataset"))}}
-    for name, value in values.items():
-        several = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        kind = LINES.get(name, str)
-        if not (isinstance(value, kind) if kind is not list else several):
-            raise ValueError(f"{place}: `{name}` is {value!r:.60}; expected {KINDS[kind]}.")
-    if "dataset" in about and not {"name"} <= about["dataset"].keys() <= {"name", "id", "split"}:
-        raise ValueError(
-            f"{place}: `dataset` has {', '.join(map(str, about['dataset']))}; expected name, and perhaps id and split."
-        )
-
-
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
-
-
-def _metadata(title: str, about: dict[str, Any], dataset: dict[str, Any], results: dict[str, Any] | None) -> ModelCardData:
+def _metadata(title: str, about: dict[str, Any], sets: list[dict[str, Any]], results: dict[str, Any]) -> ModelCardData:
     scored: dict[str, Any] = {}
-    if results:
+    if sets:
         decoding = {**results["decoding"], "tokenizer": results["tokenizer"], "commit": results["commit"]}
         scored["model_name"] = title
         scored["eval_results"] = [
             EvalResult(
                 task_type="image-to-text",
-                dataset_type=dataset.get("id") or dataset["name"],
-                dataset_name=dataset["name"],
-                dataset_split=_split(results, dataset),
+                dataset_type=own["type"],
+                dataset_name=own["name"],
+                dataset_split=own["split"],
                 metric_type=kind.partition("_")[0] if kind.startswith(("bleu", "rouge")) else kind,
                 metric_name=name,
-                metric_value=round(100 * results["scores"][kind], 2),
+                metric_value=round(100 * own["scores"][kind], 2),
                 metric_args=decoding,
             )
+            for own in sets
             for kind, name in SCORES.items()
         ]
+    ids = [dataset["id"] for dataset in about.get("datasets", []) if "id" in dataset]
     return ModelCardData(
         language="en",
         license=about.get("license"),
+        license_name=about.get("license_name"),
+        license_link=about.get("license_link"),
         library_name="transformers",
         pipeline_tag="image-to-text",
         tags=["image-captioning", "attncap", "attention"],
         base_model=about.get("base_model"),
-        datasets=[dataset["id"]] if dataset.get("id") else None,
-        metrics=["bleu", "rouge", "cider"] if results else None,
+        datasets=list(dict.fromkeys(ids)) or None,
+        metrics=["bleu", "rouge", "cider"] if sets else None,
         **scored,
     )
-
-
-def _split(results: dict[str, Any], dataset: dict[str, Any]) -> str | None:
-    return results.get("data", {}).get("split") or dataset.get("split")
 
 
 def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -207,10 +220,10 @@ def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             parameters += math.prod(shape)
     grid = config.get("grid_size")
     return {
-        "encoder": f"{config['backbone']}, {config['encoder_channels']} windows"
+        "encoder": f"{config['backbone']}, {config['encoder_channels']} output channels"
         + (", last stage dilated" if config.get("dilate_last_stage") else "")
         + (f", grid {grid}" if grid else ""),
-        "decoder": f"LSTM of {config['hidden_size']}, words of {config['word_embed_dim']}",
+        "decoder": f"LSTM with {config['hidden_size']} units, word embeddings with {config['word_embed_dim']} dimensions",
         "attention": WORD_ATTENTION[config["word_attention"]],
         "vocabulary": f"{config['vocab_size']:,}",
         "parameters": f"{parameters / 1e6:.1f} million",
@@ -218,20 +231,21 @@ def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _measured(results: dict[str, Any]) -> dict[str, Any]:
-    """What the template says of results."""
-    limits, scores = results["limits"], results["scores"]
-    ids = sorted(results["captions"], key=lambda name: (results["cider"][name], name))
+def _measured(own: dict[str, Any]) -> dict[str, Any]:
+    """What the template says of a measured set."""
+    limits = own["limits"]
+    ids = sorted(own["captions"], key=lambda name: (own["cider"][name], name))
     worst = ids[: max(len(ids) // 10, 1)]
     chosen = random.Random(SEED)
     examples = chosen.sample(sorted(ids), min(SHOWN, len(ids)))
     failures = chosen.sample(worst, min(FAILURES, len(worst)))
     return {
-        "decoding": ", ".join(f"{name} {value}" for name, value in results["decoding"].items()),
-        "few": len(ids) < FEW,
-        "scores": [{"name": name, "value": f"{100 * scores[kind]:.1f}"} for kind, name in SCORES.items()],
-        "examples": [_example(results, name) for name in examples],
-        "failures": [_example(results, name) for name in failures],
+        "label": own["label"],
+        "images": own["data"]["images"],
+        "references": own["data"]["references"],
+        "scores": [_score(own, kind) for kind in SCORES],
+        "examples": [_example(own, name) for name in examples],
+        "failures": [_example(own, name) for name in failures],
         "numbers": limits["numbers"],
         "genders": limits["genders"],
         "doubles": limits["doubles"],
@@ -240,8 +254,20 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the template says of a calibration: of the one that the configuration holds, or nothing."""
+def _score(own: dict[str, Any], kind: str) -> str:
+    """A score times 100, with its 95 % interval if it has one."""
+    value = f"{100 * own['scores'][kind]:.1f}"
+    if kind not in own["intervals"]:
+        return value
+    low, high = (f"{100 * bound:.1f}" for bound in own["intervals"][kind])
+    return f"{value} ({low} to {high})"
+
+
+def _confidence(folder: Path, config: dict[str, Any], labels: dict[str, str]) -> dict[str, Any] | None:
+    """What the template says of a calibration: of the one that the configuration holds, or nothing.
+
+    Sets that the scores are of too have the `labels` that they have there.
+    """
     report, own = _read(folder / "calibration.json"), config.get("confidence")
     if report is None or own is None or report["calibration"] != own:
         return None
@@ -251,28 +277,42 @@ def _confidence(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             areas = {kind: "{:.3f} ({:.3f} to {:.3f})".format(*found[kind]) for kind in ("auroc", "auroc_of_score")}
             halves = {str(half["coverage"]): f"{100 * half['cider']:.1f}" for half in found["coverage"]}
             shares = {str(half["coverage"]): f"{100 - 100 * half['risk']:.0f}" for half in found["coverage"]}
-            own = {"name": name, "images": found["images"], "brier": f"{found['brier']:.3f}"}
+            own = {"name": labels.get(name, name), "images": found["images"], "brier": f"{found['brier']:.3f}"}
             sets.append({**own, **areas, "cider": halves, "good": shares})
     chart = "calibration.jpg" if (folder / "calibration.jpg").is_file() else None
     return {**report["calibration"], "sets": sets, "chart": chart}
 
 
-def _pointing(found: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """What the pointing game says of the captioner's own captions and of references that it was made to say."""
-    lines = []
-    for kind, figures in (found or {"captions": {}})["captions"].items():
-        if "hits" in figures:  # there are none of fewer than two photographs
-            difference, low, high = (f"{100 * value:+.1f}" for value in figures["hits_minus_other_photographs"])
-            shares = {name: f"{100 * figures[name]:.1f}" for name in ("hits", "chance", "other_photographs")}
-            counts = {name: figures[name] for name in ("photographs", "words")}
-            lines.append({"captions": kind, "more": f"{difference} ({low} to {high})", **shares, **counts})
-    return lines
+def _pointing(path: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """Rows of the pointing game, one for each kind of captions and map, and for each kind which map is better, if one is."""
+    lines, verdicts = [], []
+    for kind, found in (_read(path) or {"captions": {}})["captions"].items():
+        if not found.keys() >= set(MAPS):
+            raise ValueError(f"{path} has the form of an earlier version: make it again with benchmarks/pointing_photographs.py.")
+        if "importance_minus_attention" not in found:  # there are no figures of fewer than two photographs
+            continue
+        difference = found["importance_minus_attention"]
+        for name in MAPS:
+            figures = found[name]
+            shares = {share: f"{100 * figures[share]:.1f}" for share in ("hits", "chance", "other_photographs")}
+            more = _signed(figures["hits_minus_other_photographs"])
+            gain = _signed(difference) if name == "importance" else ""
+            counts = {count: figures[count] for count in ("photographs", "words")}
+            lines.append({"captions": CAPTIONS[kind], "map": name, "more": more, "gain": gain, **shares, **counts})
+        better = "importance" if difference[1] > 0 else "attention" if difference[2] < 0 else None
+        verdicts.append({"captions": CAPTIONS[kind], "better": better})
+    return {"lines": lines, "verdicts": verdicts} if lines else None
 
 
-def _example(results: dict[str, Any], name: str) -> dict[str, str]:
-    texts = {"caption": results["captions"][name], "reference": results["references"][name]}
+def _signed(interval: list[float]) -> str:
+    """A difference of shares in per cent, with its 95 % interval."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in interval))
+
+
+def _example(own: dict[str, Any], name: str) -> dict[str, str]:
+    texts = {"caption": own["captions"][name], "reference": own["references"][name]}
     cells = {kind: " ".join(text.split()).replace("|", "\\|") for kind, text in texts.items()}
-    return {"id": name, "cider": f"{100 * results['cider'][name]:.0f}", **cells}
+    return {"id": name, "cider": f"{100 * own['cider'][name]:.0f}", **cells}
 
 
 def _training(record: list[dict[str, Any]]) -> dict[str, Any]:

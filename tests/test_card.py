@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,19 +17,23 @@ from PIL import Image
 from hf_attncap import AttnCapForConditionalGeneration, Captioner
 from hf_attncap.cli import main
 from hf_attncap.metrics import CaptionMetrics
+from hf_attncap.visualize import save_strip
 from model_card.build_card import build_card, write_card
 from training import measure
 from training.arguments import SettingError
-from training.limits import doubles, genders, numbers, unusual, writing
+from training.limits import doubles, genders, limits, numbers, unusual, writing
 from training.pack import pack
 from training.record import earlier_stages, elapsed, provenance
 
 REFERENCES = [["A black dog is running .", "two red dogs", "a house while it rains"], ["a child in the rain"]]
 ABOUT = {
     "title": "A tiny captioner",
-    "license": "apache-2.0",
+    "license": "other",
+    "license_name": "colours-1.0",
+    "license_link": "https://example.com/colours",
     "repository": "someone/tiny",
-    "dataset": {"name": "Colours", "id": "someone/colours"},
+    "datasets": [{"name": "Colours", "id": "someone/colours"}],
+    "independent": ["Colours test split: CIDEr 12.3"],
     "origins": ["Captions: our own."],
 }
 STAGE = {
@@ -64,22 +69,34 @@ def test_the_card_names_a_stage_that_is_dilated(checkpoint):
     assert "dilated" not in str(build_card(checkpoint))
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     (checkpoint / "config.json").write_text(json.dumps(config | {"dilate_last_stage": True}), encoding="utf-8")
-    assert f"{config['encoder_channels']} windows, last stage dilated" in str(build_card(checkpoint))
+    assert f"{config['encoder_channels']} output channels, last stage dilated" in str(build_card(checkpoint))
 
 
-def test_card_says_where_the_captioner_looks(checkpoint):
+def test_card_says_which_map_to_believe(checkpoint):
     figures = {"photographs": 12, "words": 34, "too_small": 1, "hits": 0.625, "chance": 0.25, "other_photographs": 0.375}
     figures |= {"hits_minus_chance": [0.375, 0.2, 0.5], "hits_minus_other_photographs": [0.25, -0.125, 0.5]}
+    importance = figures | {"photographs": 14, "hits": 0.75}
     few = {"photographs": 1, "words": 2, "too_small": 0}
-    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures, "references": few}}))
-    card = str(build_card(checkpoint))
-    assert "Objects of 12 photographs" in card and "| references |" not in card
-    assert "| own | 34 | 62.5 | 25.0 | 37.5 | +25.0 (-12.5 to +50.0) |" in card
-    of_people = {**figures, "photographs": 14}  # some of the boxed have no word of the captioner's own
-    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures, "references": of_people}}))
-    assert "Objects of 14 photographs" in str(build_card(checkpoint))
+
+    def text(own: list[float], references: dict) -> str:
+        maps = {"attention": figures, "importance": importance, "importance_minus_attention": own}
+        (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": maps, "references": references}}))
+        return str(build_card(checkpoint))
+
+    card = text([0.125, 0.0625, 0.25], {"attention": few, "importance": few})
+    assert "Objects in 14 photographs" in card and "reference captions" not in card
+    assert "| its own captions | attention | 34 | 62.5 | 25.0 | 37.5 | +25.0 (-12.5 to +50.0) |  |" in card
+    assert "| its own captions | importance | 34 | 75.0 | 25.0 | 37.5 | +25.0 (-12.5 to +50.0) | +12.5 (+6.2 to +25.0) |" in card
+    assert "- For its own captions: the importance." in card
+    assert "- For its own captions: the attention." in text([-0.1, -0.2, -0.05], {"attention": few, "importance": few})
+    both = text([0.1, -0.1, 0.2], {"attention": figures, "importance": figures, "importance_minus_attention": [0.3, 0.2, 0.4]})
+    assert "- For its own captions: there is no measurable difference" in both
+    assert "- For the reference captions: the importance." in both
+    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures}}))
+    with pytest.raises(ValueError, match="pointing.json has the form of an earlier version"):
+        build_card(checkpoint)
     (checkpoint / "pointing.json").unlink()
-    assert "Where it looks" not in str(build_card(checkpoint))
+    assert "Attention and importance" not in str(build_card(checkpoint))
 
 
 def test_card_says_how_blended_weights_came_to_be(checkpoint):
@@ -95,7 +112,7 @@ def test_card_says_how_blended_weights_came_to_be(checkpoint):
     ] == [True] * 3
     assert card.count("an abacus |") == 3
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
-    assert "How the weights came" not in str(build_card(checkpoint))
+    assert "How the runs were combined" not in str(build_card(checkpoint))
 
 
 def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
@@ -120,8 +137,10 @@ def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     captioner = Captioner.from_pretrained(checkpoint)
     captions = {row["image_id"]: captioner.caption(row["image"]["bytes"]).text for row in rows}
     scores = CaptionMetrics(dict(zip(rows["image_id"], rows["captions"]))).score(captions)
-    assert results["captions"] == captions and results["scores"] == pytest.approx(dict(scores))
-    assert results["data"] == {"file": "four.parquet", "split": None, "images": 4, "references": 8}
+    (found,) = results["sets"]
+    assert found["captions"] == captions and found["scores"] == pytest.approx(dict(scores))
+    assert found["data"] == {"file": f"{captioned.parent.name}/four.parquet", "split": None, "images": 4, "references": 8}
+    assert found["intervals"] == {kind: pytest.approx(scores.intervals()[kind]) for kind in ("bleu_4", "cider")}
     assert results["decoding"] == {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.7}
     assert results["speed"]["ms"] > 0
 
@@ -129,28 +148,118 @@ def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     found = {result.metric_name: result for result in card.data.eval_results}
     assert found["CIDEr"].metric_value == pytest.approx(100 * scores["cider"], abs=0.01)
     assert found["BLEU-4"].metric_args["num_beams"] == 3 and found["BLEU-4"].dataset_type == "someone/colours"
-    assert (card.data.license, card.data.library_name, card.data.datasets) == ("apache-2.0", "transformers", ["someone/colours"])
+    assert (card.data.library_name, card.data.datasets) == ("transformers", ["someone/colours"])
+    terms = ("other", "colours-1.0", "https://example.com/colours")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == terms
     text = card.text
+    assert "Licence of the weights: [colours-1.0](https://example.com/colours)." in text
+    assert "- Colours test split: CIDEr 12.3" in text and "12.3" not in str(card.data)
+    low, high = (f"{100 * bound:.1f}" for bound in scores.intervals()["cider"])
+    assert re.search(rf"^\| Colours \| 4 \| 8 \|.*\| {100 * scores['cider']:.1f} \({low} to {high}\) \|$", text, re.MULTILINE)
     assert "| encoder and decoder, cross-entropy | 6,000 | 0.0005, encoder 1e-05 | 3 | 1,125 | 750 | 90 min | an abacus |" in text
     assert "Captions: our own." in text
     for name, caption in captions.items():
         assert f"| {name} | {caption} |" in text
-    picture = re.search(r"!\[(.*)\]\((picture_.*png)\)", text)
+    picture = re.search(r"!\[(.*)\]\((picture_.*jpg)\)", text)
     assert picture and picture[1] == captioner.caption(pictures[0]).text
-    assert Image.open(checkpoint / picture[2]).width > 300
     assert "{{" not in text and "None" not in text
-    assert "So few images" in text and "Of 0 images" not in text
+    assert "Sets of fewer than 100 images" in text and "Images with writing" not in text
+    save_strip(captioner.explain(pictures[0]).plot_importance(), checkpoint.parent / "both_maps.jpg")
+    assert (checkpoint / picture[2]).read_bytes() == (checkpoint.parent / "both_maps.jpg").read_bytes()
 
     first = checkpoint / picture[2]
     another = shutil.copy(pictures[0], checkpoint.parent / "another.png")
     assert main(["card", str(checkpoint), "--pictures", str(another)]) == 0
-    assert not first.exists() and (checkpoint / "picture_another.png").exists()
+    assert not first.exists() and (checkpoint / "picture_another.jpg").exists()
+
+
+def test_each_of_several_sets_has_its_scores(checkpoint, captioned, tmp_path, capsys):
+    rows = Dataset.from_parquet(str(captioned))
+    (tmp_path / "other").mkdir()
+    second = tmp_path / "other" / "four.parquet"
+    rows.select([0, 1, 2]).to_parquet(str(second))
+    files = ["--images", str(captioned), str(second)]
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
+    assert main(["card", str(checkpoint), *files]) == 1  # before anything is measured
+    assert "2 files are measured, but `datasets` lists 1" in capsys.readouterr().err
+    assert not (checkpoint / "results.json").exists()
+
+    datasets = [*ABOUT["datasets"], {"name": "Other", "id": "someone/other", "split": "validation"}]
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT | {"datasets": datasets}))
+    assert main(["card", str(checkpoint), *files]) == 0
+    results = json.loads((checkpoint / "results.json").read_text())
+    assert [own["data"]["file"] for own in results["sets"]] == [f"{captioned.parent.name}/four.parquet", "other/four.parquet"]
+    assert [own["data"]["images"] for own in results["sets"]] == [4, 3]
+    assert results["speed"]["ms"] > 0 and not results["sets"][0].keys() & {"speed", "decoding", "commit", "date"}
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.datasets == ["someone/colours", "someone/other"]
+    found = {(one.dataset_name, one.dataset_split, one.metric_name): one.metric_value for one in card.data.eval_results}
+    assert len(found) == 12
+    for own, key in zip(results["sets"], (("Colours", None), ("Other", "validation"))):
+        assert found[*key, "CIDEr"] == pytest.approx(100 * own["scores"]["cider"], abs=0.01)
+    assert "| Colours | 4 | 8 |" in card.text and "| Other, validation | 3 | 7 |" in card.text
+    assert [len(re.findall(rf"^\| image-{number} \|", card.text, re.MULTILINE)) for number in range(4)] == [2, 2, 2, 1]
+
+    assert main(["card", str(checkpoint), "--images", str(captioned), str(captioned)]) == 1
+    assert "names a file twice" in capsys.readouterr().err
+    (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT | {"datasets": [{"name": "Colours"}] * 2}))
+    assert main(["card", str(checkpoint)]) == 1
+    assert "the Hub could not tell them apart" in capsys.readouterr().err
+    (checkpoint / "about.yaml").unlink()
+    assert f"| {captioned.parent.name}/four.parquet | 4 |" in str(build_card(checkpoint))
+
+
+def test_sets_of_many_images_have_their_limits_in_one_table(checkpoint):
+    def measured(name: str, images: int, men: int) -> dict:
+        ids = [f"{name}-{number}" for number in range(images)]
+        captions = {id: tokens(*["a man and a man"] * (place < men) or ["two signs"])[0] for place, id in enumerate(ids)}
+        references = {id: tokens(*["a man"] * 5) for id in ids}
+        cider = {id: place / images for place, id in enumerate(ids)}
+        scores = dict.fromkeys(("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"), 0.5)
+        return {
+            "data": {"file": name, "split": None, "images": images, "references": 5 * images},
+            "scores": scores,
+            "intervals": {"bleu_4": [0.4, 0.6], "cider": [0.3, 0.7]},
+            "limits": limits(captions, references, cider),
+            "captions": {id: " ".join(caption) for id, caption in captions.items()},
+            "references": dict.fromkeys(ids, "a man"),
+            "cider": cider,
+        }
+
+    common = {"decoding": {}, "tokenizer": "PTB", "speed": {"ms": 1, "hardware": "an abacus"}, "commit": None}
+    common |= {"versions": {"torch": "2", "transformers": "5"}, "date": "2026-01-01"}
+    sets = [measured("big", 1200, 7), measured("small", 20, 3), measured("middle", 100, 5)]
+    (checkpoint / "results.json").write_text(json.dumps(common | {"sets": sets}))
+    text = build_card(checkpoint).text
+    assert "| | big | middle |\n|---|---|---|\n" in text
+    assert "| Images of men, not women | 1200 | 100 |" in text
+    assert "| - the caption mentions men / women / both / neither | 7 / 0 / 0 / 1193 | 5 / 0 / 0 / 95 |" in text
+    assert '| Captions that repeat words around "and", such as "a man and a man" | 7 of 1,200 | 5 of 100 |' in text
+    assert "| - mean CIDEr of these captions |  |  |" in text and "Sets of fewer than 100 images" in text
+    assert "| small | 20 | 100 | 50.0 | 50.0 | 50.0 | 50.0 (40.0 to 60.0) | 50.0 | 50.0 (30.0 to 70.0) |" in text
+    assert text.count("| lowest tenth: small-") == 2 and text.count("| lowest tenth: big-") == 3
+
+
+def test_results_of_an_earlier_version_are_measured_anew(checkpoint, captioned, capsys):
+    earlier = {"pictures": [], "data": {"file": "a"}, "scores": {"cider": 1.0}, "captions": {"a": "b"}}
+    (checkpoint / "results.json").write_text(json.dumps(earlier))
+    assert main(["card", str(checkpoint)]) == 1
+    assert "results.json has the form of an earlier version: measure again" in capsys.readouterr().err
+    assert main(["card", str(checkpoint), "--images", str(captioned)]) == 0
+    assert not json.loads((checkpoint / "results.json").read_text()).keys() & {"data", "scores", "captions"}
+
+
+def test_card_of_an_earlier_version_is_replaced(checkpoint):
+    (checkpoint / "README.md").write_text(
+        "<!-- Rendered by `attncap card`, which replaces it: words of your own belong into it. -->"
+    )
+    assert "## Model" in write_card(checkpoint).read_text()
 
 
 def test_card_of_a_bare_checkpoint_leaves_out_what_nobody_knows(checkpoint):
     card = build_card(checkpoint)
     assert card.data.eval_results is None and card.data.model_name is None
-    assert "## The model" in card.text and not re.search("## (Scores|Examples|Limits|Training|Data)|None", card.text)
+    assert "## Model" in card.text and not re.search("## (Scores|Measured|Examples|Limits|Training|Data)|None", card.text)
     model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"| parameters | {count / 1e6:.1f} million |" in card.text
@@ -178,21 +287,25 @@ def test_first_snippet_runs(checkpoint, pictures, remote_code, monkeypatch, caps
         assert text in capsys.readouterr().out
 
 
-def test_export_takes_along_what_the_card_is_made_of(checkpoint):
+def test_export_takes_along_what_the_card_is_made_of(checkpoint, pictures):
+    assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "pointing.json").write_text(json.dumps({"captions": {}}))
     exported = checkpoint.parent / "exported"
     assert main(["export-hub", str(checkpoint), str(exported)]) == 0
-    assert {"training.json", "about.yaml", "pointing.json", "README.md"} <= {file.name for file in exported.iterdir()}
+    assert {"training.json", "about.yaml", "pointing.json", "README.md", f"picture_{pictures[0].stem}.jpg"} <= {
+        file.name for file in exported.iterdir()
+    }
     text = (exported / "README.md").read_text()
     assert "an abacus" in text and 'model="someone/tiny"' in text
 
 
-def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
+def test_words_of_a_person_are_not_replaced(checkpoint, captioned, capsys):
     (checkpoint / "README.md").write_text("# Mine\n")
-    assert main(["card", str(checkpoint)]) == 1
+    assert main(["card", str(checkpoint), "--images", str(captioned)]) == 1
     assert "was written by hand: move it away" in capsys.readouterr().err
+    assert not (checkpoint / "results.json").exists()
     assert main(["export-hub", str(checkpoint), str(checkpoint.parent / "exported")]) == 0
     assert (checkpoint.parent / "exported" / "README.md").read_text() == (checkpoint / "README.md").read_text() == "# Mine\n"
 
@@ -208,9 +321,14 @@ def test_words_of_a_person_are_not_replaced(checkpoint, capsys):
         ("license:\n", "`license` is None; expected a text"),
         ("repository: {a: b}\n", "`repository` is {'a': 'b'}; expected a text"),
         ("base_model: 1.5\n", "`base_model` is 1.5; expected a text"),
-        ("dataset: Flickr8k\n", "`dataset` is 'Flickr8k'; expected a mapping with a name"),
-        ("dataset: {id: flickr8k}\n", "`dataset` has id; expected name"),
-        ("dataset: {name: 8}\n", "`dataset: name` is 8; expected a text"),
+        ("dataset: {name: a}\n", "replace `dataset` by `datasets`, a list with one entry for each measured file"),
+        ("datasets: Flickr8k\n", "`datasets` is 'Flickr8k'; expected a list of mappings, each with a name"),
+        ("datasets: {name: a}\n", "expected a list of mappings, each with a name"),
+        ("datasets: [{name: a}, {id: flickr8k}]\n", "entry 2 of `datasets` has id; expected name"),
+        ("datasets: [{name: 8}]\n", "`name` in entry 1 of `datasets` is 8; expected a text"),
+        ("independent: CIDEr 66\n", "`independent` is 'CIDEr 66'; expected a list of texts"),
+        ("license: mit\nlicense_name: a\n", "`license_name` and `license_link` describe `license: other`"),
+        ("license_link: a\n", "`license_name` and `license_link` describe `license: other`"),
         ("origins: one sentence\n", "`origins` is 'one sentence'; expected a list of texts"),
         ("origins: [1]\n", "`origins` is [1]; expected a list of texts"),
         ("1: 2\na: 3\n", "about.yaml has 1, a: it may have only"),
@@ -238,20 +356,52 @@ def test_pictures_of_one_name_are_refused(checkpoint, pictures, tmp_path, capsys
 
 
 def test_files_of_others_in_the_folder_are_not_replaced(checkpoint, pictures, capsys):
-    strip, results = checkpoint / f"picture_{pictures[0].stem}.png", checkpoint / "results.json"
-    for file, content in ((strip, "a photograph"), (results, '["my own"]'), (results, "not JSON")):
-        file.write_text(content)
+    strip, results = checkpoint / f"picture_{pictures[0].stem}.jpg", checkpoint / "results.json"
+    with Image.open(pictures[0]) as image:
+        image.convert("RGB").save(strip, comment=b"my own")
+    for file, content in ((strip, strip.read_bytes()), (strip, b"a photo"), (results, b'["my own"]'), (results, b"not JSON")):
+        file.write_bytes(content)
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 1
-        assert f"{file} was not " in capsys.readouterr().err and file.read_text() == content
+        assert f"{file} was not " in capsys.readouterr().err and file.read_bytes() == content
         file.unlink()
     for _ in range(2):  # its own it replaces
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     assert Image.open(strip).width > 300
 
 
+def test_pictures_of_the_card_are_small_and_sharp_on_the_hub(checkpoint, tmp_path):
+    """Three photographs with long captions take less than a megabyte, at twice the width of the Hub's column."""
+    random = np.random.default_rng(0)
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file in files:
+        noise = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))  # finer than most photographs
+        noise.resize((640, 480), Image.Resampling.BICUBIC).save(file)
+    assert main(["card", str(checkpoint), "--pictures", *map(str, files)]) == 0
+    drawn = sorted(checkpoint.glob("picture_*"))
+    assert [file.name for file in drawn] == ["picture_0.jpg", "picture_1.jpg", "picture_2.jpg"]
+    assert sum(file.stat().st_size for file in drawn) < 1e6
+    for file in drawn:
+        with Image.open(file) as image:
+            assert image.format == "JPEG" and image.width == pytest.approx(1600, abs=2)
+
+
+def test_a_new_card_removes_pictures_of_an_earlier_one(checkpoint, pictures):
+    """Those that its results name and that carry the mark; PNG is what earlier versions drew."""
+    result = Captioner.from_pretrained(checkpoint).caption(pictures[0])
+    names = ["picture_old.png", "picture_replaced_by_hand.png", "picture_mine.png"]
+    for name in names:
+        save_strip(result.plot_attention(), checkpoint / name)
+    shutil.copy(pictures[1], checkpoint / names[1])  # it has no mark
+    listed = [{"file": name, "caption": "a"} for name in (*names[:2], "picture_gone.png")]
+    (checkpoint / "results.json").write_text(json.dumps({"pictures": listed}))
+    assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
+    left = sorted(file.name for file in checkpoint.glob("picture_*"))
+    assert left == sorted([f"picture_{pictures[0].stem}.jpg", *names[1:]])
+
+
 def test_a_results_file_leads_to_no_file_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
     precious = tmp_path / "picture_precious.png"
-    precious.touch()
+    save_strip(Captioner.from_pretrained(checkpoint).caption(pictures[0]).plot_attention(), precious)
     (checkpoint / "results.json").write_text(json.dumps({"pictures": [{"file": "../picture_precious.png", "caption": "a"}]}))
     assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     assert precious.exists()
@@ -261,7 +411,7 @@ def test_pictures_that_cannot_be_read_are_left_out_of_what_is_measured(checkpoin
     lines = [{"image": str(picture), "captions": REFERENCES[0]} for picture in pictures]
     (tmp_path / "broken.jpg").write_bytes(pictures[0].read_bytes()[:300])
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"image": "broken.jpg", "captions": ["a dog"]}, *lines])))
-    found = measure.measure(checkpoint, str(tmp_path / "data.jsonl"))
+    (found,) = measure.measure(checkpoint, [str(tmp_path / "data.jsonl")])["sets"]
     assert len(found["captions"]) == len(pictures) == found["data"]["images"]
     assert "1 broken pictures are left out" in caplog.text and "broken.jpg" in caplog.text
 
@@ -352,6 +502,6 @@ def test_packed_checkpoint_keeps_its_record_and_provenance(checkpoint, tmp_path)
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     packed = pack(checkpoint, tmp_path / "packed")
     assert json.loads((packed / "training.json").read_text()) == [STAGE]
-    kept = {"license": "apache-2.0", "origins": ["Captions: our own."]}
+    kept = {name: ABOUT[name] for name in ("license", "license_name", "license_link", "origins")}
     assert yaml.safe_load((packed / "about.yaml").read_text()) == kept
     assert AttnCapForConditionalGeneration.from_pretrained(packed).dtype == torch.float32

@@ -198,7 +198,11 @@ def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, 
     assert after.confidence == pytest.approx(float(estimate_confidence(fitted, before.signals)))
     assert Image.open(folder / "calibration.jpg").format == "JPEG"
     card = str(build_card(folder))
-    assert f"| {found['images']} | {found['auroc'][0]:.3f} (" in card and "(calibration.jpg)" in card
+    row = f"| {found['images']} | {found['auroc'][0]:.3f} ("
+    assert f"| {sixty.parent.name}/sixty.parquet {row}" in card and "(calibration.jpg)" in card
+    (folder / "about.yaml").write_text("datasets: [{name: Noise, split: test}]")
+    assert main(["card", str(folder), "--images", str(sixty)]) == 0
+    assert f"| Noise, test {row}" in (folder / "README.md").read_text()  # as in the table of scores
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"confidence": None}))
     assert "## Confidence" not in str(build_card(folder))

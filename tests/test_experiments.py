@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
 from hf_attncap import AttnCapConfig
-from training.arguments import parse_arguments
+from hf_attncap.metrics import CaptionMetrics, compare
+from training.arguments import DataArguments, parse_arguments
+from training.data import load_data
 from training.measure import measure
 
 ROOT = Path(__file__).parent.parent
@@ -160,15 +162,46 @@ def test_pointing_game_from_scenes_to_scores(script, monkeypatch, tmp_path):
     assert all({"hits", "importance_hits"} <= run.keys() for run in found)
 
 
+def results_file(folder: Path, sets: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"sets": sets}))
+    return folder / "results.json"
+
+
 def test_two_captioners_side_by_side(script, monkeypatch, tmp_path, capsys):
-    for name, caption in (("before", "a dog"), ("after", "two dogs")):
-        (tmp_path / name).mkdir()
+    other = {"captions": {"9": "a cat"}, "cider": {"9": 1.0}, "references": {"9": "a cat"}}
+    files = []
+    for name, caption, more in (("before", "a dog", []), ("after", "two dogs", [other])):
         found = {"captions": {"1": caption, "2": "x"}, "cider": {"1": 0.5, "2": 0.0}, "references": {"1": "a | b", "2": "y"}}
-        (tmp_path / name / "results.json").write_text(json.dumps(found))
-    command(script("side_by_side"), monkeypatch, tmp_path / "before" / "results.json", tmp_path / "after" / "results.json")
+        files.append(results_file(tmp_path / name, [*more, found]))
+    command(script("side_by_side"), monkeypatch, *files)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "| image | before | after | a reference |" and len(said) == 4
     assert "| 1 | a dog (50) | two dogs (50) | a / b |" in said
+
+
+def test_differences_of_two_captioners_have_intervals(script, monkeypatch, table, tmp_path, capsys):
+    """Also where only one of them was measured on a further set; p is that of `compare` with all references."""
+    rows = load_data(DataArguments(train_file=str(table))).train
+    references = dict(zip(rows["image_id"], rows["captions"]))
+    right, wrong = {name: own[0] for name, own in references.items()}, dict.fromkeys(references, "a blue square")
+    sets = [{"captions": said, "cider": dict.fromkeys(said, 1.0), "references": right} for said in (wrong, right)]
+    other = {"captions": {"x": "a cat"}, "cider": {"x": 1.0}, "references": {"x": "a cat"}}
+    files = [results_file(tmp_path / "before", sets[:1]), results_file(tmp_path / "after", [other, sets[1]])]
+    command(script("side_by_side"), monkeypatch, *files, "--references", table)
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    metrics = CaptionMetrics(references)
+    expected = compare(metrics.score(wrong), metrics.score(right))
+    assert lines[0] == "| images | score | before | after | difference (95 % interval) | p |" and len(lines) == 4
+    for line, kind, title in ((lines[2], "bleu_4", "BLEU-4"), (lines[3], "cider", "CIDEr")):
+        one = expected[kind]
+        cells = line.strip("| ").split(" | ")
+        assert cells[0].endswith(f"{table.parent.name}/table.parquet, 6") and cells[1] == title
+        assert cells[2:4] == [f"{100 * one.first:.1f}", f"{100 * one.second:.1f}"] and one.second > one.first
+        assert cells[4].startswith(f"{100 * one.difference:+.1f} (") and cells[5] == f"{one.p:.4f}"
+    Dataset.from_parquet(str(table)).select([0, 1]).to_parquet(str(tmp_path / "two.parquet"))
+    with pytest.raises(SystemExit, match="before/results.json has no set of the images of"):
+        command(script("side_by_side"), monkeypatch, *files, "--references", tmp_path / "two.parquet")
 
 
 def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script, tiny_checkpoint, table, monkeypatch, tmp_path):
@@ -177,7 +210,7 @@ def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script,
     command(script("decoding"), monkeypatch, tiny_checkpoint, "--images", table, *settings, "--output", output)
     found = json.loads(output.read_text())["settings"]
     assert [(each["num_beams"], each["length_penalty"]) for each in found] == [(1, 0.7), (3, 0.7), (3, 2)]
-    own = measure(tiny_checkpoint, str(table))["scores"]  # three beams and 0.7 are the checkpoint's own
+    own = measure(tiny_checkpoint, [str(table)])["sets"][0]["scores"]  # three beams and 0.7 are the checkpoint's own
     scores = found[1].keys() & own.keys()
     assert len(scores) == 5 and {name: found[1][name] for name in scores} == pytest.approx(
         {name: own[name] for name in scores}, abs=1e-5

@@ -144,7 +144,7 @@ def test_commands_of_the_results_name_scripts_and_settings_that_there_are(tmp_pa
 
 
 def test_scores_named_are_those_of_the_package_as_measured():
-    scores = json.loads((ROOT / "hf_attncap" / "checkpoint" / "results.json").read_text())["scores"]
+    scores = json.loads((ROOT / "hf_attncap" / "checkpoint" / "results.json").read_text())["sets"][0]["scores"]
     bleu, cider = (f"{100 * scores[kind]:.1f}" for kind in ("bleu_4", "cider"))
     assert f"BLEU-4 {bleu} and CIDEr {cider}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(rf"the package's captioner\*\* \|.*{bleu}.*{cider}", (ROOT / "RESULTS.md").read_text(encoding="utf-8"))

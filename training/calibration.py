@@ -14,7 +14,7 @@ from hf_attncap.confidence import estimate_confidence
 from hf_attncap.configuration_attncap import SIGNALS
 
 from .arguments import SettingError
-from .measure import caption, captioned_images, commit
+from .measure import caption, captioned_images, commit, name_sets
 
 REPORT, CHART = "calibration.json", "calibration.jpg"
 THRESHOLD = 0.5  # of CIDEr-D: captions from here on are good
@@ -49,8 +49,7 @@ def calibrate(
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise SettingError(f"'{folder}' has no config.json: name the folder of a saved captioner.")
-    if len({Path(file).resolve() for file in files}) < len(files):
-        raise SettingError(f"`images` names a file twice: {', '.join(files)}. Give each once.")
+    names = name_sets(files)
     captioner = Captioner.from_pretrained(folder)
     sets = [_caption_set(captioner, file, split, image_dir) for file in files]
     data = {name: np.concatenate([part[name] for part in sets]) for name in sets[0]}
@@ -69,8 +68,7 @@ def calibrate(
         "threshold": THRESHOLD,
         "images": int(fitted.sum()),
     }
-    short = ["/".join(Path(file).parts[-2:]) for file in files]  # where they lie on this machine is nobody's business
-    named = dict(zip(short if len(set(short)) == len(files) else files, sets))
+    named = dict(zip(names, sets))
     named |= {"all": data} if len(sets) > 1 else {}
     measured = {name: _measure(calibration, part) for name, part in named.items()}
     report = {"calibration": calibration, "sets": measured, "split": split, "commit": commit()}

@@ -1,11 +1,11 @@
-"""`results.json`: how good a finished captioner is, on captioned pictures, for its card and for comparisons."""
+"""`results.json`: how good a finished captioner is, on sets of captioned images, for its card and for comparisons."""
 
 import json
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,49 +28,77 @@ RESULTS = "results.json"
 BATCH = 32
 TIMED = 20  # pictures, one by one
 WARM_UP = 3
+INTERVALS = ("bleu_4", "cider")
 DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 
 
-def measure(checkpoint: str | Path, file: str, split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
-    """Captions pictures with a checkpoint's own decoding settings, scores the captions and takes the time.
+def measure(checkpoint: str | Path, files: Sequence[str], split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
+    """Captions sets of images with a checkpoint's own decoding settings, scores the captions and takes the time.
 
-    Pictures that cannot be read are left out, with a warning that names them: the scores are of the others.
+    Images that cannot be read are left out, with a warning that names them.
 
     Args:
         checkpoint: folder of a captioner.
-        file: captioned pictures in any format that training reads.
-        split: of a file that holds several.
-        image_dir: where paths of pictures begin; default: the folder of the file.
+        files: sets of captioned images, each in any format that training reads.
+        split: of files that hold several.
+        image_dir: where paths of images begin; default: the folder of the file.
 
     Returns:
-        What `results.json` holds: `data`, `decoding`, `scores`, `limits`, `speed`, `captions` by image id, the first of the
-        `references` of each, each caption's `cider`, and what made them (`commit` of the code or None, `versions`, `date`).
+        What `results.json` holds beside `pictures`: `sets` as `measure_set` gives them, in the order of the files, `decoding`,
+        `tokenizer`, `speed` (on images of the first file), and what made them (`commit` of the code or None, `versions`, `date`).
 
     Raises:
-        SettingError: for data that cannot be read.
+        SettingError: for data that cannot be read, or a file that is given twice.
         OSError: for a checkpoint that cannot be loaded.
     """
-    rows = captioned_images(file, split, image_dir)
+    names = name_sets(files)
+    rows = [captioned_images(file, split, image_dir) for file in files]
     captioner = Captioner.from_pretrained(checkpoint)
-    references = dict(zip(rows["image_id"], rows["captions"]))
-    captions, scores, _ = caption(captioner, rows)
-    cider = dict(zip(scores.ids, scores.per_image["cider"].tolist()))
-    tokens = {name: [tokenize(reference) for reference in own] for name, own in references.items()}
     settings = captioner.model.generation_config.to_dict()
     return {
-        "data": {"file": Path(file).name, "split": split, "images": len(rows), "references": sum(map(len, references.values()))},
         "decoding": {name: settings[name] for name in DECODING if settings.get(name) is not None},
         "tokenizer": "PTB, as pycocoevalcap",
-        "scores": {name: float(value) for name, value in scores.items()},
-        "limits": limits({name: tokenize(text) for name, text in captions.items()}, tokens, cider),
-        "speed": speed(captioner, rows),
-        "captions": captions,
-        "references": {name: own[0] for name, own in references.items()},
-        "cider": {name: round(value, 4) for name, value in cider.items()},
+        "speed": speed(captioner, rows[0]),
         "commit": commit(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "date": datetime.now(UTC).date().isoformat(),
+        "sets": [measure_set(captioner, name, split, own) for name, own in zip(names, rows)],
     }
+
+
+def measure_set(captioner: Captioner, name: str, split: str | None, rows: Any) -> dict[str, Any]:
+    """What `results.json` holds of one set of rows with `image`, `image_id` and `captions`.
+
+    Returns:
+        `data`, `scores` and the 95 % bootstrap `intervals` of some of them, `limits`, and by image id the `captions`, the first
+        of the `references` and the `cider`.
+    """
+    references = dict(zip(rows["image_id"], rows["captions"]))
+    captions, scores, _ = caption(captioner, rows)
+    cider = dict(zip(scores.ids, scores.per_image["cider"].tolist()))
+    tokens = {id: [tokenize(reference) for reference in own] for id, own in references.items()}
+    intervals = scores.intervals()
+    return {
+        "data": {"file": name, "split": split, "images": len(rows), "references": sum(map(len, references.values()))},
+        "scores": {kind: float(value) for kind, value in scores.items()},
+        "intervals": {kind: list(intervals[kind]) for kind in INTERVALS},
+        "limits": limits({id: tokenize(text) for id, text in captions.items()}, tokens, cider),
+        "captions": captions,
+        "references": {id: own[0] for id, own in references.items()},
+        "cider": {id: round(value, 4) for id, value in cider.items()},
+    }
+
+
+def name_sets(files: Sequence[str]) -> list[str]:
+    """A name for each file: its own with its folder's, or the paths as they were given where two of these are the same.
+
+    Raises:
+        SettingError: a file is given twice.
+    """
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise SettingError(f"`images` names a file twice: {', '.join(files)}. Give each once.")
+    short = [Path(*Path(file).parts[-2:]).as_posix() for file in files]  # reports are shared: they hold no more of a path
+    return short if len(set(short)) == len(files) else list(files)
 
 
 def captioned_images(file: str, split: str | None = None, image_dir: str | None = None) -> Any:
@@ -115,13 +143,12 @@ def _git(*command: str) -> str:
     return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-def draw_pictures(checkpoint: str | Path, pictures: Sequence[str], drawn: Collection[str] = ()) -> list[dict[str, str]]:
-    """Film strips of where the captioner looked, one for each picture, as PNG in the checkpoint's folder.
+def draw_pictures(checkpoint: str | Path, pictures: Sequence[str]) -> list[dict[str, str]]:
+    """Film strips of attention and importance, one for each picture, as JPEG in the checkpoint's folder.
 
     Args:
         checkpoint: folder of a captioner.
         pictures: files.
-        drawn: names in the folder that earlier film strips have, and that may be replaced.
 
     Returns:
         `file` (its name) and `caption` of each.
@@ -130,54 +157,61 @@ def draw_pictures(checkpoint: str | Path, pictures: Sequence[str], drawn: Collec
         hf_attncap.images.ImageError: a picture cannot be read.
         SettingError: two of them would have the same name, or another file in the folder has it.
     """
-    names = [f"picture_{Path(picture).stem}.png" for picture in pictures]
+    names = [f"picture_{Path(picture).stem}.jpg" for picture in pictures]
     if len(set(names)) < len(names):
         raise SettingError(f"Pictures of one name would replace each other: {', '.join(sorted(names))}. Rename one of them.")
     places = [Path(checkpoint) / name for name in names]
     for place in places:
-        if os.path.lexists(place) and place.name not in drawn and not is_strip(place):
+        if os.path.lexists(place) and not is_strip(place):
             raise SettingError(f"{place} was not drawn by `attncap card`, which would replace it: move it away.")
-    results = Captioner.from_pretrained(checkpoint).caption(list(pictures))
+    results = Captioner.from_pretrained(checkpoint).explain(list(pictures))
     for place, result in zip(places, results):
-        save_strip(result.plot_attention(), place)
+        save_strip(result.plot_importance(), place)
     return [{"file": name, "caption": result.text} for name, result in zip(names, results)]
 
 
 def update_results(
-    checkpoint: str | Path, file: str | None, split: str | None, image_dir: str | None, pictures: Sequence[str]
+    checkpoint: str | Path, files: Sequence[str], split: str | None, image_dir: str | None, pictures: Sequence[str]
 ) -> None:
-    """Measures a checkpoint on `file`, draws `pictures`, and puts what was asked for in the place of what its `results.json` says.
+    """Measures a checkpoint on `files`, draws `pictures`, and puts what was asked for in the place of what its `results.json` says.
+
+    Film strips that an earlier call drew and that no picture of the card replaces are removed.
 
     Raises:
         SettingError, OSError, hf_attncap.images.ImageError: as `measure` and `draw_pictures`; the results stay as they were.
     """
-    place = Path(checkpoint) / RESULTS
-    results = _read_results(place)
-    drawn = _drawn(results)
+    folder = Path(checkpoint)
+    results = _read_results(folder / RESULTS, measured_anew=bool(files))
+    earlier = _drawn(folder, results)
     if pictures:
-        results["pictures"] = draw_pictures(checkpoint, pictures, drawn)
-    if file is not None:
-        results |= measure(checkpoint, file, split, image_dir)
-    with atomic_write(place) as stream:
+        results["pictures"] = draw_pictures(checkpoint, pictures)
+    if files:
+        results |= measure(checkpoint, files, split, image_dir)
+    with atomic_write(folder / RESULTS) as stream:
         stream.write(json.dumps(results, indent=1) + "\n")
-    for name in drawn - {picture["file"] for picture in results.get("pictures", [])}:
-        (Path(checkpoint) / name).unlink(missing_ok=True)
+    for name in earlier - {picture["file"] for picture in results.get("pictures", [])}:
+        (folder / name).unlink()
 
 
-def _read_results(place: Path) -> dict[str, Any]:
-    """What an earlier `attncap card` found; nothing if there was none."""
+def _read_results(place: Path, measured_anew: bool) -> dict[str, Any]:
+    """What an earlier `attncap card` found; nothing if there was none.
+
+    Of results that are to be measured anew only the pictures are kept.
+    """
     if not place.exists():
         return {}
     try:
         results = json.loads(place.read_text(encoding="utf-8"))
     except ValueError:
         results = None
-    if not isinstance(results, dict) or not results.keys() & {"pictures", "captions"}:
+    if not isinstance(results, dict) or not results.keys() & {"pictures", "captions", "sets"}:
         raise SettingError(f"{place} was not written by `attncap card`, which would replace it: move it away.")
+    if measured_anew:
+        return {"pictures": results["pictures"]} if "pictures" in results else {}
     return results
 
 
-def _drawn(results: dict[str, Any]) -> set[str]:
-    """The names of the pictures that an earlier `attncap card` drew in the folder."""
+def _drawn(folder: Path, results: dict[str, Any]) -> set[str]:
+    """The names of the film strips that an earlier `attncap card` drew in the folder."""
     names = {picture["file"] for picture in results.get("pictures", [])}
-    return {name for name in names if name.startswith("picture_") and Path(name).name == name}
+    return {name for name in names if Path(name).name == name and is_strip(folder / name)}

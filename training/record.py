@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from hf_attncap.model_card.build_card import check_about  # pyright: ignore[reportMissingImports]  # there once installed
+from hf_attncap.model_card.about import check_about  # pyright: ignore[reportMissingImports]  # there once installed
 from transformers.utils.hub import cached_file
 
 from hf_attncap import AttnCapProcessor
@@ -21,7 +21,7 @@ from .arguments import SettingError
 
 RECORD = "training.json"
 ABOUT = "about.yaml"
-PROVENANCE = ("license", "origins")  # lines of it that hold for what is made of the weights, too
+PROVENANCE = ("license", "license_name", "license_link", "origins")  # lines of it that hold for what is made of the weights, too
 # They say where files lay on one machine, or what a run shows, and not what was learned.
 PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
 FILES = {"backbone_weights", "word_vectors"}  # or names of weights; of a path its last part is kept

@@ -13,7 +13,7 @@ from .diversity import diversity
 from .ngrams import References
 from .ptb import tokenize
 from .rouge import RougeL
-from .significance import Comparison, Statistics, means, paired_bootstrap
+from .significance import Comparison, Statistics, bootstrap, means, paired_bootstrap
 
 Caption = TypeVar("Caption")  # one, or several of an image
 
@@ -49,6 +49,10 @@ class CaptionScores(Mapping[str, float]):
 
     def __str__(self) -> str:
         return "\n".join(f"{name:18}{value:10.4f}" for name, value in self.corpus.items())
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of BLEU, ROUGE-L and CIDEr of the corpus, by name; see `significance.bootstrap`."""
+        return bootstrap(self.statistics)
 
     def rows(self) -> Iterator[dict[str, str | float]]:
         """The scores of each image, as JSON can hold them: `image_id` and each score."""

@@ -1,6 +1,6 @@
-"""Is one system better than another? A paired bootstrap over the images that both have captioned."""
+"""How sure is a score, and is one system better than another? Bootstraps over the captioned images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,17 +77,12 @@ def paired_bootstrap(
         ValueError: the systems' metrics or numbers of images differ, there is no image, or a value is not finite.
     """
     images = _check(first, second)
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; give at least 1")
     names = [name for statistics in first for name in statistics.names]
     whole = np.ones((1, images))
     observed = _scores(first, whole)[0], _scores(second, whole)[0]  # (K,) each
-    differences = np.empty((resamples, len(names)))
-    random = np.random.default_rng(seed)
-    step = max(1, _CHUNK // images)
-    for start in range(0, resamples, step):
-        weights = _weights(random, min(step, resamples - start), images)  # (R, I)
-        differences[start : start + step] = _scores(second, weights) - _scores(first, weights)
+    differences = np.concatenate(
+        [_scores(second, weights) - _scores(first, weights) for weights in _resampled(resamples, images, seed)]
+    )  # (R, K)
     difference = observed[1] - observed[0]
     low, high = np.quantile(differences, [0.025, 0.975], axis=0)
     # The slack keeps ties ties where sums are rounded.
@@ -95,6 +90,28 @@ def paired_bootstrap(
     p = (1 + far.sum(axis=0)) / (1 + resamples)
     columns = zip(*(column.tolist() for column in (*observed, difference, low, high, p)))
     return {name: Comparison(*column, resamples=resamples, seed=seed) for name, column in zip(names, columns)}
+
+
+def bootstrap(system: Sequence[Statistics], *, resamples: int = 10_000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of one system's metrics, by name: the images are drawn anew as in `paired_bootstrap`.
+
+    Raises:
+        ValueError: there is no image, `resamples` is below 1, or a value is not finite.
+    """
+    images = _check(system, system)
+    scores = np.concatenate([_scores(system, weights) for weights in _resampled(resamples, images, seed)])  # (R, K)
+    low, high = np.quantile(scores, [0.025, 0.975], axis=0).tolist()
+    return dict(zip((name for statistics in system for name in statistics.names), zip(low, high)))
+
+
+def _resampled(resamples: int, images: int, seed: int) -> Iterator[np.ndarray]:
+    """The weights of all resamples, in parts (R, I) that fit in memory."""
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; give at least 1")
+    random = np.random.default_rng(seed)
+    step = max(1, _CHUNK // images)
+    for start in range(0, resamples, step):
+        yield _weights(random, min(step, resamples - start), images)
 
 
 def _weights(random: np.random.Generator, resamples: int, images: int) -> np.ndarray:

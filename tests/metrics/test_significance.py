@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_attncap.metrics import significance
 from hf_attncap.metrics.bleu import Bleu, corpus_bleu
-from hf_attncap.metrics.significance import Statistics, means, paired_bootstrap
+from hf_attncap.metrics.significance import Statistics, bootstrap, means, paired_bootstrap
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
@@ -23,6 +23,19 @@ def system(seed: int, images: int = 40, gain: float = 0.0) -> list[Statistics]:
     guesses = random.integers(5, 12, images)
     counts = np.stack([random.binomial(guesses, 0.5), guesses], axis=-1).astype(float)
     return [means({"cider": random.normal(1 + gain, 0.3, images)}), Statistics(("precision", "squared"), counts, ratio)]
+
+
+def test_interval_of_one_system_is_its_gain_over_a_system_that_scores_nothing():
+    values = np.random.default_rng(0).normal(1, 0.3, 60)
+    nothing, something = [means({"cider": np.zeros(60)})], [means({"cider": values})]
+    gain = paired_bootstrap(nothing, something)["cider"]
+    low, high = bootstrap(something)["cider"]
+    assert (low, high) == (gain.low, gain.high) and low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 60**0.5, rel=0.1)
+    intervals = bootstrap(system(0), resamples=300)
+    assert list(intervals) == ["cider", "precision", "squared"] and intervals == bootstrap(system(0), resamples=300)
+    with pytest.raises(ValueError, match="resamples is 0"):
+        bootstrap(something, resamples=0)
 
 
 @given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 50))
