@@ -129,6 +129,8 @@ def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
 def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
+    settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"_from_model_config": False}
+    (checkpoint / "generation_config.json").write_text(json.dumps({**settings, "repeatable_token_ids": [4, 5]}))
     assert main(["card", str(checkpoint), "--images", str(captioned), "--pictures", str(pictures[0])]) == 0
     assert capsys.readouterr().out.strip() == str(checkpoint / "README.md")
 
@@ -141,7 +143,8 @@ def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     assert found["captions"] == captions and found["scores"] == pytest.approx(dict(scores))
     assert found["data"] == {"file": f"{captioned.parent.name}/four.parquet", "split": None, "images": 4, "references": 8}
     assert found["intervals"] == {kind: pytest.approx(scores.intervals()[kind]) for kind in ("bleu_4", "cider")}
-    assert results["decoding"] == {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.7}
+    words = " ".join(captioner.processor.tokenizer.convert_ids_to_tokens([4, 5]))
+    assert results["decoding"] == {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.7, "repeatable_words": words}
     assert results["speed"]["ms"] > 0
 
     card = ModelCard.load(checkpoint / "README.md")

@@ -54,9 +54,8 @@ def measure(checkpoint: str | Path, files: Sequence[str], split: str | None = No
     names = name_sets(files)
     rows = [captioned_images(file, split, image_dir) for file in files]
     captioner = Captioner.from_pretrained(checkpoint)
-    settings = captioner.model.generation_config.to_dict()
     return {
-        "decoding": {name: settings[name] for name in DECODING if settings.get(name) is not None},
+        "decoding": _decoding(captioner),
         "tokenizer": "PTB, as pycocoevalcap",
         "speed": speed(captioner, rows[0]),
         "commit": commit(),
@@ -99,6 +98,15 @@ def name_sets(files: Sequence[str]) -> list[str]:
         raise SettingError(f"`images` names a file twice: {', '.join(files)}. Give each once.")
     short = [Path(*Path(file).parts[-2:]).as_posix() for file in files]  # reports are shared: they hold no more of a path
     return short if len(set(short)) == len(files) else list(files)
+
+
+def _decoding(captioner: Captioner) -> dict[str, Any]:
+    """The settings of generation that matter for scores; of repeatable tokens the words."""
+    settings = captioner.model.generation_config.to_dict()
+    said = {name: settings[name] for name in DECODING if settings.get(name) is not None}
+    if (tokens := settings.get("repeatable_token_ids")) is not None:
+        said["repeatable_words"] = " ".join(captioner.processor.tokenizer.convert_ids_to_tokens(tokens))
+    return said
 
 
 def captioned_images(file: str, split: str | None = None, image_dir: str | None = None) -> Any:
