@@ -87,15 +87,20 @@ def point_captions(photograph: str, captions: Iterable[Caption], things: list[di
     return found
 
 
+def as_generated(captioner: Captioner, references: list[str]) -> torch.Tensor:
+    """References as `generate` would return them, from the start token on: (R, T + 1) on the model's device."""
+    config = captioner.model.config
+    labels = captioner.processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
+    ids = labels.masked_fill(labels == IGNORED_LABEL, config.pad_token_id)
+    return torch.cat([ids.new_full((len(ids), 1), config.bos_token_id), ids], dim=1).to(captioner.model.device)
+
+
 @torch.inference_mode()
 def read_out(captioner: Captioner, image: Image.Image, references: list[str]) -> list[Caption]:
     """References with the maps of their words, as if the model had said them."""
     model, processor = captioner.model, captioner.processor
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]  # (1, 3, height, width)
-    labels = processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
-    ids = labels.masked_fill(labels == IGNORED_LABEL, model.config.pad_token_id)
-    sequences = torch.cat([ids.new_full((len(ids), 1), model.config.bos_token_id), ids], dim=1)  # (R, T + 1)
-    sequences = sequences.to(model.device)
+    sequences = as_generated(captioner, references)  # (R, T + 1)
     encoded = model.get_encoder()(pixel_values.to(model.device))  # (1, N, C)
     weights, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (R, T, H, W)
     falls = word_importance(model, sequences, encoded)  # (R, T, H, W)
