@@ -7,12 +7,15 @@ given the words before it. Deletion hides the regions in the order of the word's
 regions hidden and shows them in that order (Petsiuk, Das and Saenko, 2018, "RISE: Randomized input sampling for explanation of
 black-box models"). A good map has a small area under its deletion curve and a large area under its insertion curve.
 
-A hidden region is replaced by the mean of all regions of its image, however many are hidden. (`word_importance` takes the mean of
-the regions that are left, which nearly all regions hidden would leave without meaning.) Only words are scored that depend on the
-regions: their log-probability falls by at least 1 nat when all regions are hidden. The random order is the mean over 5 orders for
-each image. Curves are means over words, in two units: the probability, as a share of its mean with nothing hidden, and the
-log-probability, in nats less than with nothing hidden. Areas are over shares from 0 to 1 by the trapezoidal rule. Differences have
-95 % intervals by the paired bootstrap over images.
+A hidden region is replaced by one of two means, and each gives a test of its own. `image` is the mean of all regions of the same
+image, whatever is hidden (`word_importance` takes the mean of the regions that are left, which says little when nearly all are
+hidden). It takes away where things are, but the decoder still reads from it most of what the image shows. `set` is the mean of all
+regions of all images of the run, which says nothing about the image. Only words are scored that depend on what is hidden: their
+log-probability falls by at least 1 nat when all regions are replaced. With `image` these are few.
+
+The random order is the mean over 5 orders for each image. Curves are means over words, in two units: the probability, as a share of
+its mean with nothing hidden, and the log-probability, in nats above that with nothing hidden (negative). Areas are over shares
+from 0 to 1 by the trapezoidal rule. Differences have 95 % intervals by the paired bootstrap over images.
 
 Importance is itself measured by hiding regions, so this test favours it by construction. The pointing game
 (`pointing_photographs.py`) does not.
@@ -21,7 +24,7 @@ Importance is itself measured by hiding regions, so this test favours it by cons
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -41,6 +44,7 @@ from hf_attncap.pipeline_attncap import CaptionPieces
 
 ORDERS = ("importance", "attention", "random")
 CURVES = ("deletion", "insertion")
+FILLS = ("image", "set")
 UNITS = ("probability", "log_probability")
 STEPS = 10  # between the F = 11 shares of hidden regions
 RANDOM_ORDERS = 5
@@ -76,15 +80,20 @@ def leading(maps: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def log_probabilities(
-    model: Any, regions: torch.Tensor, sequence: torch.Tensor, pieces: CaptionPieces, hidden: np.ndarray
+    model: Any, regions: torch.Tensor, sequence: torch.Tensor, pieces: CaptionPieces, hidden: np.ndarray, fill: torch.Tensor
 ) -> np.ndarray:
-    """The log-probabilities of the W words of a caption (T + 1) while regions (N, C) are hidden (..., N): (..., W)."""
-    mean = regions.mean(dim=0)  # (C)
+    """The log-probabilities of the W words of a caption (T + 1) with `fill` (C) for the hidden of regions (N, C).
+
+    Args:
+        hidden: bool (..., N).
+
+    Returns:
+        (..., W) float32, a word's being the sum over its pieces.
+    """
+    variants = torch.from_numpy(hidden.reshape(-1, len(regions))).to(regions.device)  # (V, N)
     found = []
-    for some in torch.from_numpy(hidden.reshape(-1, len(regions))).split(
-        variants_per_pass(model, regions[None], sequence[None, None])
-    ):
-        shown = torch.where(some.to(regions.device)[..., None], mean, regions)  # (v, N, C)
+    for some in variants.split(variants_per_pass(model, regions[None], sequence[None, None])):
+        shown = torch.where(some[..., None], fill, regions)  # (v, N, C)
         found.append(token_log_probabilities(model, shown, sequence.expand(len(some), 1, -1))[:, 0])  # (v, T)
     return pieces.add_up(torch.cat(found).mT).T.reshape(*hidden.shape[:-1], -1)  # (..., W)
 
@@ -95,47 +104,78 @@ def trace(
     sequence: torch.Tensor,
     pieces: CaptionPieces,
     maps: dict[str, np.ndarray],
-    random: np.random.Generator,
+    fill: torch.Tensor,
 ) -> Traced:
-    """The curves of a caption (T + 1) of an image with regions (N, C), by maps (W, N) of its words and by random orders."""
+    """The curves of a caption of an image.
+
+    Args:
+        regions, sequence: (N, C) and (T + 1).
+        pieces: the W words of the sequence.
+        maps: importance and attention of the words (W, N); "random", S maps (S, N) for all words.
+        fill: (C), in place of a hidden region.
+    """
     count = len(regions)
     extremes = np.stack([np.zeros(count, dtype=bool), np.ones(count, dtype=bool)])  # (2, N)
-    whole, blank = log_probabilities(model, regions, sequence, pieces, extremes)  # (W) each
+    whole, blank = log_probabilities(model, regions, sequence, pieces, extremes, fill)  # (W) each
     chosen = np.flatnonzero(whole - blank >= LEAST_FALL)  # (D)
-    if not len(chosen):
-        return Traced(len(whole), whole[chosen], {})
     log_p = {}
-    for order, values in maps.items():
-        first = leading(values[chosen], steps(count))  # (D, F, N)
-        of_all = log_probabilities(model, regions, sequence, pieces, np.stack([first, ~first]))  # (2, D, F, W)
-        log_p[order] = np.take_along_axis(of_all, chosen[None, :, None, None], axis=-1)[:, None, ..., 0]  # (2, 1, D, F)
-    first = leading(random.random((RANDOM_ORDERS, count)), steps(count))  # (S, F, N), for all words of the image
-    of_all = log_probabilities(model, regions, sequence, pieces, np.stack([first, ~first]))  # (2, S, F, W)
-    log_p["random"] = of_all[..., chosen].swapaxes(-1, -2)  # (2, S, D, F)
+    for order in ORDERS if len(chosen) else ():
+        of_words = order != "random"
+        first = leading(maps[order][chosen] if of_words else maps[order], steps(count))  # (D or S, F, N)
+        found = log_probabilities(model, regions, sequence, pieces, np.stack([first, ~first]), fill)  # (2, D or S, F, W)
+        if of_words:
+            log_p[order] = np.take_along_axis(found, chosen[None, :, None, None], axis=-1)[:, None, ..., 0]  # (2, 1, D, F)
+        else:
+            log_p[order] = found[..., chosen].swapaxes(-1, -2)  # (2, S, D, F)
     return Traced(len(whole), whole[chosen], log_p)
 
 
-def trace_images(captioner: Captioner, rows: Iterator[dict[str, Any]], references: bool) -> tuple[list[Traced], np.ndarray]:
-    """The curves of the captions of images, and the F shares of regions."""
-    model, random = captioner.model, np.random.default_rng(0)
-    found, count = [], 0
-    while some := list(islice(rows, BATCH)):
-        pictures = [load_image(row["image"]["bytes"]) for row in some]
-        inputs = captioner.processor(images=pictures, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            encoded = model.get_encoder()(inputs["pixel_values"])  # (B, N, C)
-            if references:
-                sequences = as_generated(captioner, [row["captions"][0] for row in some])  # (B, T + 1)
-            else:
-                sequences = model.generate(encoder_outputs=encoded)  # (B, T + 1)
-            weights, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (B, T, H, W)
-            falls = word_importance(model, sequences, encoded)  # (B, T, H, W)
+@torch.inference_mode()
+def encode(captioner: Captioner, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+    """Batches of rows with their encoder outputs (B, N, C)."""
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        pictures = [load_image(row["image"]["bytes"]) for row in batch]
+        inputs = captioner.processor(images=pictures, return_tensors="pt").to(captioner.model.device)
+        yield batch, captioner.model.get_encoder()(inputs["pixel_values"])
+
+
+def mean_region(captioner: Captioner, rows: Iterable[dict[str, Any]]) -> torch.Tensor:
+    """The mean of all regions of all images, which have one grid: (C).
+
+    Raises:
+        ValueError: there is no image.
+    """
+    means = [mean for _, encoded in encode(captioner, rows) for mean in encoded.last_hidden_state.double().mean(dim=1)]  # (C) each
+    if not means:
+        raise ValueError("There is no image to caption: give at least two.")
+    return torch.stack(means).mean(dim=0).to(captioner.model.dtype)
+
+
+@torch.inference_mode()
+def trace_images(
+    captioner: Captioner, rows: Iterable[dict[str, Any]], mean: torch.Tensor, references: bool
+) -> tuple[dict[str, list[Traced]], np.ndarray]:
+    """For each of FILLS the curves of the captions of images, and the F shares of regions; `mean` (C) is that of all images."""
+    model: Any = captioner.model
+    random = np.random.default_rng(0)
+    found: dict[str, list[Traced]] = {fill: [] for fill in FILLS}
+    count = 1
+    for batch, encoded in encode(captioner, rows):
+        if references:
+            sequences = as_generated(captioner, [row["captions"][0] for row in batch])  # (B, T + 1)
+        else:
+            sequences = model.generate(encoder_outputs=encoded)  # (B, T + 1)
+        weights, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (B, T, H, W)
+        falls = word_importance(model, sequences, encoded)  # (B, T, H, W)
         for regions, sequence, looked, fell in zip(encoded.last_hidden_state, sequences, weights.flatten(2), falls.flatten(2)):
+            count = len(regions)
             pieces = CaptionPieces(captioner.processor.tokenizer, sequence.tolist())
             maps = {"importance": pieces.add_up(fell), "attention": pieces.merge(looked)}  # (W, N) each
-            found.append(trace(model, regions, sequence, pieces, maps, random))
-            count = len(regions)
-    return found, steps(count) / max(count, 1)
+            maps["random"] = random.random((RANDOM_ORDERS, count))  # (S, N)
+            for fill, value in zip(FILLS, (regions.mean(dim=0), mean)):
+                found[fill].append(trace(model, regions, sequence, pieces, maps, value))
+    return found, steps(count) / count
 
 
 def in_units(traced: Traced, order: str) -> np.ndarray:
@@ -153,7 +193,7 @@ def summarize(traced: list[Traced], at: np.ndarray) -> dict[str, Any]:
     """
     scored = [image for image in traced if len(image.whole)]
     if len(scored) < 2:
-        raise ValueError(f"{len(scored)} of {len(traced)} images have words that depend on their regions: give more images.")
+        raise ValueError(f"Words that depend on their regions are in {len(scored)} of {len(traced)} images: give more images.")
     parts = np.array([[np.exp(image.whole).sum(), len(image.whole)] for image in scored])  # (I, 2), for each of UNITS
     names = [(curve, unit) for curve in CURVES for unit in UNITS]
     curves: dict[str, Any] = {curve: {unit: {} for unit in UNITS} for curve in CURVES}
@@ -177,8 +217,6 @@ def summarize(traced: list[Traced], at: np.ndarray) -> dict[str, Any]:
         for (curve, unit), change in zip(names, changes.values()):
             areas[curve][unit][f"importance_minus_{other}"] = [change.difference, change.low, change.high]
     return {
-        "images": len(traced),
-        "words": sum(image.words for image in traced),
         "images_scored": len(scored),
         "words_scored": int(parts[:, 1].sum()),
         "areas": areas,
@@ -190,33 +228,43 @@ def summarize(traced: list[Traced], at: np.ndarray) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The areas as Markdown."""
     differences = [f"importance_minus_{other}" for other in ORDERS[1:]]
-    titles = ["curve", "unit", *ORDERS, *(name.replace("_", " ") for name in differences)]
+    titles = ["fill", "curve", "unit", *ORDERS, *(name.replace("_", " ") for name in differences)]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for curve, better in zip(CURVES, ("lower", "higher")):
-        for unit in UNITS:
-            areas = found["areas"][curve][unit]
-            cells = [f"{areas[order]:.3f}" for order in ORDERS]
-            cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*areas[name]) for name in differences]
-            lines.append(f"| {curve} ({better} is better) | {unit.replace('_', '-')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (
-        f"\n\nAreas under the curves of {found['words_scored']} of {found['words']} words, in {found['images_scored']} of "
-        f"{found['images']} images: those whose log-probability falls by at least {LEAST_FALL:g} nat when all regions are hidden. "
+    for fill, figures in found["fills"].items():
+        for curve, better in zip(CURVES, ("lower", "higher")):
+            for unit in UNITS:
+                areas = figures["areas"][curve][unit]
+                cells = [fill, f"{curve} ({better} is better)", unit.replace("_", "-")]
+                cells += [f"{areas[order]:.3f}" for order in ORDERS]
+                cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*areas[name]) for name in differences]
+                lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for fill, figures in found["fills"].items():
+        lines.append(
+            f"{fill}: {figures['words_scored']} of {found['words']} words are scored, in {figures['images_scored']} of "
+            f"{found['images']} images. Their log-probability falls by at least {LEAST_FALL:g} nat when all regions are hidden."
+        )
+    lines.append(
         "Importance is itself measured by hiding regions, so this test favours it by construction. The pointing game does not."
     )
+    return "\n".join(lines)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Both curves in probability as an image file; the ending of its name tells the format."""
-    figure = Figure((8, 3.4), layout="constrained")
-    for axes, curve, state in zip(figure.subplots(1, 2, sharey=True), CURVES, ("hidden", "shown")):
-        for order, values in found["curves"][curve]["probability"].items():
-            label = f"{order} (area {found['areas'][curve]['probability'][order]:.3f})"
-            axes.plot(found["shares"], values, marker=".", color=COLOURS[order], label=label)
-        axes.set(title=curve, xlabel=f"share of regions {state}", xlim=(0, 1), ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.axes[0].set_ylabel("probability of the words\n(1 = nothing hidden)")
-    figure.savefig(path, dpi=100)
+def draw(fills: dict[str, Any], path: Path) -> None:
+    """The curves in probability as an image file, a row of panels for each fill; the ending of its name tells the format."""
+    figure = Figure((8, 3 * len(fills)), layout="constrained")
+    for row, (fill, figures) in zip(figure.subplots(len(fills), 2, sharey=True, squeeze=False), fills.items()):
+        for axes, curve, state in zip(row, CURVES, ("hidden", "shown")):
+            for order, values in figures["curves"][curve]["probability"].items():
+                label = f"{order} (area {figures['areas'][curve]['probability'][order]:.3f})"
+                axes.plot(figures["shares"], values, marker=".", color=COLOURS[order], label=label)
+            axes.set(
+                title=f"{curve}, {fill} mean for hidden regions", xlabel=f"share of regions {state}", xlim=(0, 1), ylim=(0, None)
+            )
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        row[0].set_ylabel("probability of the words\n(1 = nothing hidden)")
+    figure.savefig(path, dpi=85)
 
 
 def read_rows(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -236,11 +284,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="a picture of the curves; its ending tells the format")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    rows = islice(read_rows(args.images, ["image", "captions"] if args.references else ["image"]), args.limit)
-    found = summarize(*trace_images(Captioner.from_pretrained(args.model), rows, args.references))
+    columns = ["image", "captions"] if args.references else ["image"]
+    captioner = Captioner.from_pretrained(args.model)
+    mean = mean_region(captioner, islice(read_rows(args.images, ["image"]), args.limit))
+    traced, at = trace_images(captioner, islice(read_rows(args.images, columns), args.limit), mean, args.references)
+    found = {
+        "images": len(traced["set"]),
+        "words": sum(image.words for image in traced["set"]),
+        "fills": {fill: summarize(images, at) for fill, images in traced.items()},
+    }
     print(table(found))
     if args.figure:
-        draw(found, args.figure)
+        draw(found["fills"], args.figure)
     if args.output:
         record = {
             "date": datetime.now(UTC).date().isoformat(),

@@ -172,7 +172,7 @@ def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list
     captions: dict[str, dict[str, list[Caption]]] = {"own": {}, "references": {}}
     for row, result in zip(rows, captioner.explain([row["image"] for row in rows])):
         assert result.importance is not None
-        own = (result.words, {"attention": result.attention, "importance": result.importance})
+        own: Caption = (result.words, {"attention": result.attention, "importance": result.importance})
         captions["own"][row["image_id"]] = [own]
         captions["references"][row["image_id"]] = read_out(captioner, row["image"], row["captions"])
     return {
