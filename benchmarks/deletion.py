@@ -8,8 +8,8 @@ regions hidden and shows them in that order (Petsiuk, Das and Saenko, 2018, "RIS
 black-box models"). A good map has a small area under its deletion curve and a large area under its insertion curve.
 
 A hidden region is replaced by one of two means, and each gives a test of its own. `image` is the mean of all regions of the same
-image, whatever is hidden (`word_importance` takes the mean of the regions that are left, which says little when nearly all are
-hidden). It takes away where things are, but the decoder still reads from it most of what the image shows. `set` is the mean of all
+image, whatever is hidden. (`word_importance` takes the mean of the regions that are left, which is ill-defined when nearly all are
+hidden.) It takes away where things are, but the decoder still reads from it most of what the image shows. `set` is the mean of all
 regions of all images of the run, which says nothing about the image. Only words are scored that depend on what is hidden: their
 log-probability falls by at least 1 nat when all regions are replaced. With `image` these are few.
 
@@ -252,25 +252,33 @@ def table(found: dict[str, Any]) -> str:
 
 def draw(fills: dict[str, Any], path: Path) -> None:
     """The curves in probability as an image file, a row of panels for each fill; the ending of its name tells the format."""
-    figure = Figure((8, 3 * len(fills)), layout="constrained")
-    for row, (fill, figures) in zip(figure.subplots(len(fills), 2, sharey=True, squeeze=False), fills.items()):
+    figure = Figure((8, 2.9 * len(fills)), layout="constrained")
+    panels = figure.subplots(len(fills), 2, sharey=True, squeeze=False)
+    for row, (fill, figures) in zip(panels, fills.items()):
         for axes, curve, state in zip(row, CURVES, ("hidden", "shown")):
             for order, values in figures["curves"][curve]["probability"].items():
                 label = f"{order} (area {figures['areas'][curve]['probability'][order]:.3f})"
                 axes.plot(figures["shares"], values, marker=".", color=COLOURS[order], label=label)
-            axes.set(
-                title=f"{curve}, {fill} mean for hidden regions", xlabel=f"share of regions {state}", xlim=(0, 1), ylim=(0, None)
-            )
+            axes.set(title=f"{curve} ({fill} mean)", xlabel=f"share of regions {state}", xlim=(0, 1))
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         row[0].set_ylabel("probability of the words\n(1 = nothing hidden)")
-    figure.savefig(path, dpi=85)
+    panels[0, 0].set_ylim(bottom=0)  # of all, once everything is drawn
+    figure.savefig(path, dpi=72)
 
 
-def read_rows(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, a batch in memory at a time."""
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=BATCH, columns=columns):
-        yield from batch.to_pylist()
+def read_rows(path: str, columns: list[str], limit: int | None) -> Iterator[dict[str, Any]]:
+    """The first rows of a Parquet file, a batch in memory at a time.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    file = pyarrow.parquet.ParquetFile(path)
+    missing = [column for column in columns if column not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{path} has no column {' and no '.join(missing)}, but: {', '.join(file.schema_arrow.names)}.")
+    batches = file.iter_batches(batch_size=BATCH, columns=columns)
+    return islice((row for batch in batches for row in batch.to_pylist()), limit)
 
 
 def main() -> None:
@@ -286,8 +294,9 @@ def main() -> None:
     args = parser.parse_args()
     columns = ["image", "captions"] if args.references else ["image"]
     captioner = Captioner.from_pretrained(args.model)
-    mean = mean_region(captioner, islice(read_rows(args.images, ["image"]), args.limit))
-    traced, at = trace_images(captioner, islice(read_rows(args.images, columns), args.limit), mean, args.references)
+    rows = read_rows(args.images, columns, args.limit)
+    mean = mean_region(captioner, read_rows(args.images, ["image"], args.limit))
+    traced, at = trace_images(captioner, rows, mean, args.references)
     found = {
         "images": len(traced["set"]),
         "words": sum(image.words for image in traced["set"]),

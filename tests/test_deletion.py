@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -97,13 +98,13 @@ def test_the_true_order_has_the_steepest_curves(deletion, tiny_checkpoint):
     random = np.random.default_rng(0)
     shares = random.normal(0.3, 1, count)  # some regions speak against the word
 
-    def model(encoder_outputs, decoder_input_ids, **_):
+    def forward(encoder_outputs, decoder_input_ids, **_):
         given = encoder_outputs[0].diagonal(dim1=1, dim2=2)  # (v, N)
         logits = torch.zeros(*decoder_input_ids.shape, vocab)  # (v, T, V)
         logits[..., word] = (given @ torch.tensor(shares, dtype=torch.float32))[:, None]
         return SimpleNamespace(logits=logits)
 
-    model.config = SimpleNamespace(vocab_size=vocab, attention_dim=1)
+    model = Mock(side_effect=forward, config=SimpleNamespace(vocab_size=vocab, attention_dim=1))
     maps = {"importance": shares[None], "attention": -shares[None], "random": random.random((30, count))}
     ids = [BOS, word]
     traced = deletion.trace(model, torch.eye(count), torch.tensor(ids), CaptionPieces(tokenizer, ids), maps, torch.zeros(count))
@@ -229,10 +230,19 @@ def test_the_command_measures_own_captions_and_references(
                     assert references["fills"][fill]["areas"][curve][unit][name] == pytest.approx(area, abs=1e-4), (fill, name)
 
 
-def test_too_few_images_are_refused(table, tiny_checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "1"], "of 1 images: give more images"),
+        (["--limit", "0"], "There is no image"),
+        (["--references"], "table.parquet has no column captions, but: image"),
+        (["--images", "nowhere.parquet"], "nowhere.parquet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_cannot_be_measured_is_an_error_of_one_line(table, tiny_checkpoint, monkeypatch, arguments, message):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    arguments = ["deletion", "--images", str(table), "--model", str(tiny_checkpoint), "--limit", "1"]
-    for limit, message in (("1", "of 1 images: give more images"), ("0", "There is no image")):
-        monkeypatch.setattr(sys, "argv", [*arguments[:-1], limit])
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            runpy.run_path(str(ROOT / "benchmarks" / "deletion.py"), run_name="__main__")
+    Dataset.from_parquet(str(table)).remove_columns("captions").to_parquet(str(table))
+    monkeypatch.setattr(sys, "argv", ["deletion", "--images", str(table), "--model", str(tiny_checkpoint), *arguments])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        runpy.run_path(str(ROOT / "benchmarks" / "deletion.py"), run_name="__main__")
