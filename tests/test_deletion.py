@@ -190,6 +190,33 @@ def table(tiny_checkpoint, pictures, tmp_path) -> Path:
     return path
 
 
+@torch.no_grad()
+def test_words_are_traced_by_the_maps_of_explain_with_both_fills(deletion, tiny_checkpoint, pictures, monkeypatch):
+    captioner = Captioner.from_pretrained(tiny_checkpoint, device="cpu")
+    rows = [{"image": {"bytes": path.read_bytes()}} for path in pictures]
+    mean, given = torch.full((16,), 0.5), []
+
+    def trace(*arguments):
+        given.append(arguments)
+        return plain_trace(*arguments)
+
+    plain_trace = deletion.trace
+    monkeypatch.setattr(deletion, "trace", trace)
+    traced, at = deletion.trace_images(captioner, rows, mean, False)
+    assert {fill: len(images) for fill, images in traced.items()} == {"image": 3, "set": 3} and len(given) == 6
+    assert at == pytest.approx(np.arange(7) / 6)  # of the 2 x 3 regions
+    for number, result in enumerate(captioner.explain(pictures)):
+        pixels = captioner.processor(images=result.image, return_tensors="pt").pixel_values
+        own = captioner.model.get_encoder()(pixels).last_hidden_state[0]  # (N, C)
+        for arguments, expected in zip(given[2 * number :], (own.mean(dim=0), mean)):
+            _, regions, _, pieces, maps, fill = arguments
+            assert pieces.words == result.words
+            assert torch.allclose(regions, own, atol=1e-4) and torch.allclose(fill, expected, atol=1e-4)
+            assert maps["attention"] == pytest.approx(result.attention.reshape(-1, 6), abs=1e-4)
+            assert maps["importance"] == pytest.approx(result.importance.reshape(-1, 6), abs=2e-3)
+            assert maps["random"].shape == (5, 6) and len(np.unique(maps["random"])) == 30
+
+
 def run(deletion, monkeypatch, *arguments: object) -> dict:
     output = Path(str(arguments[1])).with_name("found.json")
     monkeypatch.setattr(sys, "argv", ["deletion", *map(str, arguments), "--output", str(output)])
