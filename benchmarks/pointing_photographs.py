@@ -1,14 +1,16 @@
-"""Does the attention look at what the words name? The pointing game on photographs of Flickr8k that were boxed by hand.
+"""Do attention and importance point at what the words name? The pointing game on photographs of Flickr8k that were boxed by hand.
 
     python benchmarks/pointing_photographs.py --images validation.parquet --output pointing_photographs.json
 
 `boxes.json` has ids of photographs of the validation split, and for each what is to be seen: words for it and its boxes (left,
 top, right, bottom) as fractions of width and height. What fills more than half of a photograph is not in it. Two kinds of
-captions are looked at: the model's own, and the references, which it is made to say. A word scores a hit if the centre of the
-region with its highest weight lies in one of the word's boxes (Zhang et al., 2018, "Top-down neural attention by excitation
-backprop"). There are two lower bounds. Chance is the share of all regions whose centres lie there. The other is the share of
-the peaks of words of other photographs that lie there, which a model that always looks at the middle would reach as well. Words
-whose boxes are so small that no region has its centre there cannot be hit: they are counted, not scored.
+captions are looked at: the model's own, and the references, which it is made to say. Each word has two maps: its attention, and
+its importance (`hf_attncap.importance.word_importance`). A map scores a hit if the centre of its highest region lies in one of
+the word's boxes (Zhang et al., 2018, "Top-down neural attention by excitation backprop"). There are two lower bounds. Chance is
+the share of all regions whose centres lie there. The other is the share of the peaks of words of other photographs that lie
+there, which a model that always looks at the middle would reach as well. Words whose boxes are so small that no region has its
+centre there cannot be hit: they are counted, not scored. How much of a map lies in the boxes is reported for attention only:
+importance may be negative, and its maps have no common sum. Intervals are 95 % paired bootstraps over the photographs.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow.parquet
@@ -27,6 +29,7 @@ from pointing import SIDE, within
 
 from hf_attncap import Captioner
 from hf_attncap.images import load_image
+from hf_attncap.importance import word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
 from hf_attncap.pipeline_attncap import CaptionPieces
 from hf_attncap.processing_attncap import IGNORED_LABEL
@@ -35,7 +38,8 @@ BOXES = Path(__file__).with_name("boxes.json")
 COLUMNS = ("photographs", "words", "too_small", "hits", "chance", "other_photographs", "mass_inside", "area")
 
 Box = Sequence[float]
-Caption = tuple[list[str], np.ndarray]  # T words and their maps (T, H, W)
+Kind = Literal["attention", "importance"]
+Caption = tuple[list[str], dict[Kind, np.ndarray]]  # T words and their maps (T, H, W)
 
 
 class Pointed(NamedTuple):
@@ -50,7 +54,7 @@ class Pointed(NamedTuple):
 
 
 def point(photograph: str, word: str, weights: np.ndarray, boxes: Sequence[Box]) -> Pointed:
-    """Scores a word with a map of weights (H, W), in sum 1. An even map has as much mass in the boxes as they have area."""
+    """Scores a word with a map of weights (H, W). If they are in sum 1, an even map has as much mass in the boxes as their area."""
     inside = np.any([within([SIDE * edge for edge in box], weights.shape) for box in boxes], axis=0)  # (H, W)
     shares = covered(boxes, weights.shape)  # (H, W)
     return Pointed(photograph, word, int(weights.argmax()), inside.ravel(), float((weights * shares).sum()), float(shares.mean()))
@@ -72,15 +76,23 @@ def covered(boxes: Sequence[Box], grid: tuple[int, ...]) -> np.ndarray:
     return shares * shares.size
 
 
-def point_captions(photograph: str, captions: Iterable[Caption], things: list[dict[str, Any]]) -> list[Pointed]:
+def point_captions(photograph: str, captions: Iterable[Caption], things: list[dict[str, Any]], kind: Kind) -> list[Pointed]:
     """The words of captions that `things` of a photograph are called; all boxes of a word count, whatever thing they are of."""
     found = []
     for words, maps in captions:
-        for word, weights in zip(words, maps, strict=True):
+        for word, weights in zip(words, maps[kind], strict=True):
             boxes = [box for thing in things if word in thing["words"] for box in thing["boxes"]]
             if boxes:
                 found.append(point(photograph, word, weights, boxes))
     return found
+
+
+def as_generated(captioner: Captioner, references: list[str]) -> torch.Tensor:
+    """References as `generate` would return them, from the start token on: (R, T + 1) on the model's device."""
+    config = captioner.model.config
+    labels = captioner.processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
+    ids = labels.masked_fill(labels == IGNORED_LABEL, config.pad_token_id)
+    return torch.cat([ids.new_full((len(ids), 1), config.bos_token_id), ids], dim=1).to(captioner.model.device)
 
 
 @torch.inference_mode()
@@ -88,22 +100,30 @@ def read_out(captioner: Captioner, image: Image.Image, references: list[str]) ->
     """References with the maps of their words, as if the model had said them."""
     model, processor = captioner.model, captioner.processor
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]  # (1, 3, height, width)
-    labels = processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
-    ids = labels.masked_fill(labels == IGNORED_LABEL, model.config.pad_token_id)
-    sequences = torch.cat([ids.new_full((len(ids), 1), model.config.bos_token_id), ids], dim=1)  # (R, T + 1)
-    maps, _ = model.caption_attentions(sequences.to(model.device), pixel_values.to(model.device))  # (R, T, H, W)
+    sequences = as_generated(captioner, references)  # (R, T + 1)
+    encoded = model.get_encoder()(pixel_values.to(model.device))  # (1, N, C)
+    weights, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (R, T, H, W)
+    falls = word_importance(model, sequences, encoded)  # (R, T, H, W)
     captions = [CaptionPieces(processor.tokenizer, row) for row in sequences.tolist()]
-    return [(pieces.words, pieces.merge(regions)) for pieces, regions in zip(captions, maps)]
+    return [
+        (pieces.words, {"attention": pieces.merge(looked), "importance": pieces.add_up(fell)})
+        for pieces, looked, fell in zip(captions, weights, falls)
+    ]
+
+
+def scored_words(pointed: list[Pointed]) -> tuple[list[Pointed], list[str], np.ndarray]:
+    """The W words that can be hit, the names of their photographs, and the number of each word's photograph (W,)."""
+    scored = [word for word in pointed if word.inside.any()]
+    names = sorted({word.photograph for word in scored})
+    return scored, names, np.array([names.index(word.photograph) for word in scored], dtype=int)
 
 
 def summary(pointed: list[Pointed]) -> dict[str, Any]:
     """The figures of a table's row, and 95 % intervals of what the hits have over each lower bound, photographs drawn anew."""
-    scored = [word for word in pointed if word.inside.any()]
-    names = sorted({word.photograph for word in scored})
+    scored, names, photograph = scored_words(pointed)
     counts = {"photographs": len(names), "words": len(scored), "too_small": len(pointed) - len(scored)}
     if len(names) < 2:
         return counts
-    photograph = np.array([names.index(word.photograph) for word in scored])  # (W,)
     inside = np.stack([word.inside for word in scored])  # (W, N)
     reached = inside[:, [word.peak for word in scored]]  # (W, W): does the peak of the column's word hit the row's
     other = photograph[:, None] != photograph  # (W, W)
@@ -121,6 +141,19 @@ def summary(pointed: list[Pointed]) -> dict[str, Any]:
     return {**counts, **figures}
 
 
+def compare(attention: list[Pointed], importance: list[Pointed]) -> dict[str, Any]:
+    """The summaries of two kinds of maps of the same words, and the difference of their hits with its 95 % interval."""
+    found: dict[str, Any] = {"attention": summary(attention), "importance": summary(importance)}
+    found["importance"].pop("mass_inside", None)  # falls may be negative, and their sums differ
+    first, names, photograph = scored_words(attention)
+    second, _, _ = scored_words(importance)
+    if len(names) >= 2:
+        hits = (np.array([word.inside[word.peak] for word in words], dtype=float) for words in (first, second))  # (W,) each
+        change = paired_bootstrap(*([_ratio(each, photograph)] for each in hits))["share"]
+        found["importance_minus_attention"] = [change.difference, change.low, change.high]
+    return found
+
+
 def _ratio(values: np.ndarray, photograph: np.ndarray) -> Statistics:
     """The mean of the words' values (W,), each of the photograph with that number, as sums of photographs."""
     sums = np.stack([np.bincount(photograph, values), np.bincount(photograph)], axis=1)  # (I, 2)
@@ -136,12 +169,21 @@ def read_photographs(path: str, names: Iterable[str]) -> list[dict[str, Any]]:
 def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The game with a captioner on rows with `image`, `image_id` and `captions`."""
     captioner = Captioner.from_pretrained(model)
-    own, references = [], []
-    for row, result in zip(rows, captioner.caption([row["image"] for row in rows])):
-        name = row["image_id"]
-        own += point_captions(name, [(result.words, result.attention)], boxes[name])
-        references += point_captions(name, read_out(captioner, row["image"], row["captions"]), boxes[name])
-    return {"own": summary(own), "references": summary(references)}
+    captions: dict[str, dict[str, list[Caption]]] = {"own": {}, "references": {}}
+    for row, result in zip(rows, captioner.explain([row["image"] for row in rows])):
+        assert result.importance is not None
+        own: Caption = (result.words, {"attention": result.attention, "importance": result.importance})
+        captions["own"][row["image_id"]] = [own]
+        captions["references"][row["image_id"]] = read_out(captioner, row["image"], row["captions"])
+    return {
+        name: compare(
+            *(
+                [word for photograph in said for word in point_captions(photograph, said[photograph], boxes[photograph], kind)]
+                for kind in get_args(Kind)
+            )
+        )
+        for name, said in captions.items()
+    }
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -152,10 +194,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * bound for bound in value))
         return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
-    columns = (*COLUMNS, "hits_minus_chance", "hits_minus_other_photographs")
-    lines = ["| captions | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for kind, figures in found.items():
-        lines.append(f"| {kind} | " + " | ".join(shown(figures.get(name, "-")) for name in columns) + " |")
+    columns = (*COLUMNS, "hits_minus_chance", "hits_minus_other_photographs", "hits_minus_attention")
+    titles = ("captions", "map", *(name.replace("_", " ") for name in columns))
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, maps in found.items():
+        for kind in get_args(Kind):
+            figures = dict(maps[kind])
+            if kind == "importance" and "importance_minus_attention" in maps:
+                figures["hits_minus_attention"] = maps["importance_minus_attention"]
+            lines.append(f"| {name} | {kind} | " + " | ".join(shown(figures.get(column, "-")) for column in columns) + " |")
     return "\n".join(lines)
 
 

@@ -48,7 +48,8 @@ def word_importance(
     hidden = squares(grid, window).to(regions.device)  # (N, N)
     hidden = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # (1 + N, N), first nothing
     found = []
-    for variants in torch.arange(len(regions) * len(hidden), device=regions.device).split(_per_pass(model, regions, captions)):
+    variants_of_all = torch.arange(len(regions) * len(hidden), device=regions.device)
+    for variants in variants_of_all.split(variants_per_pass(model, regions, captions)):
         image, place = variants // len(hidden), variants % len(hidden)  # (v), (v)
         without = hide(regions[image], hidden[place])  # (v, N, C)
         found.append(token_log_probabilities(model, without, captions[image]))  # (v, k, T)
@@ -80,7 +81,7 @@ def token_log_probabilities(model: AttnCapForConditionalGeneration, regions: tor
     return chosen.unflatten(0, captions.shape[:2])
 
 
-def _per_pass(model: AttnCapForConditionalGeneration, regions: torch.Tensor, captions: torch.Tensor) -> int:
+def variants_per_pass(model: AttnCapForConditionalGeneration, regions: torch.Tensor, captions: torch.Tensor) -> int:
     """How many images, whole or with something hidden, are decoded at a time."""
     (_, count, channels), (_, rows, length) = regions.shape, captions.shape
     of_a_caption = length * model.config.vocab_size + count * model.config.attention_dim

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["metrics", "metrics_agreement"]
+SCRIPTS = ["metrics", "metrics_agreement", "deletion"]
 JAVA_SCORES = pytest.mark.skipif(
     not (importlib.util.find_spec("pycocoevalcap") and shutil.which("java")), reason="needs pycocoevalcap and a Java runtime"
 )

@@ -83,8 +83,11 @@ def test_words_are_looked_up_and_all_their_boxes_count(game):
         {"words": ["cat", "animal"], "boxes": [right]},
         {"words": ["ball"], "boxes": [dot]},
     ]
-    maps = np.array([[[0.9, 0.1]]] * 5)
-    found = game.point_captions("picture", [(["a", "dog", "cat", "animal", "ball"], maps)], things)
+    maps = {"attention": np.array([[[0.9, 0.1]]] * 5), "importance": np.array([[[-3.0, 0.1]]] * 5)}
+    caption = (["a", "dog", "cat", "animal", "ball"], maps)
+    found = game.point_captions("picture", [caption], things, "attention")
+    assert {word.peak for word in found} == {0}
+    assert {word.peak for word in game.point_captions("picture", [caption], things, "importance")} == {1}
     assert [(word.word, word.inside.tolist()) for word in found] == [
         ("dog", [True, False]),
         ("cat", [False, True]),
@@ -93,15 +96,20 @@ def test_words_are_looked_up_and_all_their_boxes_count(game):
     ]
 
 
-def test_summary_worked_by_hand(game):
-    def word(photograph: str, peak: int, inside: list[int], mass: float) -> object:
+@pytest.fixture
+def make_word(game):
+    def word(photograph: str, peak: int, inside: list[int], mass: float = 0.5) -> object:
         return game.Pointed(photograph, "dog", peak, np.array(inside, dtype=bool), mass, sum(inside) / 4)
 
+    return word
+
+
+def test_summary_worked_by_hand(game, make_word):
     words = [
-        word("one", 0, [1, 0, 0, 0], 0.5),
-        word("one", 1, [0, 0, 1, 1], 0.3),
-        word("two", 3, [0, 0, 0, 1], 0.4),
-        word("two", 2, [0, 0, 0, 0], 0.0),
+        make_word("one", 0, [1, 0, 0, 0], 0.5),
+        make_word("one", 1, [0, 0, 1, 1], 0.3),
+        make_word("two", 3, [0, 0, 0, 1], 0.4),
+        make_word("two", 2, [0, 0, 0, 0], 0.0),
     ]
     found = game.summary(words)
     assert (found["photographs"], found["words"], found["too_small"]) == (2, 3, 1)
@@ -112,6 +120,22 @@ def test_summary_worked_by_hand(game):
     # Drawn twice, "one" gives 1/2 - 3/8 and "two" 1 - 1/4.
     assert found["hits_minus_chance"] == pytest.approx([1 / 3, 1 / 8, 3 / 4])
     assert game.summary(words[:2]) == {"photographs": 1, "words": 2, "too_small": 0}
+
+
+def test_maps_are_compared_over_photographs(game, make_word):
+    left, right, nowhere = [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]
+    boxes = [("one", left), ("one", right), ("one", left), ("one", nowhere), ("two", right)]
+    attention = [make_word(*box[:1], peak, box[1]) for box, peak in zip(boxes, (0, 0, 2, 0, 1))]  # a hit of 3 and one of none
+    importance = [make_word(*box[:1], peak, box[1]) for box, peak in zip(boxes, (1, 3, 3, 1, 2))]  # two of 3 and one of one
+    found = game.compare(attention, importance)
+    assert found["attention"] == game.summary(attention)
+    assert found["importance"] == {name: value for name, value in game.summary(importance).items() if name != "mass_inside"}
+    assert (found["attention"]["hits"], found["importance"]["hits"]) == (1 / 4, 3 / 4)
+    # Drawn twice, "one" gives 2/3 - 1/3 and "two" 1 - 0.
+    assert found["importance_minus_attention"] == pytest.approx([1 / 2, 1 / 3, 1])
+    assert game.compare(importance, attention)["importance_minus_attention"] == pytest.approx([-1 / 2, -1, -1 / 3])
+    alone = {"photographs": 1, "words": 3, "too_small": 1}
+    assert game.compare(attention[:4], importance[:4]) == {"attention": alone, "importance": alone}
 
 
 @pytest.fixture
@@ -138,13 +162,31 @@ def test_read_out_captions_score_as_when_they_were_generated(game, boxed, tiny_c
     found = json.loads((tmp_path / "found.json").read_text())
     own, references = found["captions"]["own"], found["captions"]["references"]
     assert found["model"] == tiny_checkpoint.name
-    assert own["photographs"] == 3 and own["words"] >= 3
-    assert own["chance"] == pytest.approx(2 / 3)  # the grid is 2 x 3, and the middle's centres are on the edge
-    assert own["area"] == pytest.approx(1 / 2)
-    for name, figure in own.items():
-        assert references[name] == pytest.approx(figure, abs=1e-5), name
+    assert own.keys() == {"attention", "importance", "importance_minus_attention"}
+    assert own["attention"].keys() - own["importance"].keys() == {"mass_inside"}
+    for kind in ("attention", "importance"):
+        assert own[kind]["photographs"] == 3 and own[kind]["words"] >= 3
+        assert own[kind]["chance"] == pytest.approx(2 / 3)  # the grid is 2 x 3, and the middle's centres are on the edge
+        assert own[kind]["area"] == pytest.approx(1 / 2)
+        for name, figure in own[kind].items():
+            assert references[kind][name] == pytest.approx(figure, abs=1e-5), name
+    assert references["importance_minus_attention"] == pytest.approx(own["importance_minus_attention"], abs=1e-5)
     shown = capsys.readouterr().out.strip().splitlines()
-    assert len(shown) == 4 and shown[2].startswith(f"| own | 3 | {own['words']} |")
+    rows = [
+        f"| {name} | {kind} | 3 | {own[kind]['words']} |" for name in ("own", "references") for kind in ("attention", "importance")
+    ]
+    assert len(shown) == 2 + len(rows) and all(line.startswith(row) for line, row in zip(shown[2:], rows))
+    assert shown[2].endswith("| - |") and shown[3].count(" to ") == 3  # importance against chance, other photographs and attention
+
+
+def test_both_maps_are_those_of_explain(game, boxed, tiny_checkpoint, pictures):
+    captioner = Captioner.from_pretrained(tiny_checkpoint)
+    for picture in pictures:
+        result = captioner.explain(picture)
+        [(words, maps)] = game.read_out(captioner, result.image, [result.text])
+        assert words == result.words
+        assert maps["attention"] == pytest.approx(result.attention, abs=1e-5)
+        assert maps["importance"] == pytest.approx(result.importance, abs=1e-4)
 
 
 def test_a_table_without_the_photographs_is_refused(game, boxed, tiny_checkpoint, monkeypatch, tmp_path, capsys):
