@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
+import skimage
 import torch
 import torchvision
 from datasets import Dataset
 from PIL import Image
 
+from hf_attncap import Captioner
 from training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +86,26 @@ def test_first_command_captions_photographs_that_packages_carry(tmp_path):
     assert result.returncode == 0, result.stderr
     photographs = [word for word in shlex.split(command) if word.endswith((".jpg", ".png"))]
     assert len(result.stdout.strip().splitlines()) == len(photographs) >= 2
-    pictures = list((tmp_path / "attention").glob("*.png"))
+    pictures = list((tmp_path / "maps").glob("*.png"))
     assert len(pictures) == len(photographs) and all(Image.open(picture).width > 500 for picture in pictures)
+
+
+def test_captions_shown_are_those_of_the_checkpoint():
+    """The table in the README and the one in RESULTS.md; of photographs that are installed here."""
+    captioner, shown = Captioner.from_pretrained(), 0
+    data = {"skimage": Path(skimage.__file__).parent / "data", "matplotlib": Path(matplotlib.get_data_path()) / "sample_data"}
+    for page, row in (
+        ("README.md", r"\| `(\S+)` \| (.+?) \| (0\.\d\d) \|"),
+        ("RESULTS.md", r"\| `(\S+)` \| .+? \| (.+?) \| (0\.\d\d) \|"),
+    ):
+        found = re.findall(rf"^{row}", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+        assert len(found) >= 5
+        for name, text, confidence in found:
+            for path in (folder / name for folder in data.values() if (folder / name).exists()):
+                result = captioner.caption(path)
+                assert result.text == text and result.confidence == pytest.approx(float(confidence), abs=0.02), name
+                shown += 1
+    assert shown >= 10
 
 
 def test_shell_commands_in_their_order(folder):
@@ -144,10 +165,13 @@ def test_commands_of_the_results_name_scripts_and_settings_that_there_are(tmp_pa
 
 
 def test_scores_named_are_those_of_the_package_as_measured():
-    scores = json.loads((ROOT / "hf_attncap" / "checkpoint" / "results.json").read_text())["sets"][0]["scores"]
-    bleu, cider = (f"{100 * scores[kind]:.1f}" for kind in ("bleu_4", "cider"))
-    assert f"BLEU-4 {bleu} and CIDEr {cider}" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"the package's captioner\*\* \|.*{bleu}.*{cider}", (ROOT / "RESULTS.md").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "hf_attncap" / "checkpoint" / "results.json").read_text())
+    flickr8k, coco = ({kind: f"{100 * value:.1f}" for kind, value in found["scores"].items()} for found in results["sets"])
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
+    assert f"BLEU-4 {flickr8k['bleu_4']} and CIDEr {flickr8k['cider']}" in readme
+    assert re.search(rf"CIDEr\s{coco['cider']} on 120", readme)
+    figures = rf"{flickr8k['bleu_4']}.*{flickr8k['cider']}.*{coco['cider']}"
+    assert re.search(rf"the package's checkpoint\*\* \|.*{figures}", page)
 
 
 @pytest.mark.parametrize("snippet", blocks("python", "README.md") + blocks("python", "docs/metrics.md"))

@@ -314,8 +314,23 @@ def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint,
         ruled = shutil.copytree(tiny_checkpoint, tmp_path / "ruled")
         settings = json.loads((ruled / "generation_config.json").read_text()) | {"_from_model_config": False}
         (ruled / "generation_config.json").write_text(json.dumps(settings | {"repeatable_token_ids": [4]}))
-        assert main([*argv, *extend, "--model_name_or_path", str(ruled), "--output_dir", str(tmp_path / "more ruled")]) == 0
-        assert loaded(tmp_path / "more ruled")[0].generation_config.repeatable_token_ids == [4]
+        assert (
+            main(
+                [
+                    *argv,
+                    *extend,
+                    "--model_name_or_path",
+                    str(ruled),
+                    "--model_config",
+                    '{"dropout": 0.1}',
+                    "--output_dir",
+                    str(tmp_path / "more ruled"),
+                ]
+            )
+            == 0
+        )
+        settings = loaded(tmp_path / "more ruled")[0].generation_config.to_dict()
+        assert settings["repeatable_token_ids"] == [4] and "dropout" not in settings
         frozen = ["--model_config", '{"freeze_word_embeddings": true}', "--output_dir", str(tmp_path / "frozen")]
         assert main([*argv, *extend, *frozen]) == 2
         assert "`extend_vocabulary`: New words would never be learned" in capsys.readouterr().err

@@ -99,8 +99,10 @@ def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[At
         )
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
     try:
+        # Given to the model's `from_pretrained`, the settings would also enter its generation config.
+        config = AttnCapConfig.from_pretrained(path, **settings)
         loaded: Any = AttnCapForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **settings
+            path, config=config, dtype=torch.float32, output_loading_info=True
         )
         processor: Any = AttnCapProcessor.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:
