@@ -1,13 +1,13 @@
-"""How well can a confidence do at all? References of an image as judges of its caption, against the checkpoint's own confidence.
+"""How well do two references of an image predict whether its caption is good? Compared with the checkpoint's own score.
 
     python -m benchmarks.confidence_limit hf_attncap/checkpoint --images validation.parquet --output confidence_limit.json
 
 `attncap calibrate` calls a caption good if its CIDEr-D against the references of its image is at least 0.5. People describe an
 image in different ways, so a caption that is good against some references may not be good against others. This script splits the
 references of each image: a judge sees the caption and two of them, and the caption counts as good or not against the rest. The
-judge's value is the CIDEr-D against its two. Its AUROC shows how far a judge comes that knows what two people saw in the image.
-Figures are means over all splits, with the lowest and the highest. Images with fewer than five references are left out, of more
-than five the first five are used.
+judge's value is the CIDEr-D against its two. Its AUROC shows how well two human descriptions predict the label.
+Figures are means over all splits, with the lowest and the highest. Images with fewer than five references are skipped. Of more
+than five, the first five are used.
 """
 
 import argparse

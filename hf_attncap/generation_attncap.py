@@ -39,7 +39,7 @@ class StopAtText(StoppingCriteria):
 
 
 class NoRepeatedTokens(LogitsProcessor):
-    """Bans each token that a caption, or its prompt, already holds, except the repeatable ones."""
+    """Bans every token that is already in the caption or its prompt, except the repeatable ones."""
 
     def __init__(self, repeatable: list[int]):
         self.repeatable = torch.tensor(repeatable, dtype=torch.long)
@@ -53,8 +53,8 @@ class NoRepeatedTokens(LogitsProcessor):
 class AttnCapGenerationMixin(GenerationMixin):
     """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`.
 
-    `generation_config` may have a setting of its own, `repeatable_token_ids`: the tokens that a caption may hold more than once.
-    All others are used once at most. None, or no such setting, allows every token.
+    `generation_config.repeatable_token_ids` lists the tokens that may occur more than once in a caption. All other tokens except
+    end tokens may occur once. None, or no such setting, allows all repeats.
     """
 
     config: Any

@@ -345,7 +345,7 @@ def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     if weight := settings.get("bleu_weight"):
         name += f" on CIDEr-D and {weight:g} x BLEU-4"
     if share := settings.get("cross_entropy_weight"):
-        name += f", {share:g} of it cross-entropy"
+        name += f" (weight {1 - share:g}) and cross-entropy ({share:g})"
     if settings.get("contrastive"):
         learned, name = "encoder", "contrastive"
     if teachers := settings.get("distill_from"):

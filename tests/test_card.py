@@ -122,7 +122,7 @@ def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
     card = str(build_card(checkpoint))
     assert (
         "| 1 | encoder, contrastive |" in card
-        and "| 2 | encoder and decoder, self-critical on CIDEr-D and 0.5 x BLEU-4, 0.25 of it cross-entropy |" in card
+        and "| 2 | encoder and decoder, self-critical on CIDEr-D and 0.5 x BLEU-4 (weight 0.75) and cross-entropy (0.25) |" in card
     )
 
 

@@ -156,11 +156,11 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]
 def repeatable_tokens(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> list[int] | None:
     """The words that people write more than once in a caption, such as "a" or "the", for `generation_config.repeatable_token_ids`.
 
-    A word belongs to them if it occurs again in at least a tenth of the captions that hold it. 50 captions in which it occurs
-    once are added to the count, so that a rare word needs more than a few cases.
+    A word is repeatable if it occurs more than once in at least 10 % of the captions that contain it. 50 captions with one
+    occurrence are added to the count, so that a rare word needs more than a few cases.
 
     Args:
-        tokenizer: of whole words, or of word pieces, which recur in different words: for those there is no such list.
+        tokenizer: of whole words. For word pieces the result is None, since pieces recur in different words.
         captions: the training captions, raw.
 
     Returns:
