@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .metrics.significance import Comparison
 
 FEW = 100  # images, below which a bootstrap takes luck for gain too often
+SETTLED = 200  # images, below which a calibration depends much on which images they are
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -251,6 +252,11 @@ def _calibrate(args: argparse.Namespace) -> int:
         for kept in found["coverage"][4::5]:
             good = 100 - 100 * kept["risk"]
             print(f"  the surest {100 * kept['coverage']:.0f} %: {good:.0f} % good, CIDEr {100 * kept['cider']:.1f}")
+    if (images := report["calibration"]["images"]) < SETTLED:
+        print(
+            f"{args.checkpoint}: fitted on {images} images; with fewer than {SETTLED} the confidence is rough, give more",
+            file=sys.stderr,
+        )
     print(f"{args.checkpoint}: calibrated; the report is in {Path(args.checkpoint) / 'calibration.json'}")
     return 0
 

@@ -87,6 +87,14 @@ class AttnCapGenerationMixin(GenerationMixin):
         """The library's processors and, where the checkpoint asks for it, no repeated words."""
         own, repeatable = LogitsProcessorList(), getattr(generation_config, "repeatable_token_ids", None)
         if repeatable is not None:
+            if not (isinstance(repeatable, (list, tuple)) and all(isinstance(token, int) for token in repeatable)):
+                raise ValueError(
+                    f"`repeatable_token_ids` is {repeatable!r:.60}: give a list of token ids, or None to allow all repeats."
+                )
+            if beyond := [token for token in repeatable if not 0 <= token < self.config.vocab_size]:
+                raise ValueError(
+                    f"`repeatable_token_ids` has {beyond[0]}, but the vocabulary ends at {self.config.vocab_size - 1}."
+                )
             own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids]))
         own.extend(logits_processor or [])
         return super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

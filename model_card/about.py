@@ -82,4 +82,6 @@ def check_count(about: dict[str, Any], sets: int, place: str) -> None:
     """Raises a ValueError if `datasets` does not have one entry for each of the measured sets."""
     if "datasets" in about and len(about["datasets"]) != sets:
         listed = len(about["datasets"])
-        raise ValueError(f"{place}: {sets} files are measured, but `datasets` lists {listed}: list one for each, in their order.")
+        raise ValueError(
+            f"{place}: `--images` has {sets} file{'s' * (sets > 1)}, but `datasets` lists {listed}: list one for each, in order."
+        )

@@ -184,7 +184,7 @@ def test_each_of_several_sets_has_its_scores(checkpoint, captioned, tmp_path, ca
     files = ["--images", str(captioned), str(second)]
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     assert main(["card", str(checkpoint), *files]) == 1  # before anything is measured
-    assert "2 files are measured, but `datasets` lists 1" in capsys.readouterr().err
+    assert "`--images` has 2 files, but `datasets` lists 1" in capsys.readouterr().err
     assert not (checkpoint / "results.json").exists()
 
     datasets = [*ABOUT["datasets"], {"name": "Other", "id": "someone/other", "split": "validation"}]

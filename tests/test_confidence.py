@@ -185,7 +185,8 @@ def test_a_calibration_that_cannot_be_applied_is_refused(wrong):
 def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     assert main(["calibrate", str(folder), "--images", str(sixty)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "with fewer than 200 the confidence is rough" in err
     report = json.loads((folder / "calibration.json").read_text())
     fitted, (found,) = report["calibration"], report["sets"].values()
     assert json.loads((folder / "config.json").read_text())["confidence"] == fitted

@@ -413,7 +413,15 @@ def test_no_word_is_repeated_in_any_mode(mode):
     assert any(len({*row}) < len(row) for row in free[:, start:].tolist()), "nothing was repeated anyway: a poor test"
 
 
-def repeats(tokens: list[int] | None) -> GenerationConfig:
+@pytest.mark.parametrize(
+    "tokens, said", [("a", "is 'a': give a list"), ([1.5], "give a list"), ([4, 99999], "has 99999, but"), ([-1], "has -1, but")]
+)
+def test_repeatable_tokens_that_are_none_are_named(tokens, said):
+    with pytest.raises(ValueError, match=f"`repeatable_token_ids` .*{said}"):
+        talker().generate(encoder_outputs=images(), generation_config=repeats(tokens))
+
+
+def repeats(tokens: Any) -> GenerationConfig:
     config = GenerationConfig()
     config.repeatable_token_ids = tokens
     return config
