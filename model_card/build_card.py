@@ -342,14 +342,10 @@ def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     settings = stage["settings"]
     learned = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
     name = "self-critical" if settings.get("self_critical") else "cross-entropy"
-    if weight := settings.get("bleu_weight"):
-        name += f" on CIDEr-D and {weight:g} x BLEU-4"
     if share := settings.get("cross_entropy_weight"):
         name += f" (weight {1 - share:g}) and cross-entropy ({share:g})"
     if settings.get("contrastive"):
         learned, name = "encoder", "contrastive"
-    if teachers := settings.get("distill_from"):
-        name += f", distilled from {', '.join(teachers)}"
     rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
     return {
         "number": number,

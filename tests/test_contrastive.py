@@ -179,7 +179,6 @@ def test_cached_maps_and_a_run_that_goes_on_give_the_same_weights(table, backbon
         ({"self_critical": True}, "`self_critical` is for a decoder"),
         ({"predict_with_generate": True}, "`predict_with_generate` is for a decoder"),
         ({"input_dropout": 0.1}, "`input_dropout` is for a decoder"),
-        ({"bleu_weight": 1.0}, "`bleu_weight` is for a decoder"),
         ({"metric_for_best_model": "cider"}, "choose by `loss`"),
         ({"gradient_checkpointing": True}, "leave it out"),
         ({"push_to_hub": True}, "a captioner says nothing yet"),

@@ -164,9 +164,9 @@ def interrupted(monkeypatch):
         pytest.param("encoder", 5, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, marks=pytest.mark.slow),
         ("self-critical", 5, {"ema_decay": 0.8}),
         # From the end of an epoch, whose evaluation the run that goes on does not make again.
-        ("decoder", 3, {"scheduled_sampling": 0.5, "eval_strategy": "epoch", "save_steps": 1}),
+        ("decoder", 3, {"eval_strategy": "epoch", "save_steps": 1}),
     ],
-    ids=["decoder", "accumulation and average", "encoder", "encoder, workers", "self-critical", "own words, evaluation"],
+    ids=["decoder", "accumulation and average", "encoder", "encoder, workers", "self-critical", "evaluation"],
 )
 def test_interrupted_run_ends_as_if_it_was_not(stages, table, validation, tmp_path, interrupted, stage, at, more):
     settings = {**stages[stage], **more, **(validation if "eval_strategy" in more else {})}

@@ -1,4 +1,4 @@
-"""Self-critical training against plain mathematics; scheduled sampling, averaged weights, early stopping."""
+"""Self-critical training against plain mathematics; averaged weights, early stopping."""
 
 import io
 import json
@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
-from hf_attncap.metrics.bleu import Bleu
 from training import self_critical
 from training.arguments import CaptionTrainingArguments, SettingError
 from training.collator import CaptionCollator
@@ -228,18 +227,6 @@ def test_each_of_several_end_tokens_ends_a_sample(warm, processor, tmp_path):
     assert trainer._tally[4] == is_end.any(dim=1).sum(), "of samples that ended"
 
 
-@pytest.mark.parametrize("ends", [[2, 7], None])
-def test_no_word_that_a_caption_goes_on_from_is_one_of_its_ends(warm, processor, tmp_path, ends):
-    model = ending_with(warm, ends)
-    trainer = trainer_of(model, processor, tmp_path, CaptionTrainer, scheduled_sampling=0.5)
-    model.lm_head.bias.data[[2, 7]] += 20  # nothing else would be said
-    batch = {name: x for name, x in batch_of(processor).items() if name != "image_ids"}
-    torch.manual_seed(0)
-    mixed = trainer._with_own_words(batch, 1.0)["decoder_input_ids"]
-    words = set(mixed[:, 1:].flatten().tolist())
-    assert words & {2, 7} == (set() if ends else {2, 7})
-
-
 def test_scoring_again_gives_the_same_logits_and_batch_norm_stays(processor, tmp_path):
     """No dropout in the self-critical part, also with a backbone that learns, whose batch norm must not move."""
     model = captioner(processor, freeze_backbone=False, dropout=0.9)
@@ -305,18 +292,6 @@ def test_unfinished_sample_earns_less(warm, processor, tmp_path):
     assert ended > 0.1 and cut == pytest.approx(-ended)
 
 
-def test_a_sample_earns_its_bleu_as_well(warm, processor, tmp_path):
-    text = "a red square on the table"
-    words = processor(text_target=[text], return_tensors="pt")["labels"][0]
-    samples = torch.stack([words, words.flip(0).roll(-1)])
-    plain = trainer_of(load(warm), processor, tmp_path / "plain")._judge(samples, ["red"])
-    mixed = trainer_of(load(warm), processor, tmp_path / "mixed", bleu_weight=2.0)._judge(samples, ["red"])
-    both = [[*tokenize(processor.decode(row, skip_special_tokens=True)), "."] for row in samples]
-    bleu = Bleu([[[*tokenize(caption), "."] for caption in WORDS["red"]]] * 2).score(both).per_image[:, 3]
-    assert bleu[0] > 2 * bleu[1]
-    assert float((mixed - plain)[0]) == pytest.approx(2.0 * (bleu[0] - bleu[1]), abs=1e-5)
-
-
 def test_reward_rises(warm, processor, tmp_path):
     trainer = trainer_of(load(warm), processor, tmp_path, max_steps=60, learning_rate=0.005, logging_steps=10)
     trainer.train()
@@ -360,15 +335,9 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
     [
         ({"self_critical": True, "samples_per_image": 1}, "`samples_per_image` is 1"),
         ({"self_critical": True, "cross_entropy_weight": 1.5}, "`cross_entropy_weight` is 1.5"),
-        ({"self_critical": True, "bleu_weight": -1.0}, "`bleu_weight` is -1.0"),
-        ({"bleu_weight": 1.0}, "`bleu_weight` is a part of the reward"),
         ({"metric_for_best_model": "cider"}, "set `predict_with_generate`"),
         ({"cross_entropy_weight": 0.5}, "goes with `self_critical`"),
-        ({"self_critical": True, "scheduled_sampling": 0.2}, "set `cross_entropy_weight`"),
         ({"self_critical": True, "input_dropout": 0.1}, "leave it out"),
-        ({"scheduled_sampling_steps": 5}, "goes with `scheduled_sampling`"),
-        ({"scheduled_sampling": 25}, "`scheduled_sampling` is 25"),
-        ({"scheduled_sampling": 0.2, "scheduled_sampling_steps": 0}, "`scheduled_sampling_steps` is 0"),
         ({"ema_decay": 1.0}, "`ema_decay` is 1.0"),
         ({"input_dropout": 1.0}, "`input_dropout` is 1.0"),
         ({"early_stopping_patience": 2}, "needs `metric_for_best_model`"),
@@ -386,40 +355,6 @@ def test_checkpoint_without_a_longest_caption_is_refused(processor, tmp_path):
     model.generation_config.max_new_tokens = None
     with pytest.raises(SettingError, match="`max_new_tokens`"):
         trainer_of(model, processor, tmp_path)
-
-
-@pytest.mark.parametrize("chance", [0.0, 0.3, 1.0])
-def test_scheduled_words_are_the_models_own_and_only_inputs(warm, processor, tmp_path, chance):
-    model = load(warm)
-    model.dropout.p = 0.0
-    trainer = trainer_of(model, processor, tmp_path, CaptionTrainer, scheduled_sampling=0.5)
-    batch = {name: x for name, x in batch_of(processor, rows() * 100).items() if name != "image_ids"}
-    torch.manual_seed(0)
-    mixed = trainer._with_own_words(batch, chance)
-    true = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-    ids = mixed["decoder_input_ids"]
-    assert torch.equal(mixed["labels"], batch["labels"]) and torch.equal(ids[:, 0], true[:, 0])
-    assert not set(ids[:, 1:][ids[:, 1:] != true[:, 1:]].tolist()) & {*model.generation_config.suppress_tokens, 2}
-    # A first word that was drawn is there as often as the model says it behind the start, the end left out.
-    logits = policy(model, model(backbone_features=batch["backbone_features"], decoder_input_ids=true[::3, :1]).logits[:, 0])
-    logits[:, model.config.eos_token_id] = float("-inf")
-    own = logits.softmax(-1).repeat_interleave(3, 0)  # (R, V)
-    as_true = torch.zeros_like(own).scatter(1, true[:, 1:2], 1)
-    expected = (chance * own + (1 - chance) * as_true).mean(0)
-    found = torch.bincount(ids[:, 1], minlength=own.shape[1]) / len(ids)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.06 if chance else 1e-6)  # four standard errors
-
-
-def test_scheduled_sampling_rises_from_plain_training(warm, processor, tmp_path, monkeypatch):
-    chances = []
-    real = CaptionTrainer._with_own_words
-    monkeypatch.setattr(CaptionTrainer, "_with_own_words", lambda self, x, chance: chances.append(chance) or real(self, x, chance))
-    more = {"scheduled_sampling": 0.4, "scheduled_sampling_steps": 4, "max_steps": 6}
-    trainer_of(load(warm), processor, tmp_path, CaptionTrainer, **more).train()
-    assert chances == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    chances.clear()
-    trainer_of(load(warm), processor, tmp_path, CaptionTrainer, scheduled_sampling=0.4, max_steps=4).train()
-    assert chances == pytest.approx([0.1, 0.2, 0.3])
 
 
 def averaged_by_hand(path: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:

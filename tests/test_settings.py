@@ -125,7 +125,6 @@ REFUSED = [
     ({**CHECKPOINT, "backbone_weights": "DEFAULT"}, "`backbone_weights` is not used: it is for a new captioner"),
     ({"extend_vocabulary": True}, "`extend_vocabulary` is not used: it is for a checkpoint"),
     ({"samples_per_image": 3}, "`samples_per_image` is not used: it goes with `self_critical`"),
-    ({"distill_weight": 0.2}, "`distill_weight` is not used: it goes with `distill_from`"),
     ({"generation_num_beams": 2}, "`generation_num_beams` is not used: it is for evaluations that generate captions"),
     ({"train_split": "train"}, "`train_split` is not used"),
     ({"validation_split": "val"}, "`validation_split` is not used"),

@@ -1,7 +1,6 @@
 """What a training run can be told: YAML file first, command line over it."""
 
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -145,22 +144,9 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone; default: that of the rest."}
     )
-    scheduled_sampling: float = field(
-        default=0.0, metadata={"help": "Share, at last, of the model's own words among those that captions go on from."}
-    )
-    scheduled_sampling_steps: int | None = field(
-        default=None, metadata={"help": "Steps over which `scheduled_sampling` rises from 0; default: the whole run."}
-    )
     input_dropout: float = field(
         default=0.0,
         metadata={"help": "Share of regions and word embeddings that training drops, beside the model's own `dropout` of outputs."},
-    )
-    distill_from: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Trained captioners of the same vocabulary whose mean word probabilities are learned with the captions."},
-    )
-    distill_weight: float = field(
-        default=0.5, metadata={"help": "With `distill_from`: share of these probabilities in the loss; the rest is the captions'."}
     )
     ema_decay: float | None = field(
         default=None,
@@ -186,17 +172,12 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     )
     self_critical: bool = field(
         default=False,
-        metadata={"help": "Learn from CIDEr-D (and BLEU-4) of captions that the model draws, from a trained checkpoint on."},
+        metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."},
     )
     samples_per_image: int = field(default=5, metadata={"help": "Self-critical: captions drawn of an image, at least 2."})
     cross_entropy_weight: float = field(
         default=0.0,
         metadata={"help": "Self-critical: share of the cross-entropy (by word) in the loss; the rest goes by caption."},
-    )
-
-    bleu_weight: float = field(
-        default=0.0,
-        metadata={"help": "Self-critical: how often BLEU-4 of a caption, 0 to 1, is added to its CIDEr-D, 0 to 10."},
     )
 
     def __post_init__(self) -> None:
@@ -216,20 +197,8 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         name = (metric or "loss").removeprefix("eval_")
         if name not in (known := ["loss", *CaptionMetrics({"": ["a"]}).score({"": "a"})]):
             raise SettingError(f"`metric_for_best_model: {metric}` is none of {', '.join(known)}.")
-        if not 0 <= self.scheduled_sampling <= 1:
-            raise SettingError(f"`scheduled_sampling` is {self.scheduled_sampling}: it is a share, 0 to 1.")
-        if self.scheduled_sampling_steps is not None and not self.scheduled_sampling:
-            raise SettingError("`scheduled_sampling_steps` goes with `scheduled_sampling`: set that, or leave it out.")
-        if self.scheduled_sampling_steps is not None and self.scheduled_sampling_steps < 1:
-            raise SettingError(f"`scheduled_sampling_steps` is {self.scheduled_sampling_steps}: it must be at least 1.")
         if not 0 <= self.input_dropout < 1:
             raise SettingError(f"`input_dropout` is {self.input_dropout}: it must be at least 0 and below 1.")
-        if not 0 <= self.distill_weight <= 1:
-            raise SettingError(f"`distill_weight` is {self.distill_weight}: it is a share, 0 to 1.")
-        if self.distill_from and self.self_critical:
-            raise SettingError(
-                "`distill_from` is for training on captions: leave out `self_critical`, or go on with it afterwards."
-            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
         if self.sample_images < 0:
@@ -253,10 +222,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             return
         for name in (
             "self_critical",
-            "bleu_weight",
             "predict_with_generate",
-            "distill_from",
-            "scheduled_sampling",
             "input_dropout",
         ):
             if getattr(self, name):
@@ -276,8 +242,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         if not self.self_critical:
             if self.cross_entropy_weight:
                 raise SettingError("`cross_entropy_weight` goes with `self_critical`, without which all is cross-entropy.")
-            if self.bleu_weight:
-                raise SettingError("`bleu_weight` is a part of the reward of `self_critical`: set that too, or leave it out.")
             return
         if self.samples_per_image < 2:
             raise SettingError(
@@ -286,10 +250,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             )
         if not 0 <= self.cross_entropy_weight <= 1:
             raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
-        if not 0 <= self.bleu_weight < math.inf:
-            raise SettingError(f"`bleu_weight` is {self.bleu_weight}: it must be a number from 0 on, 1 for example.")
-        if self.scheduled_sampling and not self.cross_entropy_weight:
-            raise SettingError("`scheduled_sampling` is for the cross-entropy: set `cross_entropy_weight` or leave it out.")
         if self.input_dropout:
             raise SettingError("`input_dropout` does nothing in self-critical training, which reads inputs whole: leave it out.")
 

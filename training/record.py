@@ -25,7 +25,6 @@ PROVENANCE = ("license", "license_name", "license_link", "origins")  # lines of 
 # They say where files lay on one machine, or what a run shows, and not what was learned.
 PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
 FILES = {"backbone_weights", "word_vectors"}  # or names of weights; of a path its last part is kept
-FOLDERS = {"distill_from"}  # or names on the Hub, of which the last part is kept too
 SHOWN = {"disable_tqdm", "report_to", "run_name", "logging_steps", "sample_images", "push_to_hub", "hub_token", "hub_model_id"}
 MACHINE = {"dataloader_num_workers", "dataloader_pin_memory", "use_cpu", "resume_from_checkpoint", "save_total_limit"}
 SET_BY_CODE = {"remove_unused_columns", "use_cache", "logging_nan_inf_filter", "prediction_loss_only"}
@@ -147,5 +146,4 @@ def _changed(group: Any) -> dict[str, Any]:
     values = {item.name: getattr(group, item.name) for item in fields(group) if item.init and item.name not in NOT_RECORDED}
     changed = {name: value for name, value in values.items() if name in ALWAYS or value != getattr(default, name)}
     changed |= {name: Path(changed[name]).name for name in FILES & changed.keys() if changed[name]}
-    changed |= {name: [Path(folder).name for folder in changed[name]] for name in FOLDERS & changed.keys()}
     return {name: getattr(value, "value", value) for name, value in changed.items()}  # of enumerations

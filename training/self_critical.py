@@ -47,8 +47,7 @@ class SelfCriticalTrainer(CaptionTrainer):
         if settings.max_new_tokens is None:
             raise SettingError("The checkpoint's generation_config.json has no `max_new_tokens`: set it to the longest caption.")
         tokens = {name: [tokenize(caption) for caption in captions] for name, captions in references.items()}
-        weight = self.args.bleu_weight  # type: ignore[attr-defined]
-        self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())), weight)
+        self._reward = CiderReward(tokens, self._frequencies(list(tokens.values())))
         self._samples = 0  # of all accumulated batches and processes
         self._tally = torch.zeros(6, dtype=torch.float64)
 

@@ -34,7 +34,6 @@ from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
 from .contrastive import ContrastiveTrainer
 from .data import CaptionData, first, load_data
-from .distillation import Teachers
 from .features import cached_features
 from .inspection import inspect_data, way_out
 from .processes import check_processes, on_main_process
@@ -286,8 +285,6 @@ def _check_start(model_arguments: ModelArguments, training: CaptionTrainingArgum
     check_processes(training)
     if training.self_critical:
         _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
-    for teacher in training.distill_from or []:
-        _refuse_untrained("distill_from", teacher)
 
 
 def _build_trainer(
@@ -315,8 +312,6 @@ def _build_trainer(
     training.prediction_loss_only = not (training.predict_with_generate or training.contrastive)
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
-    cached = data.feature_cache is not None
-    teachers = Teachers(training.distill_from, processor, model, cached) if training.distill_from else None
     _check_batch_norm(model, processor, train_rows, training)
     trainer: CaptionTrainer = trainer_class(
         model=model,
@@ -326,7 +321,6 @@ def _build_trainer(
         data_collator=collator,
         eval_data_collator=replace(collator, chance=Chance(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
-        teachers=teachers,
         compute_metrics=_caption_scores(validation, processor) if validation and training.predict_with_generate else None,
         callbacks=[chance, *sharing, *([EarlyStopping(patience)] if patience is not None else [])],
     )

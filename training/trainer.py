@@ -1,4 +1,4 @@
-"""transformers' Trainer for captioners: a rate of its own for the backbone, scheduled sampling, averaged weights, captions."""
+"""transformers' Trainer for captioners: a rate of its own for the backbone, averaged weights, captions."""
 
 import copy
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from .arguments import SettingError
 from .averaging import WeightAverage
-from .distillation import Teachers
 from .dropout import drop_inputs
 from .processes import check_processes, together
 from .resumable import ResumableTrainer
@@ -35,8 +34,6 @@ class CaptionTrainer(ResumableTrainer):
     If the training dataset is a stream (has no length), give each process its own images, as `load_stream` does. All processes end
     a pass over the stream together, and each image counts once per pass.
 
-    With `scheduled_sampling` (Bengio et al., 2015), more and more of the words that a caption goes on from are the model's own.
-    With `teachers`, the training loss is (1 - w) * loss + w * cross-entropy against what they say, w = `distill_weight`.
     With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
 
     Raises:
@@ -47,10 +44,9 @@ class CaptionTrainer(ResumableTrainer):
     _latest: dict[str, Any] | None = None  # the last batch of this process's own images of a stream
     _evaluated: torch.Tensor  # the losses of all words added up, and their number
 
-    def __init__(self, *args: Any, eval_data_collator: Any = None, teachers: Teachers | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_processes(self.args)
-        self._teachers = teachers
         self._eval_data_collator = eval_data_collator or self.data_collator
         order = self.accelerator.dataloader_config
         order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # one for all, unlike the noise
@@ -179,49 +175,6 @@ class CaptionTrainer(ResumableTrainer):
         labels[images:] = IGNORED_LABEL
         ids = {name: batch[name][:images] for name in ("image_ids",) if name in batch}
         return {**batch, **ids, "labels": labels}
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        args: Any = self.args
-        pictures = {name: inputs[name] for name in ("pixel_values", "backbone_features") if name in inputs}
-        if model.training and args.scheduled_sampling:
-            share = min(1.0, self.state.global_step / (args.scheduled_sampling_steps or self.state.max_steps))
-            if share:
-                inputs = self._with_own_words(inputs, share * args.scheduled_sampling)
-        if not (model.training and self._teachers):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = result
-        words = {name: inputs[name] for name in ("labels", "decoder_input_ids") if name in inputs}
-        with self.accelerator.autocast():
-            taught = self._teachers.loss({**pictures, **words}, outputs.logits)  # summed over the words of this batch
-        taught = taught * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged over the processes
-        loss = (1 - args.distill_weight) * loss + args.distill_weight * taught
-        return (loss, outputs) if return_outputs else loss
-
-    def _with_own_words(self, inputs: dict[str, Any], chance: float) -> dict[str, Any]:
-        """The batch with words of the model's own among those that captions go on from.
-
-        Two passes, both over all steps at once, instead of a draw at each step: the first, without gradients, says what the model
-        would draw behind the true words. (With a draw at each step it would be behind the words mixed so far; nearly all of them
-        are true, as `chance` is small.)
-        """
-        captioner: Any = self.model
-        labels = inputs["labels"].flatten(0, -2)  # (R, T)
-        encoded = inputs.get("encoder_outputs") or (self._encode(inputs).last_hidden_state,)  # (B, N, C)
-        true = captioner.prepare_decoder_input_ids_from_labels(labels)  # (R, T)
-        with torch.no_grad():
-            logits = policy(captioner, captioner(encoder_outputs=encoded, labels=labels).logits[:, :-1])  # (R, T - 1, V)
-        logits[..., captioner.end_token_ids] = float("-inf")  # no caption goes on behind its end
-        own = torch.multinomial(logits.flatten(0, 1).softmax(dim=-1), 1).view_as(true[:, 1:])  # (R, T - 1)
-        swap = torch.rand(own.shape, device=own.device) < chance  # (R, T - 1)
-        mixed = torch.cat([true[:, :1], torch.where(swap, own, true[:, 1:])], dim=1)  # (R, T)
-        return {"encoder_outputs": encoded, "decoder_input_ids": mixed, "labels": inputs["labels"]}
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
         """The encoder's output for the pictures of a batch: `pixel_values` or `backbone_features`."""

@@ -84,7 +84,6 @@ RULES = (
     Rule(
         ("samples_per_image",), lambda run: not run.self_critical, "goes with `self_critical`: set that too, or leave it out", True
     ),
-    Rule(("distill_weight",), lambda run: not run.distill_from, "goes with `distill_from`: set that too, or leave it out", True),
     Rule(
         ("generation_num_beams", "generation_max_length", "generation_config"),
         lambda run: not run.predict_with_generate,

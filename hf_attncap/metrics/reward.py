@@ -1,14 +1,12 @@
-"""CIDEr-D of sampled captions, and BLEU-4 if wanted, as a reward for training.
+"""CIDEr-D of sampled captions as a reward for training.
 
 Rennie et al. (2017), "Self-critical sequence training for image captioning".
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .bleu import Bleu, corpus_bleu
 from .cider import END, CiderD, DocumentFrequencies, ending
 from .ngrams import Floats, Tokens, check_tokens
 
@@ -19,24 +17,20 @@ class CiderReward:
     Args:
         references: for each image's id, one or more lists of tokens.
         frequencies: of the training references. Made with `end_token=True`, each reference ends with an end token here as well.
-        bleu_weight: how often BLEU-4 of the sample, 0 to 1, is added to its CIDEr-D. An end token counts in it as a word.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference; `bleu_weight` is negative or no number.
+        ValueError: no image, or an image without a reference.
     """
 
-    def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies, bleu_weight: float = 0.0):
-        if not 0 <= bleu_weight < math.inf:
-            raise ValueError(f"`bleu_weight` is {bleu_weight}: it must be a number from 0 on, 1 for example.")
+    def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies):
         self._end_token = frequencies.end_token
         self._place = {name: i for i, name in enumerate(references)}
         captions = list(references.values())
         self._cider = CiderD(ending(captions) if self._end_token else captions, frequencies)
-        self._bleu, self._bleu_weight = Bleu(self._cider.references), bleu_weight
 
     def reward(self, ids: Sequence[str], samples: Sequence[Tokens], ended: Sequence[bool] | None = None) -> Floats:
-        """CIDEr-D of P samples, any number for an image, and `bleu_weight` times their BLEU-4.
+        """CIDEr-D of P samples, any number for an image.
 
         Args:
             ids: the image of each sample.
@@ -45,7 +39,7 @@ class CiderReward:
                 frequencies that count the end of captions, and only then.
 
         Returns:
-            (P,), 0 to 10 + `bleu_weight`.
+            (P,), 0 to 10.
 
         Raises:
             TypeError: a sample is a string.
@@ -66,7 +60,4 @@ class CiderReward:
             samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
         images = np.array([self._place[name] for name in ids], dtype=np.int64)
         matches = self._cider.references.match(samples, images)
-        reward = self._cider.score_matches(matches)  # (P,)
-        if self._bleu_weight:
-            reward = reward + self._bleu_weight * corpus_bleu(self._bleu.statistics(matches))[:, 3]
-        return reward
+        return self._cider.score_matches(matches)
