@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 KEPT = ("loss", "reward", "sample_length", "learning_rate", "eval_loss", "eval_cider", "eval_bleu_4", "eval_vocabulary")
-KEPT += ("eval_picture_within_1", "eval_picture_within_10", "eval_caption_within_1", "eval_caption_within_10")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

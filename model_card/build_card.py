@@ -344,8 +344,6 @@ def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
     name = "self-critical" if settings.get("self_critical") else "cross-entropy"
     if share := settings.get("cross_entropy_weight"):
         name += f" (weight {1 - share:g}) and cross-entropy ({share:g})"
-    if settings.get("contrastive"):
-        learned, name = "encoder", "contrastive"
     rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
     return {
         "number": number,

@@ -117,11 +117,12 @@ def test_card_says_how_blended_weights_came_to_be(checkpoint):
 
 def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
     critical = {**STAGE["settings"], "self_critical": True, "cross_entropy_weight": 0.25}
-    contrastive = {**STAGE, "settings": {**STAGE["settings"], "contrastive": True}, "frozen_backbone": False}
-    (checkpoint / "training.json").write_text(json.dumps([contrastive, {**STAGE, "settings": critical}]))
+    (checkpoint / "training.json").write_text(
+        json.dumps([{**STAGE, "frozen_backbone": True}, {**STAGE, "settings": critical, "frozen_backbone": False}])
+    )
     card = str(build_card(checkpoint))
     assert (
-        "| 1 | encoder, contrastive |" in card
+        "| 1 | decoder, cross-entropy |" in card
         and "| 2 | encoder and decoder, self-critical (weight 0.75) and cross-entropy (0.25) |" in card
     )
 

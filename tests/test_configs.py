@@ -94,7 +94,7 @@ def test_settings_are_known_and_of_their_types(name, tmp_path):
     for key, value in settings.items():
         holder = next(group for group in (model, data, training) if hasattr(group, key))
         assert getattr(holder, key) == ([] if (key, value) == ("report_to", "none") else value)
-    assert 0 < training.learning_rate < 1e-3 or (training.contrastive and training.learning_rate == 1e-3)
+    assert 0 < training.learning_rate < 1e-3
     assert 0 < (training.encoder_learning_rate or 1e-5) <= training.learning_rate
 
 
@@ -157,9 +157,8 @@ def put_weights(path: Path, make: Callable[..., torch.nn.Module]) -> Path:
 def flickr8k(folder: Path, captioner: str) -> dict[str, list[str]]:
     """What is to be given with the configs of a captioner on Flickr8k, by their stages."""
     weights = put_weights(folder / "backbone.pth", FLICKR8K[captioner][0])
-    stages = ("contrastive", *STAGES) if captioner == MOBILENET else STAGES
-    begin = {stages[0]: ["--backbone_weights", str(weights), "--image_size", "64"]}
-    begin |= {stage: ["--model_name_or_path", before] for before, stage in itertools.pairwise(stages)}
+    begin = {STAGES[0]: ["--backbone_weights", str(weights), "--image_size", "64"]}
+    begin |= {stage: ["--model_name_or_path", before] for before, stage in itertools.pairwise(STAGES)}
     data = ["--train_file", "dataset_flickr8k.json", "--image_dir", KARPATHY["flickr8k"], "--feature_cache", "maps"]
     return {
         stage: ["--config", f"{captioner}_{stage}.yaml", *data, *given, "--output_dir", stage] for stage, given in begin.items()
@@ -185,8 +184,6 @@ def test_stages_run_from_data_to_captions(captioner, folder, monkeypatch):
         commands = {stage: command_of(f"{captioner}_{stage}") for stage in STAGES}
         commands["decoder"] += ["--image_size", "64"]
     short = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
-    if captioner == MOBILENET:
-        assert main([*commands.pop("contrastive"), *short]) == 0
     states, outputs = [], [Path(option(commands[stage], "output_dir")) for stage in STAGES]
     for stage, output in zip(STAGES, outputs):
         assert main([*commands[stage], *short]) == 0
@@ -199,9 +196,6 @@ def test_stages_run_from_data_to_captions(captioner, folder, monkeypatch):
 
     decoder_stage, encoder_stage, last = states
     backbone = {key for key in last if ".backbone." in key}
-    if captioner == MOBILENET:  # a new decoder on the backbone as it was handed on
-        contrastive = AttnCapForConditionalGeneration.from_pretrained("contrastive").state_dict()
-        assert not backbone & moved(contrastive, decoder_stage)
     assert backbone & moved(decoder_stage, encoder_stage) and not any(
         "running" in key for key in moved(decoder_stage, encoder_stage)
     )

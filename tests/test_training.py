@@ -202,12 +202,11 @@ def test_captioner_outlives_a_last_evaluation_that_fails(parquet, tmp_path, monk
 
 KINDS = [
     {},
-    {"contrastive": True, "model_config": json.dumps({**TINY, "freeze_backbone": False})},
     {"self_critical": True, "model_name_or_path": "anywhere"},
 ]
 
 
-@pytest.mark.parametrize("more", KINDS, ids=["plain", "contrastive", "self-critical"])
+@pytest.mark.parametrize("more", KINDS, ids=["plain", "self-critical"])
 def test_several_gpus_in_one_process_are_refused_before_data_are_read(parquet, tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(CaptionTrainingArguments, "n_gpu", property(lambda self: 2))
     monkeypatch.setattr("training.train.load_data", lambda *_: pytest.fail("data were read"))

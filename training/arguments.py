@@ -163,13 +163,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             "evaluation; 0: none."
         },
     )
-    contrastive: bool = field(
-        default=False,
-        metadata={
-            "help": "Before a decoder learns: the backbone's blocks that are not frozen learn which captions are of which picture. "
-            "What comes out says nothing yet: go on from it with `--model_name_or_path`."
-        },
-    )
     self_critical: bool = field(
         default=False,
         metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."},
@@ -190,7 +183,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
                 "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
                 "`label_smoothing` in `model_config` instead."
             )
-        self._check_contrastive()
         metric = self.metric_for_best_model
         if metric not in (None, "loss", "eval_loss") and not self.predict_with_generate:
             raise SettingError(f"`metric_for_best_model: {metric}` is a score of generated captions: set `predict_with_generate`.")
@@ -216,27 +208,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             raise SettingError("`early_stopping_patience` needs `metric_for_best_model`: `cider` or `loss`.")
         if self.eval_strategy == "no":
             raise SettingError("`early_stopping_patience` needs evaluations: set `eval_strategy` to `epoch` or `steps`.")
-
-    def _check_contrastive(self) -> None:
-        if not self.contrastive:
-            return
-        for name in (
-            "self_critical",
-            "predict_with_generate",
-            "input_dropout",
-        ):
-            if getattr(self, name):
-                raise SettingError(f"`{name}` is for a decoder, which does not take part in `contrastive` training: leave it out.")
-        if (metric := self.metric_for_best_model) not in (None, "loss", "eval_loss"):
-            raise SettingError(f"`metric_for_best_model: {metric}` is of captions: of `contrastive` training choose by `loss`.")
-        if self.gradient_checkpointing:
-            raise SettingError("`gradient_checkpointing` does nothing for `contrastive` training: leave it out.")
-        if self.push_to_hub:
-            raise SettingError(
-                "`push_to_hub`: after `contrastive` training a captioner says nothing yet. Share it after a later stage."
-            )
-        if self.per_device_train_batch_size < 2:
-            raise SettingError("`contrastive` tells the pictures of a batch apart: set `per_device_train_batch_size` to 2 or more.")
 
     def _check_self_critical(self) -> None:
         if not self.self_critical:

@@ -31,7 +31,6 @@ SET_BY_CODE = {"remove_unused_columns", "use_cache", "logging_nan_inf_filter", "
 NOT_RECORDED = PLACES | SHOWN | MACHINE | SET_BY_CODE | {"validation_image_dir"}
 ALWAYS = ("learning_rate", "seed", "num_train_epochs")
 LOGGED = ("loss", "reward", "sample_length", "learning_rate", "eval_loss", "eval_cider", "eval_bleu_4", "eval_vocabulary")
-LOGGED += ("eval_picture_within_1", "eval_picture_within_10", "eval_caption_within_1", "eval_caption_within_10")
 
 
 def earlier_stages(model_name_or_path: str | None) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ from .augmentation import Augmentation, augmented, with_mirrored
 from .chance import Chance
 from .checkpoints import last_checkpoint, replacing, writing
 from .collator import CaptionCollator
-from .contrastive import ContrastiveTrainer
 from .data import CaptionData, first, load_data
 from .features import cached_features
 from .inspection import inspect_data, way_out
@@ -92,10 +91,7 @@ def _load_captioner(arguments: ModelArguments, sentences: list[str]) -> tuple[At
     """A checkpoint and its processor, with the words of the training captions in its vocabulary if that is wanted."""
     path = str(arguments.model_name_or_path)
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise SettingError(
-            f"`model_name_or_path`: {path} has no config.json and is no captioner. (A checkpoint within a `contrastive` run is "
-            "for `--resume_from_checkpoint`; give the `output_dir` of the whole run.)"
-        )
+        raise SettingError(f"`model_name_or_path`: {path} has no config.json and is no captioner: give the folder of a saved one.")
     settings: dict[str, Any] = arguments.model_config  # type: ignore[assignment]
     try:
         # Given to the model's `from_pretrained`, the settings would also enter its generation config.
@@ -189,24 +185,6 @@ def _pictures(
     return rows, FeatureRows(splits.validation, maps) if splits.validation else None
 
 
-def _refuse_untrained(setting: str, checkpoint: str) -> None:
-    """Raises if the last stage of a checkpoint was contrastive, after which its decoder is random."""
-    stages = earlier_stages(checkpoint)
-    if stages and stages[-1].get("settings", {}).get("contrastive"):
-        raise SettingError(
-            f"`{setting}`: {checkpoint} comes from `contrastive` training and says nothing yet: train its decoder first."
-        )
-
-
-def _check_contrastive(model: AttnCapForConditionalGeneration, images: Any, trained: bool) -> None:
-    if model.config.freeze_backbone:
-        raise SettingError("`contrastive` trains the backbone, which is frozen: set `freeze_backbone: false` in `model_config`.")
-    if isinstance(images, Dataset) and len(images) < 2:
-        raise SettingError("`contrastive` tells pictures apart, and there is only one to train on.")
-    if trained:
-        logger.warning("contrastive: the decoder of this captioner will no longer fit its backbone; train it again afterwards")
-
-
 def _check_batch_norm(model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, rows: Any, training: Any) -> None:
     """Raises if batch norm would have to learn from a single value: of one image whose map is 1 x 1."""
     if model.config.freeze_backbone or model.config.freeze_batch_norm or not has_length(rows):
@@ -247,8 +225,6 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
     checkpoint = _checkpoint_to_resume(training, output)
     splits, captions = _load(data, training)
     model, processor = build_captioner(model_arguments, captions, output)
-    if training.contrastive:
-        _check_contrastive(model, splits.train, bool(model_arguments.model_name_or_path))
     if training.encoder_learning_rate is not None and model.config.freeze_backbone:
         logger.warning(
             "`encoder_learning_rate` is not used: the backbone is frozen; `freeze_backbone: false` in `model_config` trains it"
@@ -283,8 +259,6 @@ def _check_start(model_arguments: ModelArguments, training: CaptionTrainingArgum
     if training.fp16 and training.device.type == "cpu":
         raise SettingError("`fp16` needs a GPU, the CPU would ignore it: set `bf16`, or leave it out.")
     check_processes(training)
-    if training.self_critical:
-        _refuse_untrained("self_critical", str(model_arguments.model_name_or_path))
 
 
 def _build_trainer(
@@ -298,7 +272,7 @@ def _build_trainer(
 ) -> CaptionTrainer:
     """The Trainer of a run, with its rows, collators and callbacks."""
     validation = splits.validation
-    trainer_class: Any = ContrastiveTrainer if training.contrastive else CaptionTrainer
+    trainer_class: Any = CaptionTrainer
     if training.self_critical:
         references = dict(zip(splits.train["image_id"], captions))  # type: ignore[index]
         trainer_class = partial(SelfCriticalTrainer, references=with_mirrored(references) if data.mirror else references)
@@ -309,7 +283,7 @@ def _build_trainer(
     training.use_cache = True  # the Trainer would switch it off in the checkpoints
     training.logging_nan_inf_filter = False
     training.dataloader_pin_memory &= training.device.type == "cuda"
-    training.prediction_loss_only = not (training.predict_with_generate or training.contrastive)
+    training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_words, training.self_critical, chance)
     _check_batch_norm(model, processor, train_rows, training)
@@ -325,7 +299,7 @@ def _build_trainer(
         callbacks=[chance, *sharing, *([EarlyStopping(patience)] if patience is not None else [])],
     )
     alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a process that has all the weights
-    if validation and training.sample_images and alone and not training.contrastive:
+    if validation and training.sample_images and alone:
         images = validation.select(range(min(training.sample_images, len(validation))))
         trainer.add_callback(SampleCaptions(images, trainer.callback_handler.callbacks))
     return trainer
@@ -373,14 +347,13 @@ def _checkpoint_to_resume(training: CaptionTrainingArguments, output: Path) -> s
 def _summary(trainer: CaptionTrainer, metrics: dict[str, float], output: Path) -> str:
     """What a run came to, in a line."""
     state = trainer.state
-    told = ("loss", "cider", "bleu_4", "picture_within_1", "caption_within_1")
+    told = ("loss", "cider", "bleu_4")
     scores = [f"{name} {metrics[f'eval_{name}']:.4g}" for name in told if f"eval_{name}" in metrics]
     said = f"step {state.global_step} of {state.max_steps}"
     if state.best_global_step and trainer.args.load_best_model_at_end:
         said += f", best at step {state.best_global_step}"
     on_validation = f"; on the validation images {', '.join(scores)}" if scores else ""
-    what = "backbone, which a decoder learns on by `--model_name_or_path`," if trainer.args.contrastive else "captioner"  # type: ignore[attr-defined]
-    return f"{said}{on_validation}; the {what} is in {output}, all scores in {output / 'metrics.json'}"
+    return f"{said}{on_validation}; the captioner is in {output}, all scores in {output / 'metrics.json'}"
 
 
 def main(argv: list[str] | None = None) -> int:

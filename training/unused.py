@@ -90,7 +90,6 @@ RULES = (
         "is for evaluations that generate captions: set `predict_with_generate` too, or leave it out",
         True,
     ),
-    Rule(("sample_images",), lambda run: run.contrastive, "shows captions, and `contrastive` training has none"),
     # transformers' own: what one of them means depends on another.
     Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "is overridden by `max_steps`"),
     Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "goes with `eval_strategy: steps`"),

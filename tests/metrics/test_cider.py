@@ -6,7 +6,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference_scores import STORED, cider_d, document_frequencies, images, split, stored_captions
 
-from hf_attncap.metrics.bleu import Bleu
 from hf_attncap.metrics.cider import CiderD, DocumentFrequencies
 from hf_attncap.metrics.reward import CiderReward
 
@@ -65,21 +64,6 @@ def test_the_reward_with_frequencies_of_the_same_references_is_cider(corpus, dat
     order = data.draw(st.lists(st.sampled_from(range(len(corpus))), max_size=8))
     earned = reward.reward([f"image {i}" for i in order], [predictions[i] for i in order])
     np.testing.assert_allclose(earned, CiderD(references).score(predictions)[order], rtol=0, atol=1e-9)
-
-
-@given(images, st.floats(0.1, 5), st.booleans())
-def test_bleu_is_added_to_the_reward_as_often_as_wanted(corpus, weight, end_token):
-    predictions, references = split(corpus)
-    ended = [True] * len(corpus) if end_token else None
-    frequencies = DocumentFrequencies.from_references(references, end_token=end_token)
-    earned = [
-        CiderReward(dict(enumerate(references)), frequencies, share).reward(range(len(corpus)), predictions, ended)
-        for share in (0.0, weight)
-    ]
-    stop = ["."] if end_token else []
-    whole = [[*caption, *stop] for caption in predictions]
-    bleu = Bleu([[[*caption, *stop] for caption in captions] for captions in references]).score(whole).per_image[:, 3]
-    np.testing.assert_allclose(earned[1] - earned[0], weight * bleu, rtol=0, atol=1e-9)
 
 
 @given(images, st.data())
