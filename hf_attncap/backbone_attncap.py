@@ -21,7 +21,7 @@ HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 DRY_RUN_SIDE = 128
 
 
-def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = False) -> nn.Sequential:
+def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
     """The convolutional part of the classifier `name`, freshly initialised as torchvision does.
 
     The children keep torchvision's names, so that its state dicts fit. Input (B, 3, height, width), output (B, D, h, w).
@@ -29,10 +29,6 @@ def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = Fal
     Args:
         name: one of `torchvision.models.list_models`, ending in a spatial map, or of `EFFICIENTNET_LITE`.
         padding: `"torch"`, or `"same"` to pad strided convolutions and pools as TensorFlow does.
-        dilate_last_stage: a map as high and wide as that of the stage before, of the same weights.
-
-    Raises:
-        ValueError: if the last stage is to be dilated and begins with pooling.
     """
     options: dict = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     on_meta = torch.get_default_device().type == "meta"
@@ -54,41 +50,7 @@ def build_trunk(name: str, padding: str = "torch", dilate_last_stage: bool = Fal
     trunk = nn.Sequential(children)
     if padding == "same":
         _pad_like_tensorflow(trunk)
-    if dilate_last_stage:
-        _dilate_last_stage(trunk, name)
     return trunk
-
-
-def _dilate_last_stage(trunk: nn.Module, name: str) -> None:
-    """The last strided convolutions lose their stride, and those behind them look twice as far apart.
-
-    At every second place of every second row the map is then what it was before, but for squeeze-and-excitation (as in
-    EfficientNets), whose averages are over other places.
-    """
-    blocks = blocks_of(trunk)
-    first = max(number for number, block in enumerate(blocks) if _strided(block))
-    layers = _strided(blocks[first])
-    if not all(isinstance(layer, nn.Conv2d) for layer in layers) or name == "inception_v3":  # which pools within a block's forward
-        raise ValueError(
-            f"`dilate_last_stage`: {name}'s last stage begins with pooling, and only a convolution can be dilated: leave the "
-            "setting out, or take a backbone such as resnet50 or mobilenet_v2."
-        )
-    begun = False
-    for layer in (layer for block in blocks[first:] for layer in block.modules() if isinstance(layer, nn.Conv2d)):
-        if layer in layers:
-            begun = True
-            layer.stride = (1, 1)
-            if isinstance(layer, SameConv2d):
-                layer.__class__ = DenseSameConv2d
-        elif begun and max(layer.kernel_size) > 1:
-            layer.dilation = tuple(2 * side for side in layer.dilation)
-            layer.padding = tuple(2 * int(side) for side in layer.padding)
-
-
-def _strided(block: nn.Module) -> list[nn.Module]:
-    """The layers of a block that make its map smaller."""
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-    return [layer for layer in block.modules() if isinstance(layer, kinds) and max(_pair(layer.stride)) > 1]
 
 
 def blocks_of(trunk: nn.Module) -> list[nn.Module]:
@@ -211,16 +173,6 @@ class SameConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         pad = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         return F.conv2d(F.pad(input, pad), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class DenseSameConv2d(SameConv2d):
-    """At every second place what a `SameConv2d` of stride 2 has at every place; stride 1."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        right, bottom = ((kernel - 1) * dilation for kernel, dilation in zip(self.kernel_size[::-1], self.dilation[::-1]))
-        left, _, top, _ = same_padding(input.shape[-2:], self.kernel_size, (2, 2), self.dilation)
-        x = F.pad(input, [left, right - left, top, bottom - top])
-        return F.conv2d(x, self.weight, self.bias, 1, 0, self.dilation, self.groups)
 
 
 class SameMaxPool2d(nn.MaxPool2d):

@@ -25,10 +25,6 @@ class AttnCapConfig(PreTrainedConfig):
             trunk, without pooling and classifier, is the encoder.
         backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
             which weights that come from TensorFlow need.
-        dilate_last_stage: the trunk's last stage keeps the resolution of the one before, by dilated convolutions of the same
-            weights: of 224 pixels ResNets and MobileNets make a grid of 14 x 14 in place of 7 x 7. For a trained captioner that
-            means to train on. Backbones whose last stage begins with pooling (VGG, DenseNet, SqueezeNet, GoogLeNet, Inception)
-            have none that could be dilated.
         freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
         trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2 and of 9 in
             EfficientNets, where each stage is one; those before stay as they are. `None` for all of them.
@@ -80,7 +76,6 @@ class AttnCapConfig(PreTrainedConfig):
 
     backbone: str = "resnet152"
     backbone_padding: Literal["torch", "same"] = "torch"
-    dilate_last_stage: bool = False
     freeze_backbone: bool = True
     trainable_blocks: int | None = None
     freeze_batch_norm: bool = True
@@ -128,6 +123,11 @@ class AttnCapConfig(PreTrainedConfig):
             self.image_mean = [self.image_mean] * 3
         if isinstance(self.image_std, (int, float)):
             self.image_std = [self.image_std] * 3
+        # Checkpoints of earlier versions say it; most of them say False.
+        if kwargs.pop("dilate_last_stage", False):
+            raise ValueError(
+                "`dilate_last_stage` is no longer supported: load this checkpoint with the version of hf_attncap that trained it."
+            )
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
-        self.backbone = build_trunk(config.backbone, config.backbone_padding, config.dilate_last_stage)
+        self.backbone = build_trunk(config.backbone, config.backbone_padding)
         for module in self.backbone.modules():
             module.keep_torchvision_init = True  # type: ignore[assignment]
         self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)

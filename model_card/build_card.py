@@ -220,9 +220,7 @@ def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             parameters += math.prod(shape)
     grid = config.get("grid_size")
     return {
-        "encoder": f"{config['backbone']}, {config['encoder_channels']} output channels"
-        + (", last stage dilated" if config.get("dilate_last_stage") else "")
-        + (f", grid {grid}" if grid else ""),
+        "encoder": f"{config['backbone']}, {config['encoder_channels']} output channels" + (f", grid {grid}" if grid else ""),
         "decoder": f"LSTM with {config['hidden_size']} units, word embeddings with {config['word_embed_dim']} dimensions",
         "attention": WORD_ATTENTION[config["word_attention"]],
         "vocabulary": f"{config['vocab_size']:,}",

@@ -65,13 +65,6 @@ def captioned(tmp_path_factory, pictures) -> Path:
     return path
 
 
-def test_the_card_names_a_stage_that_is_dilated(checkpoint):
-    assert "dilated" not in str(build_card(checkpoint))
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    (checkpoint / "config.json").write_text(json.dumps(config | {"dilate_last_stage": True}), encoding="utf-8")
-    assert f"{config['encoder_channels']} output channels, last stage dilated" in str(build_card(checkpoint))
-
-
 def test_card_says_which_map_to_believe(checkpoint):
     figures = {"photographs": 12, "words": 34, "too_small": 1, "hits": 0.625, "chance": 0.25, "other_photographs": 0.375}
     figures |= {"hits_minus_chance": [0.375, 0.2, 0.5], "hits_minus_other_photographs": [0.25, -0.125, 0.5]}

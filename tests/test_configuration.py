@@ -122,10 +122,15 @@ def test_every_cnn_classifier_of_torchvision_is_taken_and_no_transformer():
     assert len(refused) > 10 and len(names) - len(refused) > 60
 
 
+def test_the_config_of_an_earlier_version_loads_unless_its_backbone_was_dilated():
+    assert not hasattr(AttnCapConfig.from_dict({"dilate_last_stage": False}), "dilate_last_stage")
+    with pytest.raises(ValueError, match="`dilate_last_stage` is no longer supported: load this checkpoint"):
+        AttnCapConfig.from_dict({"dilate_last_stage": True})
+
+
 OTHERS = {
     "backbone": "mobilenet_v2",
     "backbone_padding": "same",
-    "dilate_last_stage": True,
     "freeze_backbone": False,
     "trainable_blocks": 2,
     "freeze_batch_norm": False,

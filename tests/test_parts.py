@@ -115,11 +115,6 @@ def test_every_cnn_of_torchvision_ends_in_a_map():
     for name in (name for name in names if name.split("_")[0] not in ("vit", "swin", "maxvit")):
         with torch.device("meta"):
             assert trunk_channels(build_trunk(name)) >= 256, name
-            try:
-                dilated = build_trunk(name, dilate_last_stage=True)
-            except ValueError:
-                continue
-            assert trunk_channels(dilated) >= 256, name
 
 
 @pytest.mark.slow
@@ -215,36 +210,6 @@ def test_a_trunk_padded_like_tensorflow():
         assert_close(block.conv2(block.conv1(inner)), F.conv2d(block.conv1(inner), block.conv2.weight, padding=1))
         assert ours(picture).shape == theirs(picture).shape
         assert not torch.allclose(ours(picture), theirs(picture))
-
-
-@pytest.mark.parametrize("padding", ["torch", "same"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "convnext_tiny"])
-def test_a_dilated_stage_sees_at_every_second_place_what_it_saw_before(name, padding):
-    torch.manual_seed(0)
-    plain, dilated = build_trunk(name, padding).double(), build_trunk(name, padding, dilate_last_stage=True).double()
-    calibrate(plain)
-    dilated.load_state_dict(plain.state_dict())
-    dilated.eval()
-    picture = torch.rand(1, 3, 96, 80).double()  # maps of 6 x 5 before the last stage
-    with torch.no_grad():
-        want, got = plain(picture), dilated(picture)
-    assert want.std() > 1e-6 and not torch.allclose(got[..., 0, 0], got[..., 0, 1])
-    rows, columns = (5, 4) if name == "convnext_tiny" else (6, 5)  # its kernel of 2 x 2 has no padding
-    assert got.shape == (*want.shape[:2], rows, columns)
-    assert_close(got[..., ::2, ::2][..., : want.shape[2], : want.shape[3]], want)
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_1", "inception_v3"])
-def test_a_last_stage_that_pools_is_not_dilated(name):
-    with pytest.raises(ValueError, match=f"{name}'s last stage begins with pooling.*leave the setting out"):
-        build_trunk(name, dilate_last_stage=True)
-
-
-def test_a_captioner_goes_on_with_a_finer_grid(tmp_path):
-    tiny_model(backbone="mobilenet_v2").save_pretrained(tmp_path)
-    picture = torch.rand(1, 3, 64, 64)
-    grids = [load(tmp_path, dilate_last_stage=dilated).model.encoder(picture).grid_shape for dilated in (False, True)]
-    assert grids == [(2, 2), (4, 4)]
 
 
 def test_the_config_chooses_the_padding(tmp_path):
