@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding runs/best --images validation.parquet --beams 1 3 5 --length_penalties 0.8 1 1.2
 
-The pictures are encoded once. Nothing is changed in the checkpoint: `python -m training.pack --generation` does that.
+The pictures are encoded once. Nothing is changed in the checkpoint: `attncap pack --generation` does that.
 """
 
 import argparse

@@ -175,11 +175,43 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--image-dir", metavar="DIR", help="where paths of pictures begin (default: the folder of the file)")
     calibrate.set_defaults(command=_calibrate)
 
+    average = commands.add_parser(
+        "average",
+        help="average the weights of checkpoints",
+        description="Writes the mean of the weights of checkpoints that were trained on from the same one, with the processor and "
+        "the settings of the last. Compare it with each of them on validation images.",
+    )
+    average.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folders of saved models")
+    average.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
+    average.add_argument("--shares", metavar="N", type=float, nargs="+", help="of each in the mean, in any unit (default: equal)")
+    average.set_defaults(command=_average)
+
+    pack = commands.add_parser("pack", help="store a checkpoint's weights in half precision, half the size")
+    pack.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    pack.add_argument("out", metavar="OUT", help="the folder to write")
+    pack.add_argument(
+        "--generation",
+        metavar="JSON",
+        type=_mapping,
+        help="""settings that replace those of generation_config.json, such as '{"num_beams": 5}'; they remove the confidence""",
+    )
+    pack.set_defaults(command=_pack)
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")
     export.set_defaults(command=_export_hub)
     return parser
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no mapping of settings, such as {{\"num_beams\": 5}}")
+    return value
 
 
 def _file(text: str) -> str:
@@ -212,6 +244,18 @@ def _train(arguments: list[str]) -> int:
         print(f'attncap: training needs more packages: pip install "hf_attncap[train]" ({error})', file=sys.stderr)
         return 1
     return train(arguments)
+
+
+def _average(args: argparse.Namespace) -> int:
+    _quieten()
+    print(_training_module("blend").blend(args.checkpoints, args.output, args.shares))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    _quieten()
+    print(_training_module("pack").pack(args.checkpoint, args.out, args.generation))
+    return 0
 
 
 def _export_hub(args: argparse.Namespace) -> int:
@@ -265,7 +309,7 @@ def _training_module(name: str) -> Any:
     try:
         return importlib.import_module(f".training.{name}", __package__)
     except ImportError as error:
-        raise OSError(f'measuring needs more packages: pip install "hf_attncap[train]" ({error})') from error
+        raise OSError(f'this needs more packages: pip install "hf_attncap[train]" ({error})') from error
 
 
 def _evaluate(args: argparse.Namespace) -> int:

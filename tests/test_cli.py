@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import hf_attncap.captioner
@@ -316,3 +317,25 @@ def test_train_hands_over_to_training(tmp_path, capsys):
     assert "give `--train_file`, `--dataset_name` or `--data_dir`" in capsys.readouterr().err
     assert main(["train", "--config", "fientune.yaml", "--output_dir", str(tmp_path)]) == 2
     assert "No such config file: fientune.yaml. Those that come with the package: " in capsys.readouterr().err
+
+
+def test_checkpoints_are_averaged_and_packed(tiny_checkpoint, tmp_path, capsys):
+    mean, half = tmp_path / "mean", tmp_path / "half"
+    assert main(["average", str(tiny_checkpoint), str(tiny_checkpoint), "--output", str(mean), "--shares", "1", "3"]) == 0
+    assert main(["pack", str(mean), str(half)]) == 1
+    assert "has values beyond float16" in capsys.readouterr().err
+    file = mean / "model.safetensors"
+    save_file({name: tensor.clamp(-100, 100) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert main(["pack", str(mean), str(half), "--generation", '{"num_beams": 2}']) == 0
+    assert capsys.readouterr().out == f"{half}\n"
+    assert json.loads((half / "generation_config.json").read_text())["num_beams"] == 2
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (mean, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+    assert main(["average", str(tiny_checkpoint), str(mean), "--output", str(mean)]) == 1
+    assert "is not an empty folder" in capsys.readouterr().err
+    for wrong, said in (("{", "is no JSON"), ("[1]", "is no mapping of settings")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["pack", str(mean), str(tmp_path / "wrong"), "--generation", wrong])
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()

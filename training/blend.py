@@ -1,9 +1,7 @@
-"""Blend checkpoints of one captioner: `python -m training.blend FIRST SECOND ... --output OUT` averages their weights."""
+"""`attncap average`: the mean of the weights of checkpoints of one captioner."""
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,20 +54,3 @@ def blend(checkpoints: Sequence[str | Path], out: str | Path, shares: Sequence[f
 
 def _load(checkpoint: str | Path) -> Any:
     return Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Average the weights of checkpoints of one captioner.")
-    parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--shares", type=float, nargs="+", help="of each checkpoint in the mean, in any unit; default: equal ones")
-    arguments = parser.parse_args()
-    try:
-        print(blend(arguments.checkpoints, arguments.output, arguments.shares))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,6 @@
-"""Pack a trained checkpoint for shipping: `python -m training.pack CHECKPOINT OUT` stores the weights in half precision."""
+"""`attncap pack`: a trained checkpoint with its weights in half precision, for shipping."""
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +41,3 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
         settings = json.loads(config.read_text(encoding="utf-8"))
         config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     return Path(out)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Store a checkpoint's weights in half precision.")
-    parser.add_argument("checkpoint")
-    parser.add_argument("out")
-    parser.add_argument("--generation", type=json.loads, help="""settings of generation as JSON: '{"num_beams": 5}'""")
-    arguments = parser.parse_args()
-    try:
-        print(pack(arguments.checkpoint, arguments.out, arguments.generation))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
