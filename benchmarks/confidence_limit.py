@@ -30,21 +30,25 @@ from training.measure import caption, captioned_images
 REFERENCES, JUDGE = 5, 2
 
 
-def judge(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> list[float]:
-    """The AUROC of two references as a judge of captions, one value per split of five references into two and three.
+def good_by_split(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> dict[tuple[int, ...], np.ndarray]:
+    """Whether captions are good (I, bool) against the other three references, for each choice of two of the five.
 
     Args:
         references: five per image id.
         captions: of the same images.
     """
-    splits = list(itertools.combinations(range(REFERENCES), JUDGE))
-    return [
-        auroc(_cider(references, captions, split), _cider(references, captions, _others(split)) >= THRESHOLD) for split in splits
-    ]
+    found = {}
+    for judges in itertools.combinations(range(REFERENCES), JUDGE):
+        others = [place for place in range(REFERENCES) if place not in judges]
+        found[judges] = _cider(references, captions, others) >= THRESHOLD
+    return found
 
 
-def _others(split: Sequence[int]) -> list[int]:
-    return [place for place in range(REFERENCES) if place not in split]
+def judge(
+    references: Mapping[str, Sequence[str]], captions: Mapping[str, str], good: Mapping[tuple[int, ...], np.ndarray]
+) -> list[float]:
+    """The AUROC of two references as a judge of captions, one value per split of `good_by_split`."""
+    return [auroc(_cider(references, captions, judges), labels) for judges, labels in good.items()]
 
 
 def _cider(references: Mapping[str, Sequence[str]], captions: Mapping[str, str], places: Sequence[int]) -> np.ndarray:
@@ -59,20 +63,14 @@ def report(checkpoint: str, file: str) -> dict[str, Any]:
     rows = captioned_images(file)
     captions, _, signals = caption(Captioner.from_pretrained(checkpoint), rows)
     score = dict(zip(captions, (float(signal["score"]) for signal in signals)))
-    references = {
-        name: own[:REFERENCES]
-        for name, own in zip(rows["image_id"], rows["captions"])
-        if len(own) >= REFERENCES and name in captions
-    }
+    references = {name: own[:REFERENCES] for name, own in zip(rows["image_id"], rows["captions"]) if len(own) >= REFERENCES}
     if len(references) < 2:
         raise SettingError(f"{file} has {len(references)} images with {REFERENCES} references: at least 2 are needed.")
     chosen = {name: captions[name] for name in references}
     own = np.array([score[name] for name in references])  # (I)
-    of_score = [
-        auroc(own, _cider(references, chosen, _others(split)) >= THRESHOLD)
-        for split in itertools.combinations(range(REFERENCES), JUDGE)
-    ]
-    return {"images": len(references), "two_references": _summary(judge(references, chosen)), "score": _summary(of_score)}
+    good = good_by_split(references, chosen)
+    of_score = [auroc(own, labels) for labels in good.values()]
+    return {"images": len(references), "two_references": _summary(judge(references, chosen, good)), "score": _summary(of_score)}
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Pointed(NamedTuple):
 
 
 def point(photograph: str, word: str, weights: np.ndarray, boxes: Sequence[Box]) -> Pointed:
-    """Scores a word with a map of weights (H, W). If they are in sum 1, an even map has as much mass in the boxes as their area."""
+    """Scores a word with a map of weights (H, W). If they sum to 1, an even map has as much mass in the boxes as their area."""
     inside = np.any([within([SIDE * edge for edge in box], weights.shape) for box in boxes], axis=0)  # (H, W)
     shares = covered(boxes, weights.shape)  # (H, W)
     return Pointed(photograph, word, int(weights.argmax()), inside.ravel(), float((weights * shares).sum()), float(shares.mean()))

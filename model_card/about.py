@@ -27,7 +27,7 @@ LINES = (*TEXTS, "datasets", *LISTS)
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The lines of an `about.yaml`; none if there is no file.
+    """The lines of an `about.yaml`. Empty if there is no file.
 
     Raises:
         ValueError: it is no YAML, or no mapping of the lines above.

@@ -76,8 +76,8 @@ def test_references_that_agree_are_perfect_judges_and_others_are_none(monkeypatc
     things = ["dog", "cat", "man", "woman", "child", "bus", "train", "boat", "horse", "sheep", "car", "bike"]
     agree = {thing: [f"the {thing} is near a {thing} number {n}" for n in range(5)] for thing in things}
     captions = {thing: agree[thing][0] if n % 2 else "people stand and talk" for n, thing in enumerate(things)}
-    assert confidence_limit.judge(agree, captions) == [1.0] * 10
+    assert confidence_limit.judge(agree, captions, confidence_limit.good_by_split(agree, captions)) == [1.0] * 10
     # The first three people see one thing, the last two another one: only splits with both kinds in each part tell something.
     differ = {name: [*own[:3], "nothing to be seen here", "nothing to be seen here"] for name, own in agree.items()}
-    values = confidence_limit.judge(differ, captions)
+    values = confidence_limit.judge(differ, captions, confidence_limit.good_by_split(differ, captions))
     assert min(values) == 0.5 < max(values)
