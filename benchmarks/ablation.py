@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from hf_attncap.model_card.measure import caption, commit
+from hf_attncap.training.arguments import DataArguments, SettingError
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.settings import CONFIGS
 
 from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.metrics.score import CaptionScores
 from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
-from training.arguments import DataArguments, SettingError
-from training.data import load_data
-from training.measure import caption, commit
-from training.settings import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")
@@ -79,7 +79,7 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     if not (folder / "metrics.json").exists():
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "training.train", "--config", str(config), "--disable_tqdm", "true", *words]
+        command = [sys.executable, "-m", "hf_attncap.training.train", "--config", str(config), "--disable_tqdm", "true", *words]
         subprocess.run(command, cwd=ROOT, check=True)
     seconds = time.monotonic() - start
     rows = load_data(DataArguments(train_file=args.validation_file)).train

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hf_attncap.model_card.calibration import THRESHOLD, auroc
+from hf_attncap.model_card.measure import caption, captioned_images
+from hf_attncap.training.arguments import SettingError
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import SettingError
-from training.calibration import THRESHOLD, auroc
-from training.measure import caption, captioned_images
 
 REFERENCES, JUDGE = 5, 2
 

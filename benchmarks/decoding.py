@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf_attncap.model_card.measure import BATCH, commit
+from hf_attncap.training.arguments import DataArguments, SettingError
+from hf_attncap.training.data.splits import load_data
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap import Captioner
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import DataArguments, SettingError
-from training.data import load_data
-from training.measure import BATCH, commit
 
 SCORES = ("bleu_4", "cider", "mean_length", "vocabulary", "bad_endings")
 

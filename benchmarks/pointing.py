@@ -142,7 +142,7 @@ def train(kind: str, seed: int, args: argparse.Namespace, scenes: Path) -> Path:
         "disable_tqdm": True,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "training.train", *words], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "hf_attncap.training.train", *words], cwd=ROOT, check=True)
     return folder
 
 

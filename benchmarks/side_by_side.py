@@ -50,7 +50,7 @@ def print_captions(files: list[Path], first: list[dict[str, Any]], second: list[
 
 def print_differences(files: list[Path], first: list[dict[str, Any]], second: list[dict[str, Any]], references: list[str]) -> None:
     # Only here, since it loads torch.
-    from hf_attncap.training.measure import captioned_images, name_sets  # pyright: ignore[reportMissingImports]
+    from hf_attncap.model_card.measure import captioned_images, name_sets
 
     print(f"\n| images | score | {files[0].parent.name} | {files[1].parent.name} | difference (95 % interval) | p |")
     print("|---|---|---|---|---|---|")

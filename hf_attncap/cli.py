@@ -1,14 +1,14 @@
 """The console script `attncap`: reads the command line, calls, prints."""
 
 import argparse
-import importlib
 import io
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
@@ -239,7 +239,7 @@ def _probability(text: str) -> float:
 def _train(arguments: list[str]) -> int:
     """Hands over to the training package, which reads its settings itself."""
     try:
-        from .training.train import main as train  # pyright: ignore[reportMissingImports]  # there once installed
+        from hf_attncap.training.train import main as train
     except ImportError as error:
         print(f'attncap: training needs more packages: pip install "hf_attncap[train]" ({error})', file=sys.stderr)
         return 1
@@ -248,13 +248,19 @@ def _train(arguments: list[str]) -> int:
 
 def _average(args: argparse.Namespace) -> int:
     _quieten()
-    print(_training_module("blend").blend(args.checkpoints, args.output, args.shares))
+    with _packages_for_training():
+        from hf_attncap.training.checkpoints.average import blend
+
+    print(blend(args.checkpoints, args.output, args.shares))
     return 0
 
 
 def _pack(args: argparse.Namespace) -> int:
     _quieten()
-    print(_training_module("pack").pack(args.checkpoint, args.out, args.generation))
+    with _packages_for_training():
+        from hf_attncap.training.checkpoints.pack import pack
+
+    print(pack(args.checkpoint, args.out, args.generation))
     return 0
 
 
@@ -263,7 +269,7 @@ def _export_hub(args: argparse.Namespace) -> int:
     from .hub import export_to_hub
 
     export_to_hub(args.checkpoint, args.out)
-    from .model_card.build_card import is_ours, write_card  # pyright: ignore[reportMissingImports]  # there once installed
+    from hf_attncap.model_card.build_card import is_ours, write_card
 
     if is_ours(args.out):
         write_card(args.out)
@@ -272,19 +278,24 @@ def _export_hub(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     _quieten()
-    from .model_card.build_card import check_card, write_card  # pyright: ignore[reportMissingImports]  # there once installed
+    from hf_attncap.model_card.build_card import check_card, write_card
 
     check_card(args.checkpoint, len(args.images))
     if args.images or args.pictures:
-        measure = _training_module("measure")
-        measure.update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures)
+        with _packages_for_training():
+            from hf_attncap.model_card.measure import update_results
+
+        update_results(args.checkpoint, args.images, args.split, args.image_dir, args.pictures)
     print(write_card(args.checkpoint))
     return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
     _quieten()
-    report = _training_module("calibration").calibrate(args.checkpoint, args.images, args.split, args.image_dir)
+    with _packages_for_training():
+        from hf_attncap.model_card.calibration import calibrate
+
+    report = calibrate(args.checkpoint, args.images, args.split, args.image_dir)
     for name, found in report["sets"].items():
         figures = [found["auroc"], found["auroc_of_score"]] if found["images"] else []
         if not figures or figures[0][0] is None:
@@ -305,9 +316,10 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _training_module(name: str) -> Any:
+@contextmanager
+def _packages_for_training() -> Iterator[None]:
     try:
-        return importlib.import_module(f".training.{name}", __package__)
+        yield
     except ImportError as error:
         raise OSError(f'this needs more packages: pip install "hf_attncap[train]" ({error})') from error
 

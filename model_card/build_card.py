@@ -18,12 +18,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hf_attncap.training.checkpoints.about import ABOUT, check_count, read_about
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from hf_attncap.atomic import atomic_write
-
-from .about import ABOUT, check_count, read_about
 
 TEMPLATE = Path(__file__).with_name("template.md")
 CARD = "README.md"

@@ -16,11 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from hf_attncap.training.data.vocabulary import build_tokenizer
 from hypothesis import settings
 from PIL import Image
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
-from training.vocabulary import build_tokenizer
 
 # Property tests try the same examples each time, so that they say the same of the same code; `search` looks for new ones, longer.
 settings.register_profile("same", derandomize=True, deadline=None)

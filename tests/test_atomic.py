@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.pack import pack
 
 from hf_attncap.atomic import atomic_folder, atomic_write, flush_to_disk
-from training.blend import blend
-from training.pack import pack
 
 ROOT = Path(__file__).parent.parent
 

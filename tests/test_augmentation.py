@@ -7,18 +7,18 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
+from hf_attncap.training.arguments import SettingError, parse_arguments
+from hf_attncap.training.data.augmentation import Augmentation, augmented, mirrored, with_mirrored
+from hf_attncap.training.data.feature_cache import cached_features
+from hf_attncap.training.data.randomness import Chance, Moment
+from hf_attncap.training.data.splits import Decoding
+from hf_attncap.training.data.views import FeatureRows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from hf_attncap import AttnCapConfig, AttnCapImageProcessor
 from hf_attncap.encoder_attncap import GridEncoder
-from training.arguments import SettingError, parse_arguments
-from training.augmentation import Augmentation, augmented, mirrored, with_mirrored
-from training.chance import Chance, Moment
-from training.data import Decoding
-from training.features import cached_features
-from training.views import FeatureRows
 
 IMAGES = 12
 CAPTIONS = ["A dog to the Left of a man", "two dogs"]

@@ -11,6 +11,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from hf_attncap.model_card import measure
+from hf_attncap.model_card.build_card import build_card, write_card
+from hf_attncap.model_card.error_analysis import doubles, genders, limits, numbers, unusual, writing
+from hf_attncap.training.arguments import SettingError
+from hf_attncap.training.checkpoints.pack import pack
+from hf_attncap.training.checkpoints.record import earlier_stages, elapsed, provenance
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -18,12 +24,6 @@ from hf_attncap import AttnCapForConditionalGeneration, Captioner
 from hf_attncap.cli import main
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.visualize import save_strip
-from model_card.build_card import build_card, write_card
-from training import measure
-from training.arguments import SettingError
-from training.limits import doubles, genders, limits, numbers, unusual, writing
-from training.pack import pack
-from training.record import earlier_stages, elapsed, provenance
 
 REFERENCES = [["A black dog is running .", "two red dogs", "a house while it rains"], ["a child in the rain"]]
 ABOUT = {

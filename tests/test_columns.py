@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as Picture
+from hf_attncap.training.arguments import SettingError
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.data.streaming import load_stream
 
 from tests.test_data import ROWS, content, data_arguments, jsonl, picture, put_pictures, tar
-from training.arguments import SettingError
-from training.data import load_data
-from training.streaming import load_stream
 
 EACH = [(red, text) for red, texts in ROWS for text in texts]
 

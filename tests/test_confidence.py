@@ -9,6 +9,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hf_attncap.model_card.build_card import build_card
+from hf_attncap.model_card.calibration import auroc, fit_logistic, reliability
+from hf_attncap.training.arguments import ModelArguments
+from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.pack import pack
+from hf_attncap.training.train import build_captioner
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +26,6 @@ from hf_attncap.cli import main
 from hf_attncap.confidence import estimate_confidence
 from hf_attncap.hub import export_to_hub
 from hf_attncap.pipeline_attncap import generate_captions
-from model_card.build_card import build_card
-from training.arguments import ModelArguments
-from training.blend import blend
-from training.calibration import auroc, fit_logistic, reliability
-from training.pack import pack
-from training.train import build_captioner
 
 FITTED = {"weights": {"score": 2.0, "lowest": 0.25, "entropy": -0.5}, "bias": 3.0, "threshold": 0.5, "images": 40}
 
@@ -232,7 +232,7 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
     def fail(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("hf_attncap.training.calibration._draw", fail)  # the name under which the command imports it
+    monkeypatch.setattr("hf_attncap.model_card.calibration._draw", fail)  # the name under which the command imports it
     assert main(["calibrate", str(folder), "--images", str(sixty)]) == 1
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 import torchvision
 import yaml
+from hf_attncap.training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from hf_attncap.training.settings import CONFIGS
+from hf_attncap.training.train import main
 from PIL import Image
 from torchvision.models import ResNet152_Weights
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
 from hf_attncap.captioner import Captioner
 from hf_attncap.efficientnet_lite_attncap import efficientnet_lite
-from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, parse_arguments
-from training.settings import CONFIGS
-from training.train import main
 
 GROUPS = (ModelArguments, DataArguments, CaptionTrainingArguments)
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

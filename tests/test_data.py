@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as Picture
+from hf_attncap.training.arguments import DataArguments, SettingError, parse_arguments
+from hf_attncap.training.data.sources import Entry, Source, read_file
+from hf_attncap.training.data.splits import assemble, load_data
+from hf_attncap.training.data.streaming import load_stream
+from hf_attncap.training.train import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from training.arguments import DataArguments, SettingError, parse_arguments
-from training.data import assemble, load_data
-from training.formats import Entry, Source, read_file
-from training.streaming import load_stream
-from training.train import main
 
 TINY = {
     "backbone": "mobilenet_v3_small",

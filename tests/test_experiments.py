@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
+from hf_attncap.model_card.measure import measure
+from hf_attncap.training.arguments import DataArguments, parse_arguments
+from hf_attncap.training.data.splits import load_data
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
 from hf_attncap import AttnCapConfig
 from hf_attncap.metrics import CaptionMetrics, compare
-from training.arguments import DataArguments, parse_arguments
-from training.data import load_data
-from training.measure import measure
 
 ROOT = Path(__file__).parent.parent
 BASE = "flickr8k_mobilenet_v2_decoder.yaml"

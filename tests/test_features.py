@@ -17,13 +17,13 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from filelock import FileLock
+from hf_attncap.training.arguments import SettingError
+from hf_attncap.training.data import feature_cache as features
+from hf_attncap.training.data.feature_cache import cached_features
 from PIL import Image
 
 from hf_attncap import AttnCapConfig, AttnCapImageProcessor
 from hf_attncap.encoder_attncap import GridEncoder
-from training import features
-from training.arguments import SettingError
-from training.features import cached_features
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 11

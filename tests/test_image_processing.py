@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hf_attncap.training.arguments import ModelArguments
+from hf_attncap.training.train import build_captioner
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapProcessor, Captioner
 from hf_attncap.image_processing_attncap import AttnCapImageProcessor
-from training.arguments import ModelArguments
-from training.train import build_captioner
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from hf_attncap.training.data.streaming import SHUFFLED, share_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.test_processes import history, launch, load, options
-from training.streaming import SHUFFLED, share_of
 
 SHADE = 6  # between the colours of two numbers
 PER_IMAGE = 3
@@ -40,8 +40,8 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from training.train import main
-from training.trainer import CaptionTrainer
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 
 met = []
 plain = CaptionTrainer.compute_loss

@@ -4,6 +4,10 @@ import glob
 import json
 
 import pytest
+from hf_attncap.training.arguments import SettingError
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.data.streaming import load_stream
+from hf_attncap.training.train import main
 
 from tests.test_data import (
     ROWS,
@@ -21,10 +25,6 @@ from tests.test_data import (
     data_arguments,
     picture,
 )
-from training.arguments import SettingError
-from training.data import load_data
-from training.streaming import load_stream
-from training.train import main
 
 STRANGE = ["[set] 1", "a*b", "is it?", "{a,b}", "x[!y]"]
 WHOLE = [as_parquet, as_parquet_of_paths, as_csv, as_jsonl, as_coco, as_image_folder, as_saved_dataset, as_shards]

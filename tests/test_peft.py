@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset, Image
+from hf_attncap.training.arguments import CaptionTrainingArguments
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapProcessor
-from training.arguments import CaptionTrainingArguments
-from training.collator import CaptionCollator
-from training.trainer import CaptionTrainer
 
 KINDS = ["none", "score", "channel", "history"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

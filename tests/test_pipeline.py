@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_attncap.training.data.vocabulary import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,6 @@ from transformers import AutoProcessor, pipeline
 
 from hf_attncap.pipeline_attncap import AttnCapPipeline, CaptionPieces
 from hf_attncap.processing_attncap import AttnCapProcessor
-from training.vocabulary import build_tokenizer
 
 make_pipeline: Any = pipeline  # its overloads know only the library's own tasks
 CAPTIONS = ["a black dog is running fast on the beach", "two dogs play with a red ball", "the dog's ball"]

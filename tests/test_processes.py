@@ -13,6 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from hf_attncap.training.arguments import CaptionTrainingArguments, DataArguments
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers import self_critical
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, new_images, policy
+from hf_attncap.training.trainers.dropout import silence
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,14 +29,6 @@ from torch.utils.data import BatchSampler
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from hf_attncap.backbone_attncap import build_trunk
-from training import self_critical
-from training.arguments import CaptionTrainingArguments, DataArguments
-from training.collator import CaptionCollator
-from training.data import load_data
-from training.dropout import silence
-from training.self_critical import SelfCriticalTrainer, draw
-from training.train import main
-from training.trainer import CaptionTrainer, new_images, policy
 
 ROOT = Path(__file__).parent.parent
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 220), (240, 240, 240), (10, 10, 10), (230, 220, 30), (150, 30, 160)]
@@ -148,7 +148,7 @@ RUN = """
 import json
 import sys
 import torch
-from training.train import main
+from hf_attncap.training.train import main
 
 drawn = torch.multinomial
 likeliest = lambda p, n: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
@@ -271,7 +271,7 @@ def test_accelerate_starts_two_processes(warm, parquet, tmp_path):
     more = {**STEPS, "model_name_or_path": warm, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
     argv = options(parquet, tmp_path / "run", **more)
     start = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch([*start, "-m", "training.train", *argv])
+    launch([*start, "-m", "hf_attncap.training.train", *argv])
     assert len(history(tmp_path / "run", "loss")) == 4, "seven images are two batches of four an epoch"
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from hf_attncap.training.data.vocabulary import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +16,6 @@ from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from hf_attncap.configuration_attncap import AttnCapConfig
 from hf_attncap.image_processing_attncap import AttnCapImageProcessor
 from hf_attncap.processing_attncap import AttnCapProcessor
-from training.vocabulary import build_tokenizer
 
 WORDS = ["a", "black", "dog", "is", "running", "fast", "on", "the", "beach"]
 

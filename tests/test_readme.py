@@ -16,10 +16,10 @@ import skimage
 import torch
 import torchvision
 from datasets import Dataset
+from hf_attncap.training.arguments import parse_arguments
 from PIL import Image
 
 from hf_attncap import Captioner
-from training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -152,8 +152,8 @@ def test_commands_of_the_results_name_scripts_and_settings_that_there_are(tmp_pa
     commands = [shlex.split(command) for command in shell_commands("RESULTS.md")]
     assert len(commands) > 10
     for words in commands:
-        if words[:3] == ["python", "-m", "training.train"]:
-            parse_arguments([*words[3:], "--use_cpu", "True"])  # some are for a GPU
+        if words[:2] == ["attncap", "train"]:
+            parse_arguments([*words[2:], "--use_cpu", "True"])  # some are for a GPU
             continue
         if words[0] == "attncap":
             source = ROOT / "hf_attncap" / "cli.py"

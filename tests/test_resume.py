@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hf_attncap.training.data.augmentation import Augmentation, augmented
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.data.randomness import Chance
+from hf_attncap.training.data.splits import Decoding
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
+from hf_attncap.training.trainers.checkpoint_files import UNFINISHED
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_attncap import AttnCapProcessor
-from training.augmentation import Augmentation, augmented
-from training.chance import Chance
-from training.checkpoints import UNFINISHED
-from training.collator import CaptionCollator
-from training.data import Decoding
-from training.train import main
-from training.trainer import CaptionTrainer
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "green", "blue", "white", "black"]
@@ -331,8 +331,8 @@ def test_epochs_draw_other_captions_and_crops_whoever_reads(warm, workers):
 RUN = """
 import os, pathlib, signal, sys
 import torch
-from training.train import main
-from training.trainer import CaptionTrainer
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 
 where, at = sys.argv[1], int(sys.argv[2])
 owner, name = {"step": (CaptionTrainer, "training_step"), "save": (torch, "save"), "end": (pathlib.Path, "replace")}[where]

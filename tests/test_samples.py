@@ -13,15 +13,15 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers.ema import LIVE_WEIGHTS_FILE
+from hf_attncap.training.trainers.samples import SampleCaptions
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor, Captioner
 from hf_attncap.captioner import CaptionResult
-from training.averaging import LIVE_WEIGHTS_FILE
-from training.samples import SampleCaptions
-from training.train import main
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
 TINY = {

@@ -12,6 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hf_attncap.training.arguments import CaptionTrainingArguments, SettingError
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.data.vocabulary import build_tokenizer
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers import self_critical
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, policy
+from hf_attncap.training.trainers.dropout import silence
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,14 +27,6 @@ from transformers import TrainerCallback
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
-from training import self_critical
-from training.arguments import CaptionTrainingArguments, SettingError
-from training.collator import CaptionCollator
-from training.dropout import silence
-from training.self_critical import SelfCriticalTrainer, advantages, draw
-from training.train import main
-from training.trainer import CaptionTrainer, policy
-from training.vocabulary import build_tokenizer
 
 WORDS = {
     "red": ["a red square on a table", "a red square on the table", "one red square on a table"],
@@ -488,7 +488,7 @@ RUN = """
 import sys
 import torch
 from hf_attncap.metrics import DocumentFrequencies
-from training.train import main
+from hf_attncap.training.train import main
 
 count = DocumentFrequencies.from_references
 

@@ -8,13 +8,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from hf_attncap.training.arguments import GROUPS, parse_arguments
+from hf_attncap.training.train import main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Seq2SeqTrainingArguments
 
 from hf_attncap import AttnCapConfig
-from training.arguments import GROUPS, parse_arguments
-from training.train import main
 
 TRANSFORMERS = {item.name for item in fields(Seq2SeqTrainingArguments)}
 OPTIONS = sorted({item.name for group in GROUPS for item in fields(group) if item.init})
@@ -170,7 +170,7 @@ def test_settings_left_at_their_defaults_or_used_say_nothing(data, caplog):
 
 
 def test_rules_name_settings_that_there_are():
-    from training.unused import MODEL_CONFIG_RULES, RULES
+    from hf_attncap.training.unused_options import MODEL_CONFIG_RULES, RULES
 
     known = set(OPTIONS) | {"trackio_bucket_id", "trackio_static_space_id", "train_sampling_strategy"}  # of newer transformers
     assert not {name for rule in RULES for name in rule.options} - known

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from datasets import Image as ImageColumn
+from hf_attncap.training.train import main
 from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoModelForImageTextToText, pipeline
 
 from hf_attncap import Captioner
-from training.train import main
 
 make_pipeline: Any = pipeline  # its overloads know only the library's own tasks
 
@@ -94,7 +94,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("training.sharing.get_token", lambda: None)
+        monkeypatch.setattr("hf_attncap.training.checkpoints.hub_upload.get_token", lambda: None)
         yield found
         server.shutdown()
 

@@ -8,6 +8,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hf_attncap.training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
+from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.pack import pack
+from hf_attncap.training.checkpoints.record import stage
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.data.feature_cache import cached_features
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.data.vocabulary import build_tokenizer
+from hf_attncap.training.train import main
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,16 +25,6 @@ from transformers import TrainerState
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
 from hf_attncap.metrics import CaptionMetrics
-from training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
-from training.blend import blend
-from training.collator import CaptionCollator
-from training.data import load_data
-from training.features import cached_features
-from training.pack import pack
-from training.record import stage
-from training.train import main
-from training.trainer import CaptionTrainer
-from training.vocabulary import build_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
 TINY = {
@@ -209,7 +209,7 @@ KINDS = [
 @pytest.mark.parametrize("more", KINDS, ids=["plain", "self-critical"])
 def test_several_gpus_in_one_process_are_refused_before_data_are_read(parquet, tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(CaptionTrainingArguments, "n_gpu", property(lambda self: 2))
-    monkeypatch.setattr("training.train.load_data", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr("hf_attncap.training.train.load_data", lambda *_: pytest.fail("data were read"))
     assert main(options(parquet, tmp_path / "run", **more)) == 2
     said = capsys.readouterr().err
     assert "has 2 GPUs" in said and "`torchrun --nproc_per_node 2`" in said and "`accelerate launch --num_processes 2`" in said

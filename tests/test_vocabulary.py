@@ -10,14 +10,20 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as Picture
+from hf_attncap.training.data.vocabulary import (
+    build_tokenizer,
+    describe_coverage,
+    extend_vocabulary,
+    repeatable_tokens,
+    word_coverage,
+)
+from hf_attncap.training.train import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from tests.test_data import picture
-from training.train import main
-from training.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens, word_coverage
 
 CAPTIONS = [
     "A black dog is running , fast .",

@@ -12,14 +12,14 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
+from hf_attncap.training.arguments import SettingError
+from hf_attncap.training.data.vocabulary import build_tokenizer
+from hf_attncap.training.data.word_vectors import train_word_vectors, write_word_vectors
+from hf_attncap.training.train import main
 from PIL import Image
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from hf_attncap.word_vectors_attncap import read_word_vectors
-from training.arguments import SettingError
-from training.train import main
-from training.vocabulary import build_tokenizer
-from training.word_vectors import train_word_vectors, write_word_vectors
 
 pytest.importorskip("gensim")
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hf_attncap.training.arguments import DataArguments
+from hf_attncap.training.data.augmentation import Augmentation, augmented
+from hf_attncap.training.data.collator import CaptionCollator
+from hf_attncap.training.data.randomness import Chance
+from hf_attncap.training.data.splits import Decoding, load_data
+from hf_attncap.training.data.views import FeatureRows
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_attncap import AttnCapProcessor
-from training.arguments import DataArguments
-from training.augmentation import Augmentation, augmented
-from training.chance import Chance
-from training.collator import CaptionCollator
-from training.data import Decoding, load_data
-from training.views import FeatureRows
 
 IMAGES = 6
 SHAPE = (IMAGES, 16, 40, 40)  # 300 kB in half precision

@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from hf_attncap.metrics import CaptionMetrics
 
 from .settings import Parser, SettingError
-from .unused import unused_settings
+from .unused_options import unused_settings
 
 logger = logging.getLogger(__name__)
 

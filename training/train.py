@@ -1,4 +1,4 @@
-"""Train a captioner: `python -m training.train --config training/configs/FILE.yaml [--option value ...]`."""
+"""Train a captioner: `attncap train --config training/configs/FILE.yaml [--option value ...]`."""
 
 import copy
 import json
@@ -28,24 +28,24 @@ from .arguments import (
     parse_arguments,
     refuse_without_validation,
 )
-from .augmentation import Augmentation, augmented, with_mirrored
-from .chance import Chance
-from .checkpoints import last_checkpoint, replacing, writing
-from .collator import CaptionCollator
-from .data import CaptionData, first, load_data
-from .features import cached_features
-from .inspection import inspect_data, way_out
+from .checkpoints.hub_upload import HubSharing
+from .checkpoints.record import ABOUT, RECORD, earlier_stages, provenance, stage
+from .data.augmentation import Augmentation, augmented, with_mirrored
+from .data.collator import CaptionCollator
+from .data.feature_cache import cached_features
+from .data.inspection import inspect_data, way_out
+from .data.randomness import Chance
+from .data.splits import CaptionData, first, load_data
+from .data.streaming import load_stream
+from .data.views import FeatureRows
+from .data.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens
+from .data.word_vectors import write_word_vectors
 from .processes import check_processes, on_main_process
-from .record import ABOUT, RECORD, earlier_stages, provenance, stage
-from .samples import SampleCaptions
-from .self_critical import SelfCriticalTrainer
-from .sharing import HubSharing
-from .stopping import EarlyStopping
-from .streaming import load_stream
-from .trainer import CaptionTrainer
-from .views import FeatureRows
-from .vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens
-from .word_vectors import write_word_vectors
+from .trainers.caption_trainer import CaptionTrainer
+from .trainers.checkpoint_files import last_checkpoint, replacing, writing
+from .trainers.early_stopping import EarlyStopping
+from .trainers.samples import SampleCaptions
+from .trainers.self_critical import SelfCriticalTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .chance import Chance, Moment
-from .data import Decoding
+from .randomness import Chance, Moment
+from .splits import Decoding
 
 SIDES = {"left": "right", "right": "left"}
 

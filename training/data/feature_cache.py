@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from hf_attncap.atomic import atomic_write
 
-from .arguments import SettingError
-from .processes import on_main_process, together
+from ..arguments import SettingError
+from ..processes import on_main_process, together
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from datasets import load_dataset as load_from_hub
 from hf_attncap.images import ImageError, load_image
 from hf_attncap.pictures_attncap import open_image
 
-from .arguments import DataArguments, SettingError
-from .formats import Entry, Role, Source, as_pattern, choose_split, from_shards, from_table, has_words, own_splits, read_file
-from .processes import together
+from ..arguments import DataArguments, SettingError
+from ..processes import together
+from .sources import Entry, Role, Source, as_pattern, choose_split, from_shards, from_table, has_words, own_splits, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from tokenizers.models import WordLevel
 
 from hf_attncap.processing_attncap import AttnCapProcessor
 
-from .arguments import DataArguments, ModelArguments, SettingError
-from .data import Split, examine, first, read_splits, shared_images
+from ..arguments import DataArguments, ModelArguments, SettingError
+from .splits import Split, examine, first, read_splits, shared_images
 from .vocabulary import build_tokenizer, describe_coverage, extend_tokenizer, word_coverage
 
 TINY = 32  # pixels of the shorter side: below it hardly anything is to be seen

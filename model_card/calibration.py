@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hf_attncap.training.arguments import SettingError
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write
 from hf_attncap.confidence import estimate_confidence
 from hf_attncap.configuration_attncap import SIGNALS
 
-from .arguments import SettingError
 from .measure import caption, captioned_images, commit, name_sets
 
 REPORT, CHART = "calibration.json", "calibration.jpg"

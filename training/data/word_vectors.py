@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_attncap.atomic import atomic_write
 
-from .arguments import SettingError
+from ..arguments import SettingError
 from .vocabulary import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)

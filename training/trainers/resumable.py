@@ -9,9 +9,9 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .arguments import SettingError
-from .checkpoints import UNFINISHED, appear, clear, discard, going_on, last_checkpoint, replacing, rotate, writing
-from .record import elapsed
+from ..arguments import SettingError
+from ..checkpoints.record import elapsed
+from .checkpoint_files import UNFINISHED, appear, clear, discard, going_on, last_checkpoint, replacing, rotate, writing
 
 
 class ResumableTrainer(Seq2SeqTrainer):

@@ -15,7 +15,7 @@ from datasets import Dataset, Image, Value, load_dataset
 
 from hf_attncap.metrics.files import CaptionFileError, JsonLines, read_json, read_references, read_text
 
-from .arguments import DataArguments, SettingError
+from ..arguments import DataArguments, SettingError
 from .columns import CAPTION_COLUMNS, captions_columns, check_columns, id_column_of, with_columns, with_shard_columns
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 
 from hf_attncap.processing_attncap import AttnCapProcessor
 
-from .chance import Chance
+from .randomness import Chance
 
 
 @dataclass

@@ -10,10 +10,9 @@ from datasets.distributed import split_dataset_by_node
 
 from hf_attncap.images import ImageError
 
-from .arguments import DataArguments, SettingError
+from ..arguments import DataArguments, SettingError
 from .columns import captions_columns, id_column_of, with_columns, with_shard_columns
-from .data import WAY_OUT, CaptionData, assemble, check_set, decoded, file_source, ready
-from .formats import (
+from .sources import (
     Source,
     as_pattern,
     choose_split,
@@ -24,6 +23,7 @@ from .formats import (
     row_captions,
     shard_captions,
 )
+from .splits import WAY_OUT, CaptionData, assemble, check_set, decoded, file_source, ready
 
 logger = logging.getLogger(__name__)
 

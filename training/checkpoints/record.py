@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from hf_attncap.model_card.about import check_about  # pyright: ignore[reportMissingImports]  # there once installed
 from transformers.utils.hub import cached_file
 
 from hf_attncap import AttnCapProcessor
 
-from .arguments import SettingError
+from ..arguments import SettingError
+from .about import check_about
 
 RECORD = "training.json"
 ABOUT = "about.yaml"

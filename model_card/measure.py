@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from hf_attncap.training.arguments import DataArguments, SettingError
+from hf_attncap.training.checkpoints.record import hardware
+from hf_attncap.training.data.splits import load_data
 from tqdm.auto import tqdm
 
 from hf_attncap import Captioner
@@ -19,10 +22,7 @@ from hf_attncap.atomic import atomic_write
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
 from hf_attncap.visualize import is_strip, save_strip
 
-from .arguments import DataArguments, SettingError
-from .data import load_data
-from .limits import limits
-from .record import hardware
+from .error_analysis import limits
 
 RESULTS = "results.json"
 BATCH = 32

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from .augmentation import Augmentation, augmented
-from .chance import Chance, Moment
+from .randomness import Chance, Moment
 
 SEED = 0  # of the views: runs with other seeds find them in the cache
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Features, Image
 
-from .arguments import DataArguments, SettingError
+from ..arguments import DataArguments, SettingError
 
 logger = logging.getLogger(__name__)
 

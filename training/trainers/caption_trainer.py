@@ -14,10 +14,10 @@ from transformers.trainer_utils import has_length
 
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
-from .arguments import SettingError
-from .averaging import WeightAverage
+from ..arguments import SettingError
+from ..processes import check_processes, together
 from .dropout import drop_inputs
-from .processes import check_processes, together
+from .ema import WeightAverage
 from .resumable import ResumableTrainer
 
 

@@ -15,10 +15,10 @@ from hf_attncap.cache_attncap import CACHE_NAME
 from hf_attncap.metrics import CiderReward, DocumentFrequencies, tokenize
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
-from .arguments import SettingError
+from ..arguments import SettingError
+from ..processes import on_main_process
+from .caption_trainer import CaptionTrainer, policy
 from .dropout import silence
-from .processes import on_main_process
-from .trainer import CaptionTrainer, policy
 
 FREQUENCIES_FILE = "document_frequencies.npz"
 

@@ -13,8 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_attncap.hub import export_to_hub
 
-from .arguments import CaptionTrainingArguments, SettingError
-from .processes import on_main_process
+from ..arguments import CaptionTrainingArguments, SettingError
+from ..processes import on_main_process
 
 logger = logging.getLogger(__name__)
 

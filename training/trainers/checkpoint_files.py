@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from hf_attncap.atomic import flush_to_disk
 
-from .arguments import SettingError
+from ..arguments import SettingError
 
 # Inside `output_dir`, so that what is whole needs no copy; pushes to the Hub leave out names that begin so.
 UNFINISHED = "_unfinished"

@@ -1,0 +1,1 @@
+"""Captioned images: from any source to batches."""

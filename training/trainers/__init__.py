@@ -1,0 +1,1 @@
+"""The Trainers, and what they do during a run."""
