@@ -8,11 +8,17 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from hf_attncap.training.arguments import SettingError, parse_arguments
-from hf_attncap.training.data.augmentation import Augmentation, augmented, mirrored, with_mirrored
+from hf_attncap.training.data.augmentation import (
+    Augmentation,
+    CachedViews,
+    EpochRandomness,
+    ImageRandomness,
+    add_mirrored_references,
+    augment_rows,
+    mirror_captions,
+)
+from hf_attncap.training.data.checks import Decoding
 from hf_attncap.training.data.feature_cache import cached_features
-from hf_attncap.training.data.randomness import Chance, Moment
-from hf_attncap.training.data.splits import Decoding
-from hf_attncap.training.data.views import FeatureRows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,7 +47,7 @@ def rows(tmp_path_factory) -> Dataset:
 
 
 def test_changed_pictures_differ_between_epochs_and_their_captions_stay(rows):
-    first, second, again = (augmented(rows, Augmentation(32, Moment(1, epoch)))[1] for epoch in (0, 1, 0))
+    first, second, again = (augment_rows(rows, Augmentation(32, ImageRandomness(1, epoch)))[1] for epoch in (0, 1, 0))
     assert first["captions"] == second["captions"] == CAPTIONS and first["image_id"] == "1"
     assert np.asarray(first["image"]).shape == (32, 32, 3)
     assert not np.array_equal(np.asarray(first["image"]), np.asarray(second["image"]))
@@ -49,7 +55,7 @@ def test_changed_pictures_differ_between_epochs_and_their_captions_stay(rows):
 
 
 def test_sides_change_places_in_the_captions_of_mirrored_pictures_alone(rows):
-    changed = augmented(rows, Augmentation(32, Moment(1, 0), recolour=False, mirror=True))
+    changed = augment_rows(rows, Augmentation(32, ImageRandomness(1, 0), recolour=False, mirror=True))
     seen = Counter()
     for number in range(IMAGES):
         row = changed[number]
@@ -70,17 +76,17 @@ pieces = st.sampled_from(["left", "right", "Left", "Right", "leftright", "a", " 
 
 @given(st.lists(st.lists(pieces, max_size=12).map("".join), min_size=1))
 def test_mirroring_twice_brings_captions_back(captions):
-    assert mirrored(mirrored(captions, "a")[0], "a")[0] == captions
+    assert mirror_captions(mirror_captions(captions, "a")[0], "a")[0] == captions
 
 
 def test_only_whole_words_are_sides():
-    assert mirrored(["leftover bright RIGHT, left"], "a") == (["leftover bright Left, right"], "a mirrored")
-    assert mirrored(["leftover"], "a") == (["leftover"], "a")
+    assert mirror_captions(["leftover bright RIGHT, left"], "a") == (["leftover bright Left, right"], "a mirrored")
+    assert mirror_captions(["leftover"], "a") == (["leftover"], "a")
 
 
 def test_references_hold_mirrored_captions_where_they_differ():
     references = {"a": ["a dog"], "b": ["left", "x"]}
-    assert with_mirrored(references) == {**references, "b mirrored": ["right", "x"]}
+    assert add_mirrored_references(references) == {**references, "b mirrored": ["right", "x"]}
 
 
 def test_views_of_a_picture_take_turns_by_epoch(rows, tmp_path):
@@ -88,28 +94,31 @@ def test_views_of_a_picture_take_turns_by_epoch(rows, tmp_path):
     torch.manual_seed(0)
     encoder = GridEncoder(AttnCapConfig(backbone="squeezenet1_1", encoder_channels=8, vocab_size=9)).eval()
     processor = AttnCapImageProcessor(size={"height": 32, "width": 32})
-    chance = Chance(1)
-    change = Augmentation(32, chance, mirror=True)
+    randomness = EpochRandomness(1)
+    change = Augmentation(32, randomness, mirror=True)
 
     def maps(images):
         return cached_features(encoder, processor, images, str(tmp_path))
 
-    views = FeatureRows(rows, maps, 3, change, chance)
+    views = CachedViews(rows, maps, 3, change, randomness)
     assert len(list(tmp_path.glob("*.npy"))) == 3
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.npy")}
-    FeatureRows(rows, maps, 3, Augmentation(32, Chance(2), mirror=True), Chance(2))
+    CachedViews(rows, maps, 3, Augmentation(32, EpochRandomness(2), mirror=True), EpochRandomness(2))
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.npy")} == before  # whatever the seed of a run
 
     def direct(dataset):
         return encoder.features(processor(dataset["image"], return_tensors="pt")["pixel_values"])[0]
 
-    chance.on_train_begin(None, type("State", (), {"epoch": 0}), None)
+    randomness.on_train_begin(None, type("State", (), {"epoch": 0}), None)
     for number in range(IMAGES):
-        expected = [rows[number], *(augmented(rows, Augmentation(32, Moment(0, view), mirror=True))[number] for view in (1, 2))]
+        expected = [
+            rows[number],
+            *(augment_rows(rows, Augmentation(32, ImageRandomness(0, view), mirror=True))[number] for view in (1, 2)),
+        ]
         expected = [(row["captions"], row["image_id"], direct(row)) for row in expected]
         met = []
         for _ in range(3):
-            chance.on_epoch_begin(None, None, None)
+            randomness.on_epoch_begin(None, None, None)
             got = views[number]
             features = torch.from_numpy(got["backbone_features"].astype(np.float32))
             met += [
@@ -124,10 +133,10 @@ def test_views_of_a_picture_take_turns_by_epoch(rows, tmp_path):
     ("given_", "message"),
     [
         (["--cached_views", "0"], "at least 1"),
-        (["--cached_views", "2", "--augment", "True"], "goes with `feature_cache`"),
-        (["--cached_views", "2", "--feature_cache", "x"], "with `augment` or `mirror`"),
+        (["--cached_views", "2", "--augment", "True"], "needs `feature_cache`"),
+        (["--cached_views", "2", "--feature_cache", "x"], "and `augment` or `mirror`"),
         (["--augment", "True", "--feature_cache", "x"], "set `cached_views: 4`"),
-        (["--mirror", "True", "--feature_cache", "x"], "`mirror` changes pictures"),
+        (["--mirror", "True", "--feature_cache", "x"], "`mirror` changes images"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, given_, message):

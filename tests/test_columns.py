@@ -10,7 +10,6 @@ from datasets import Dataset, Features, Value
 from datasets import Image as Picture
 from hf_attncap.training.arguments import SettingError
 from hf_attncap.training.data.splits import load_data
-from hf_attncap.training.data.streaming import load_stream
 
 from tests.test_data import ROWS, content, data_arguments, jsonl, picture, put_pictures, tar
 
@@ -87,18 +86,18 @@ def test_usual_names_are_taken_and_told(make, image, captions, tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(**make(tmp_path, image, captions)))
     assert sorted(content(data.train)) == ROWS
-    assert f"`captions_column` is not set; '{captions}' is taken" in caplog.text
+    assert f"`captions_column` is not set; using '{captions}'" in caplog.text
     named_by_datasets = make in (as_image_folder, as_image_folder_with_csv, as_shards)
-    assert (f"`image_column` is not set; '{image}' is taken" in caplog.text) is (image != "image" and not named_by_datasets)
+    assert (f"`image_column` is not set; using '{image}'" in caplog.text) is (image != "image" and not named_by_datasets)
 
 
 @pytest.mark.parametrize("make", [as_parquet, as_dataset, as_shards], ids=lambda make: make.__name__)
 def test_usual_names_are_taken_of_streams_too(make, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
     with caplog.at_level(logging.WARNING):
-        data = load_stream(data_arguments(**make(tmp_path, "photo", "caption"), streaming=True), seed=1)
+        data = load_data(data_arguments(**make(tmp_path, "photo", "caption"), streaming=True), seed=1)
     assert sorted((red, text) for red, texts in content(data.train) for text in texts) == sorted(EACH)
-    assert "`captions_column` is not set; 'caption' is taken" in caplog.text
+    assert "`captions_column` is not set; using 'caption'" in caplog.text
 
 
 def test_only_column_of_pictures_is_taken_whatever_its_name(tmp_path):
@@ -117,7 +116,7 @@ SEVERAL = {
 def test_several_that_fit_are_refused_with_their_names_until_one_is_set(line, setting, names, tmp_path):
     put_pictures(tmp_path, ROWS)
     path = jsonl(tmp_path / "a.jsonl", [line])
-    with pytest.raises(SettingError, match=f"2 columns that may be meant, {names}: set `{setting}`"):
+    with pytest.raises(SettingError, match=f"2 possible columns, {names}: set `{setting}`"):
         load_data(data_arguments(train_file=path))
     for name in names.split(", "):
         assert len(load_data(data_arguments(train_file=path, **{setting: name})).train) == 1

@@ -14,7 +14,7 @@ from hf_attncap.model_card.calibration import auroc, fit_logistic, reliability
 from hf_attncap.training.arguments import ModelArguments
 from hf_attncap.training.checkpoints.average import blend
 from hf_attncap.training.checkpoints.pack import pack
-from hf_attncap.training.train import build_captioner
+from hf_attncap.training.model import build_captioner
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,7 +69,7 @@ def sixty(tmp_path_factory, tiny_checkpoint) -> Path:
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
-def test_auroc_is_the_share_of_pairs_in_the_right_order(rows):
+def test_auroc_is_the_select_share_pairs_in_the_right_order(rows):
     values, good = np.array([value for value, _ in rows], float), np.array([kind for _, kind in rows])
     pairs = [1.0 if g > b else 0.5 if g == b else 0.0 for g in values[good] for b in values[~good]]
     found = auroc(values, good)

@@ -13,9 +13,10 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as Picture
 from hf_attncap.training.arguments import DataArguments, SettingError, parse_arguments
-from hf_attncap.training.data.sources import Entry, Source, read_file
-from hf_attncap.training.data.splits import assemble, load_data
-from hf_attncap.training.data.streaming import load_stream
+from hf_attncap.training.data.checks import check_table
+from hf_attncap.training.data.sources import open_source
+from hf_attncap.training.data.splits import load_data
+from hf_attncap.training.data.table import Table
 from hf_attncap.training.train import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,7 +234,7 @@ def test_every_way_in_gives_a_row_an_image_with_all_its_captions(make, tmp_path)
 @pytest.mark.parametrize("make", STREAMED, ids=lambda make: make.__name__)
 def test_streams_give_the_same_images_in_another_order_and_the_captions_that_come_first(make, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)  # 5 s at each end of a Parquet stream
-    data = load_stream(data_arguments(**make(tmp_path), streaming=True), seed=3)
+    data = load_data(data_arguments(**make(tmp_path), streaming=True), seed=3)
     rows = content(data.train)
     assert sorted(rows) == ROWS and rows != ROWS and sorted(content(data.validation)) == VALIDATION
     assert [sorted(captions) for captions in data.captions(4)] == [captions for _, captions in rows[:4]]
@@ -265,13 +266,17 @@ def test_same_files_make_the_same_dataset_again_and_exchanged_pictures_another(t
     assert first == same != load_data(arguments).train._fingerprint
 
 
+def table_of(names: list[str], captions: list[list[str]], single: bool) -> Table:
+    size = len(names)
+    images = Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * size}, Features({"image": Picture(decode=False)}))
+    return Table("here", "row", list(range(size)), images, [None] * size, captions, [single] * size, list(names))
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["a dog", "two cats", "", " \n"])), max_size=12))
 def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
     """Each written caption is once where its image is; an image without any is told."""
-    blank = Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * len(rows)}, Features({"image": Picture(decode=False)}))
-    entries = [Entry(number, None, name, [text], True) for number, (name, text) in enumerate(rows)]
-    split = assemble(Source("here", "rows", entries, blank))
+    split = check_table(table_of([name for name, _ in rows], [[text] for _, text in rows], single=True))
     expected = {name: [text for other, text in rows if other == name and text.strip()] for name, _ in rows}
     assert dict(zip(split.rows["image_id"][:], split.rows["captions"][:])) == {k: v for k, v in expected.items() if v}
     bare = sum(not texts for texts in expected.values())
@@ -282,11 +287,9 @@ def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
 @settings(max_examples=40)
 @given(st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=8))
 def test_lists_of_captions_name_an_image_once(names):
-    entries = [Entry(number, None, name, ["a dog"], False) for number, name in enumerate(names)]
-    blank = Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * len(names)}, Features({"image": Picture(decode=False)}))
-    again = sum(count > 1 for count in Counter(names).values())
-    problems = assemble(Source("here", "rows", entries, blank)).problems
-    assert problems == [] if not again else f"{again} images are there again" in problems[0]
+    repeated = sum(count > 1 for count in Counter(names).values())
+    problems = check_table(table_of(names, [["a dog"]] * len(names), single=False)).problems
+    assert problems == [] if not repeated else f"{repeated} images are repeated" in problems[0]
 
 
 def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
@@ -297,30 +300,34 @@ def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(train_file=path))
     assert data.train["captions"][:] == [["a dog"], ["two"]] and data.validation is None
-    assert "captions without a word are left out, lines 1" in caplog.text
+    assert "captions without a word are left out, rows 1" in caplog.text
 
 
 WRONG_FILES = {
-    "no object": ("a.jsonl", '{"image": "1.png", "captions": "x"}\n[1]\n', "a.jsonl, line 2 is no object"),
-    "no JSON": ("a.jsonl", '{"image": "1.png", "captions": "x"}\n{"image"\n', "a.jsonl, line 2 is not well-formed JSON"),
-    "no column": ("a.jsonl", '{"pixels": "1.png", "captions": "x"}\n', "line 1 has no column 'image', only pixels, captions"),
-    "no path": ("a.jsonl", '{"image": 5, "captions": "x"}\n', "line 1: `image` is 5; expected the path"),
-    "no text": ("a.jsonl", '{"image": "1.png", "captions": ["x", 5]}\n', "line 1: the captions hold 5; expected a text or a list"),
-    "no caption": ("a.jsonl", '{"image": "1.png", "captions": [null, " ", "... !"]}\n', "1 images have no caption, lines 1"),
-    "no picture": ("a.jsonl", '{"image": "no.png", "captions": "x"}\n', "1 images have no picture, lines 1"),
-    "twice": ("a.jsonl", '{"image": "1.png", "captions": ["x"]}\n' * 2, "1 images are there again, lines 2"),
+    "no object": ("a.jsonl", '{"image": "1.png", "captions": "x"}\n[1]\n', "a.jsonl cannot be read as JSON: JSON parse error"),
+    "no JSON": (
+        "a.jsonl",
+        '{"image": "1.png", "captions": "x"}\n{"image"\n',
+        "JSON parse error: Missing a colon after a name of object member. in row 1",
+    ),
+    "no column": ("a.jsonl", '{"pixels": "1.png", "captions": "x"}\n', "a.jsonl has no column 'image', only pixels, captions"),
+    "no path": ("a.jsonl", '{"image": 5, "captions": "x"}\n', "row 1: `image` is 5; expected an image or the path"),
+    "no text": ("a.jsonl", '{"image": "1.png", "captions": ["x", 5]}\n', "row 1: the captions hold 5; expected a text or a list"),
+    "no caption": ("a.jsonl", '{"image": "1.png", "captions": [null, " ", "... !"]}\n', "1 images have no caption, rows 1"),
+    "no picture": ("a.jsonl", '{"image": "no.png", "captions": "x"}\n', "1 images do not exist, rows 1"),
+    "twice": ("a.jsonl", '{"image": "1.png", "captions": ["x"]}\n' * 2, "1 images are repeated, rows 2"),
     "one id": (
         "a.jsonl",
         '{"image": "1.png", "image_id": 7, "captions": "x"}\n{"image": "2.png", "image_id": 7, "captions": "x"}\n',
-        "1 images have one id but several files, lines 2",
+        "1 images have one id but several files, rows 2",
     ),
-    "nothing": ("a.jsonl", "\n", "is empty; expected rows with a picture"),
-    "list": ("a.json", '[{"image": "no.png", "captions": "x"}]', "1 images have no picture, rows 1"),
-    "number": ("a.json", "5", "is of no kind that is known here"),
-    "unknown kind": ("a.xyz", "image", "is of no kind that is known here"),
-    "fields": ("a.csv", "image,captions\n1.png,a dog\n1.png,a dog, running\n", "a.csv, line 3 has not the 2 fields"),
-    "quotes": ("a.csv", 'image,captions\n1.png,"a dog\n', "a.csv, line"),
-    "Latin": ("a.csv", "image,captions\n1.png,caf\xe9\n", "a.csv, line 2 is not UTF-8"),
+    "nothing": ("a.jsonl", "\n", "cannot be read as JSON"),
+    "list": ("a.json", '[{"image": "no.png", "captions": "x"}]', "1 images do not exist, rows 1"),
+    "number": ("a.json", "5", "cannot be read as JSON"),
+    "unknown kind": ("a.xyz", "image", "has an unknown format: expected Parquet"),
+    "fields": ("a.csv", "image,captions\n1.png,a dog\n1.png,a dog, running\n", "Expected 2 fields in line 3, saw 3"),
+    "quotes": ("a.csv", 'image,captions\n1.png,"a dog\n', "a.csv cannot be read as CSV: Error tokenizing data"),
+    "Latin": ("a.csv", "image,captions\n1.png,caf\xe9\n", "a.csv cannot be read as CSV: 'utf-8' codec can't decode byte"),
     "no Parquet": ("a.parquet", "image", "cannot be read as Parquet"),
     "no tar": ("a.tar", "image", "cannot be read as WebDataset"),
     "Karpathy": ("a.json", '{"images": [{"split": "train", "filename": "1.png", "sentences": 3}]}', '"sentences" is a number'),
@@ -346,16 +353,16 @@ def test_wrong_files_are_told_with_their_place(name, text, message, tmp_path):
     ("argv", "message"),
     [
         (["--train_file", "a.csv", "--data_dir", "b"], "`data_dir` and `train_file` both"),
-        (["--data_dir", "b", "--validation_file", "a.csv"], "of `data_dir` set `validation_split`"),
+        (["--data_dir", "b", "--validation_file", "a.csv"], "with `data_dir` set `validation_split`"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--validation_share", "0.1"], "give one of them"),
         (["--train_file", "a.csv", "--validation_share", "1.5"], "below 1"),
-        (["--train_file", "a.csv", "--eval_strategy", "epoch"], "`eval_strategy` wants validation images and there are none"),
-        (["--train_file", "a.csv", "--dataset_config_name", "en"], "goes with `dataset_name`"),
-        (["--train_file", "a.tar", "--streaming"], "give `--max_steps`"),
+        (["--train_file", "a.csv", "--eval_strategy", "epoch"], "`eval_strategy` needs validation images and there are none"),
+        (["--train_file", "a.csv", "--dataset_config_name", "en"], "needs `dataset_name`"),
+        (["--train_file", "a.tar", "--streaming"], "set `--max_steps`"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1", "--feature_cache", "c"], "`feature_cache` needs all"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1"], "No such data file: a.tar"),
         (["--train_file", "a.csv", "--streaming", "--max_steps", "1"], "a.csv cannot be streamed"),
-        (["--data_dir", "nowhere"], "No such folder of pictures: nowhere"),
+        (["--data_dir", "nowhere"], "No such folder of images: nowhere"),
         (["--dataset_name", "./nowhere"], "The dataset ./nowhere cannot be loaded"),
     ],
 )
@@ -368,7 +375,7 @@ def test_contradictory_settings_end_in_one_sentence(argv, message, capsys, tmp_p
 def test_image_in_both_splits_is_named(tmp_path):
     values = as_jsonl(tmp_path)
     jsonl(tmp_path / "validation" / "list.jsonl", [{"image": "../train/3.png", "captions": "a dog"}])
-    with pytest.raises(SettingError, match="1 images of .*validation.* are in .*train.* too, .*3.png"):
+    with pytest.raises(SettingError, match="1 images of .*validation.* are also in .*train.*, .*3.png"):
         load_data(data_arguments(**values))
 
 
@@ -393,18 +400,18 @@ def test_broken_picture_stops_with_its_name_when_it_is_read(tmp_path):
     (tmp_path / "train" / "2.png").write_bytes(picture(2)[:-30])
     rows = load_data(arguments).train
     assert content([rows[0], rows[2]]) == [ROWS[0], ROWS[2]]
-    with pytest.raises(SettingError, match=r"train/2.png: .*`--inspect` lists .*`--skip_broken_images`"):
+    with pytest.raises(SettingError, match=r"train/2.png: .*--inspect` to list .*`--skip_broken_images"):
         rows[1]
 
 
 def test_broken_and_missing_pictures_are_left_out_on_request_and_named(tmp_path, caplog):
     values = with_broken_pictures(tmp_path)
-    with pytest.raises(SettingError, match="1 images have no picture, lines 4 .*4.png.*`--skip_broken_images`"):
+    with pytest.raises(SettingError, match="1 images do not exist, rows 4 .*4.png.*`--skip_broken_images"):
         load_data(data_arguments(**values))
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(**values, skip_broken_images=True))
     assert content(data.train) == [row for row in ROWS if row[0] not in (2, 4)]
-    assert "1 images have no picture, lines 4" in caplog.text and "1 broken pictures are left out" in caplog.text
+    assert "1 images do not exist, rows 4" in caplog.text and "1 broken images are left out" in caplog.text
 
 
 def test_broken_pictures_of_a_stream_stop_it_or_are_left_out(tmp_path, caplog):
@@ -412,13 +419,13 @@ def test_broken_pictures_of_a_stream_stop_it_or_are_left_out(tmp_path, caplog):
     tar(path, [*ROWS, (7, [" "])])
     raw = path.read_bytes()
     path.write_bytes(raw.replace(picture(3)[30:60], bytes(30)))
-    stream = load_stream(data_arguments(train_file=path, streaming=True), 0)
-    with pytest.raises(SettingError, match="image (3|7): .*`--inspect`"):
+    stream = load_data(data_arguments(train_file=path, streaming=True), 0)
+    with pytest.raises(SettingError, match="image (3|7): .*--inspect`"):
         list(stream.train)
-    stream = load_stream(data_arguments(train_file=path, streaming=True, skip_broken_images=True), 0)
+    stream = load_data(data_arguments(train_file=path, streaming=True, skip_broken_images=True), 0)
     with caplog.at_level(logging.WARNING):
         assert sorted(content(stream.train)) == [row for row in ROWS if row[0] != 3]
-    assert "image 3: " in caplog.text and "image 7: there is no caption" in caplog.text
+    assert "image 3: " in caplog.text and "image 7: it has no caption" in caplog.text
 
 
 def test_pictures_of_other_kinds_become_rgb_as_at_inference(tmp_path):
@@ -436,11 +443,14 @@ def inspected(values: dict, capsys, *more: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("make", [as_jsonl, as_karpathy, as_shards], ids=lambda make: make.__name__)
 def test_inspection_of_clean_data(make, tmp_path, capsys):
-    code, text = inspected(make(tmp_path), capsys, "--max_words", "3")
+    code, text = inspected(make(tmp_path), capsys, "--max_caption_words", "3")
     assert code == 0 and "problems: none" in text
     assert "vocabulary: 9 tokens at min_count 3" in text  # a, dog, number, of, the and the four special ones
-    assert "6 images" in text and "3 images" in text and "captions: 12; images by their number: 2: 6" in text
-    assert "words of a caption: 4 least, 4 median, 4 at 95 %, 4 most" in text and "max_words 3: 100.00%" in text
+    assert "6 images" in text and "3 images" in text and "captions: 12; images by number of captions: 2: 6" in text
+    assert (
+        "words per caption: minimum 4, median 4, 95th percentile 4, maximum 4" in text
+        and "longer than 3 words (max_caption_words): 100.00%" in text
+    )
     assert "width: 40 to 40 pixels" in text and "modes: RGB 6" in text
     assert "words in the vocabulary: 75.00%" in text and "words in the vocabulary: 50.00%" in text
     assert text.count(" | ") == 5
@@ -457,15 +467,15 @@ def test_inspection_lists_every_problem(tmp_path, capsys):
     problems = text[text.index("problems:") :]
     assert code == 1
     for sentence in (
-        "1 images have no picture, lines 4",
-        "1 images have no caption, lines 7",
-        "1 images are there again, lines 8",
+        "1 images do not exist, rows 4",
+        "1 images have no caption, rows 7",
+        "1 images are repeated, rows 8",
         "2.png: ",
-        "1 pictures have a side below 32 pixels",
-        "The same picture is there 2 times: train",
+        "1 images have a side below 32 pixels",
+        "The same image occurs 2 times: train",
     ):
         assert sentence in problems
-    assert "1 pictures are not RGB and are converted: train" in text[: text.index("problems:")]
+    assert "1 images are not RGB and will be converted: train" in text[: text.index("problems:")]
     assert not (tmp_path / "trainer_output").exists()
 
 
@@ -498,7 +508,7 @@ def test_run_from_each_way_in(make, more, tmp_path):
         "eval_steps": 2,
         "predict_with_generate": True,
         "report_to": "none",
-        "sample_images": 0,
+        "num_logged_images": 0,
         "use_cpu": True,
     }
     assert main([*(word for key, value in values.items() for word in (f"--{key}", str(value))), *more]) == 0
@@ -542,8 +552,8 @@ def test_configs_go_with_parquet_files(name, tmp_path):
 
 @pytest.mark.parametrize("make", [as_parquet, as_coco], ids=lambda make: make.__name__)
 def test_file_without_splits_takes_none(make, tmp_path):
-    with pytest.raises(SettingError, match="no splits to choose from: leave out `train_split`"):
-        read_file(str(make(tmp_path)["train_file"]), DataArguments(train_split="train"), "train")
+    with pytest.raises(SettingError, match="has no splits: leave out `train_split`"):
+        open_source(data_arguments(train_file=make(tmp_path)["train_file"], train_split="train"), "train")
 
 
 def test_own_validation_file_beside_karpathys(tmp_path):
@@ -563,7 +573,7 @@ def test_image_folder_of_one_split_with_a_caption_a_line(tmp_path):
     data = load_data(data_arguments(**values))
     assert sorted(content(data.train)) == ROWS and data.validation is None
     jsonl(folder / "metadata.jsonl", [*lines, {"file_name": "no.png", "text": "a dog"}])
-    with pytest.raises(SettingError, match="1 images have no picture, rows 12 .*no.png"):
+    with pytest.raises(SettingError, match="1 images do not exist, rows 13 .*no.png"):
         load_data(data_arguments(**values))
     jsonl(folder / "metadata.jsonl", [{"file_name": "1.png", "words": "a dog"}])
     with pytest.raises(SettingError, match="no column 'captions', only image, words: set `captions_column`"):
@@ -573,7 +583,7 @@ def test_image_folder_of_one_split_with_a_caption_a_line(tmp_path):
 def test_dataset_without_the_wanted_split(tmp_path):
     with pytest.raises(SettingError, match="has no split 'training', only train, val, test: set `train_split`"):
         load_data(data_arguments(**as_saved_dataset(tmp_path), train_split="training"))
-    with pytest.raises(SettingError, match="is there to validate on: leave out `validation_share`"):
+    with pytest.raises(SettingError, match="is the validation split: leave out `validation_share`"):
         load_data(data_arguments(dataset_name=tmp_path / "set", validation_share=0.5))
 
 

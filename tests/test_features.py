@@ -242,7 +242,7 @@ def test_broken_picture_is_named_and_the_next_run_goes_on(pictures, tmp_path, sm
     broken.write_bytes(kept[: len(kept) // 2])
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))
     for workers in (0, 1):
-        with pytest.raises(SettingError, match="The picture of row 9, image_id 'id-09', cannot be read") as refusal:
+        with pytest.raises(SettingError, match="The image of row 9, image_id 'id-09', cannot be read") as refusal:
             cached_features(*arguments, workers)
         assert "\n" not in str(refusal.value)
     assert counted == [1, 2, 2, 2, 2]
@@ -327,7 +327,7 @@ def test_too_little_disk_is_said_before_the_work_begins(pictures, tmp_path, monk
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))
     needed = IMAGES * 512 * 1 * 2 * 2  # images * D * h * w * 2 bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
-    with pytest.raises(SettingError, match=f"need {needed / 1e9:.3g} GB more in .*cache, where .* GB are free: make room"):
+    with pytest.raises(SettingError, match=f"need {needed / 1e9:.3g} GB more in .*cache, which has .* GB free: make room"):
         cached_features(*arguments)
     assert counted == [1] and not list((tmp_path / "cache").glob("*.partial"))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
@@ -348,7 +348,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(pictures, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(SettingError, match="takes no more: .*No space left.* Make room"):
+        with pytest.raises(SettingError, match="cannot be written: .*No space left.* Make room"):
             cached_features(*arguments)
     maps = cached_features(*arguments)
     torch.testing.assert_close(torch.from_numpy(maps.copy()).float(), direct_maps(*arguments[:3]), rtol=1e-3, atol=1e-3)
@@ -359,5 +359,5 @@ def test_maps_beyond_half_precision_are_refused(pictures, tmp_path):
     with torch.no_grad():
         for parameter in encoder.backbone.parameters():
             parameter.mul_(4)
-    with pytest.raises(SettingError, match="The backbone's map of .* does not fit half precision: train without `feature_cache`"):
+    with pytest.raises(SettingError, match="The features of .* exceed the range of half precision: train without `feature_cache`"):
         cached_features(encoder, AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))

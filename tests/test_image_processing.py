@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hf_attncap.training.arguments import ModelArguments
-from hf_attncap.training.train import build_captioner
+from hf_attncap.training.model import build_captioner
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 

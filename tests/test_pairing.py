@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from hf_attncap.training.data.streaming import SHUFFLED, share_of
+from hf_attncap.training.data.streaming import SHUFFLE_BUFFER, select_share
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -196,7 +196,7 @@ def test_shares_of_a_stream_are_all_of_it_and_nothing_twice(shards, processes, e
     rows: Any = IterableDataset.from_generator(numbered, gen_kwargs={"shards": names})
     shares = []
     for rank in range(processes):
-        share = share_of(rows, rank, processes).shuffle(seed=5, buffer_size=SHUFFLED)
+        share = select_share(rows, rank, processes).shuffle(seed=5, buffer_size=SHUFFLE_BUFFER)
         share.set_epoch(epoch)
         shares.append([row["number"] for row in share])
     assert sorted(number for share in shares for number in share) == sorted(row["number"] for row in rows)

@@ -6,7 +6,6 @@ import json
 import pytest
 from hf_attncap.training.arguments import SettingError
 from hf_attncap.training.data.splits import load_data
-from hf_attncap.training.data.streaming import load_stream
 from hf_attncap.training.train import main
 
 from tests.test_data import (
@@ -56,7 +55,7 @@ def test_data_are_found_in_folders_with_strange_names(make, name, relative, tmp_
 @pytest.mark.parametrize("name", STRANGE[:2])
 def test_data_are_streamed_from_folders_with_strange_names(make, name, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
-    data = load_stream(data_arguments(**make(decoy(tmp_path, name)), streaming=True), seed=1)
+    data = load_data(data_arguments(**make(decoy(tmp_path, name)), streaming=True), seed=1)
     assert sorted(content(data.train)) == ROWS and sorted(content(data.validation)) == VALIDATION
 
 
@@ -64,10 +63,7 @@ def test_data_are_streamed_from_folders_with_strange_names(make, name, tmp_path,
 def test_a_file_whose_name_is_a_pattern_is_that_file_alone(streaming, tmp_path):
     values = as_shards(tmp_path)
     (tmp_path / "train-0.tar").rename(tmp_path / "train-*.tar")
-    if streaming:
-        rows = load_stream(data_arguments(**values, streaming=True), seed=1).train
-    else:
-        rows = load_data(data_arguments(**values)).train
+    rows = load_data(data_arguments(**values, streaming=streaming), seed=1).train
     assert sorted(content(rows)) == ROWS[:3]
 
 
@@ -76,8 +72,8 @@ def test_dataset_folder_that_the_library_cannot_read_is_refused_by_name(tmp_path
     as_parquet(folder)
     for streaming in (False, True):
         arguments = data_arguments(dataset_name=folder, streaming=streaming)
-        with pytest.raises(SettingError, match=r"`dataset_name`: .*\[set\] 1 for a pattern.*rename the folder"):
-            load_stream(arguments, 1) if streaming else load_data(arguments)
+        with pytest.raises(SettingError, match=r"`dataset_name`: .*\[set\] 1 as a pattern.*rename the folder"):
+            load_data(arguments)
 
 
 def test_a_run_reads_and_writes_in_folders_with_strange_names(tmp_path):
@@ -87,7 +83,7 @@ def test_a_run_reads_and_writes_in_folders_with_strange_names(tmp_path):
     values = as_csv(folder)
     values |= {"feature_cache": folder / "maps", "output_dir": folder / "out", "model_config": json.dumps(TINY)}
     values |= {"image_size": 32, "min_count": 1, "use_cpu": True, "report_to": "none", "save_steps": 1, "save_total_limit": 1}
-    values |= {"sample_images": 1, "per_device_train_batch_size": 3}
+    values |= {"num_logged_images": 1, "per_device_train_batch_size": 3}
     argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     assert main([*argv, "--max_steps", "1"]) == 0
     assert main([*argv, "--max_steps", "2", "--resume_from_checkpoint", "last"]) == 0

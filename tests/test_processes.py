@@ -80,7 +80,7 @@ def options(parquet, output, **more) -> list[str]:
         "predict_with_generate": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "sample_images": 0,
+        "num_logged_images": 0,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,

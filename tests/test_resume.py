@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hf_attncap.training.data.augmentation import Augmentation, augmented
+from hf_attncap.training.data.augmentation import Augmentation, EpochRandomness, augment_rows
+from hf_attncap.training.data.checks import Decoding
 from hf_attncap.training.data.collator import CaptionCollator
-from hf_attncap.training.data.randomness import Chance
-from hf_attncap.training.data.splits import Decoding
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 from hf_attncap.training.trainers.checkpoint_files import UNFINISHED
@@ -89,7 +88,7 @@ def options(table: Path, output: Path, **more: Any) -> list[str]:
         "save_strategy": "steps",
         "save_steps": 2,  # in the middle of epochs: they have three steps
         "logging_steps": 1,
-        "sample_images": 0,
+        "num_logged_images": 0,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
@@ -275,16 +274,16 @@ def test_checkpoints_of_weights_alone(stages, table, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*/optimizer.pt")) and not (tmp_path / UNFINISHED).exists()
 
 
-def test_chance_is_of_the_seed_the_epoch_and_the_image():
-    def epoch(seed: int, number: float) -> Chance:
-        chance, state = Chance(seed), type("State", (), {"epoch": number})
-        chance.on_train_begin(None, state, None)
-        chance.on_epoch_begin(None, state, None)
-        return chance
+def test_randomness_depends_on_seed_epoch_and_image():
+    def epoch(seed: int, number: float) -> EpochRandomness:
+        randomness, state = EpochRandomness(seed), type("State", (), {"epoch": number})
+        randomness.on_train_begin(None, state, None)
+        randomness.on_epoch_begin(None, state, None)
+        return randomness
 
-    def drawn(chance: Chance, name: str) -> tuple[float, float]:
-        with chance.ruling(name):
-            return chance.of(name).random(), float(torch.rand(()))
+    def drawn(randomness: EpochRandomness, name: str) -> tuple[float, float]:
+        with randomness.now.torch_seed(name):
+            return randomness.now.generator(name).random(), float(torch.rand(()))
 
     before = torch.get_rng_state()
     assert drawn(epoch(1, 0), "a") == drawn(epoch(1, 0.7), "a")
@@ -303,19 +302,19 @@ def test_epochs_draw_other_captions_and_crops_whoever_reads(warm, workers):
             "image_id": COLOURS,
         }
     ).with_transform(Decoding())
-    chance, state = Chance(7), type("State", (), {"epoch": 0})
-    collate = CaptionCollator(AttnCapProcessor.from_pretrained(warm), captions_per_image=2, chance=chance)
+    randomness, state = EpochRandomness(7), type("State", (), {"epoch": 0})
+    collate = CaptionCollator(AttnCapProcessor.from_pretrained(warm), captions_per_image=2, randomness=randomness)
     loader = torch.utils.data.DataLoader(
-        augmented(rows, Augmentation(32, chance)),
+        augment_rows(rows, Augmentation(32, randomness)),
         batch_size=2,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-    chance.on_train_begin(None, state, None)
-    chance.on_epoch_begin(None, state, None)
+    randomness.on_train_begin(None, state, None)
+    randomness.on_epoch_begin(None, state, None)
     epochs = [list(loader), list(loader)]
-    chance.on_epoch_begin(None, state, None)
+    randomness.on_epoch_begin(None, state, None)
     epochs.append(list(loader))
     for first, again, second in zip(*epochs):
         assert torch.equal(first["pixel_values"], again["pixel_values"]) and torch.equal(first["labels"], again["labels"])
@@ -472,7 +471,7 @@ def test_broken_picture_ends_the_run_which_goes_on_when_it_is_mended(stages, tmp
     file = table.parent / "blue.png"
     at_step(3, (lambda: file.unlink()) if fault == "vanished" else (lambda: file.write_bytes(picture(2)[:99])))
     assert main(options(table, output, **settings)) == 2
-    assert_ends_in_one_sentence(capsys, "image train-blue: ", "`--inspect`", "`--skip_broken_images` leaves such images out")
+    assert_ends_in_one_sentence(capsys, "image train-blue: ", "--inspect`", "`--skip_broken_images True` to leave such images out")
     assert steps_of(output) == [2]
     file.write_bytes(picture(2))
     assert main(options(table, output, resume_from_checkpoint="last", **settings)) == 0

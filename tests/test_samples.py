@@ -81,7 +81,7 @@ def options(data: Path, output: Path, **more) -> list[str]:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "sample_images": 2,
+        "num_logged_images": 2,
         **more,
     }
     if "model_name_or_path" in values:
@@ -93,7 +93,7 @@ def options(data: Path, output: Path, **more) -> list[str]:
 def trained(data, tmp_path_factory) -> Path:
     """A captioner that knows what it sees, and says it by chance."""
     folder = tmp_path_factory.mktemp("trained")
-    assert main(options(data, folder, max_steps=25, eval_strategy="no", sample_images=0)) == 0
+    assert main(options(data, folder, max_steps=25, eval_strategy="no", num_logged_images=0)) == 0
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True, "num_beams": 1}))
     return folder
@@ -159,7 +159,7 @@ def test_samples_leave_the_run_as_it_is(self_critical, trained, data, tmp_path, 
     """Captions that are drawn at random, between steps with dropout, drawn captions and drawn samples."""
     more = {"model_name_or_path": trained, "max_steps": 4, "eval_steps": 1, "self_critical": self_critical}
     for name, images in (("without", 0), ("with", 3)):
-        assert main(options(data, tmp_path / name, sample_images=images, **more)) == 0
+        assert main(options(data, tmp_path / name, num_logged_images=images, **more)) == 0
     assert not (tmp_path / "without" / "samples").exists()
     assert len(list((tmp_path / "with" / "samples").iterdir())) == 5
     whole, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("without", "with"))
@@ -175,8 +175,8 @@ def test_what_cannot_be_written_is_a_warning_and_the_run_goes_on(data, tmp_path,
 
 
 def test_negative_number_is_refused(data, tmp_path, capsys):
-    assert main(options(data, tmp_path, sample_images=-1)) == 2
-    assert "`sample_images` is -1" in capsys.readouterr().err
+    assert main(options(data, tmp_path, num_logged_images=-1)) == 2
+    assert "`num_logged_images` is -1" in capsys.readouterr().err
 
 
 def evaluate(checkpoint: Path, output: Path, ids: list[str], *, main_process: bool = True, report_to: Any = (), change=None) -> Any:

@@ -365,7 +365,7 @@ def averaged_by_hand(path: list[dict[str, torch.Tensor]], decay: float) -> dict[
     return average
 
 
-def test_dropped_inputs_are_a_share_of_regions_and_words_and_only_of_training(warm, processor, tmp_path):
+def test_dropped_inputs_are_a_select_share_regions_and_words_and_only_of_training(warm, processor, tmp_path):
     model, plain = load(warm), load(warm)
     trainer_of(model, processor, tmp_path, CaptionTrainer, input_dropout=0.25)
     ids = torch.arange(4, 12).repeat(50, 1)
@@ -456,7 +456,7 @@ def options(warm, parquet, output, **more) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "sample_images": 0,
+        "num_logged_images": 0,
         "use_cpu": True,
         **more,
     }

@@ -162,7 +162,14 @@ def test_settings_that_can_only_be_a_mistake_are_refused(values, message, data, 
 
 
 def test_settings_left_at_their_defaults_or_used_say_nothing(data, caplog):
-    used = {"min_count": 2, "image_size": 64, "eval_strategy": "no", "sample_images": 0, "num_train_epochs": 2, "image_dir": "x"}
+    used = {
+        "min_count": 2,
+        "image_size": 64,
+        "eval_strategy": "no",
+        "num_logged_images": 0,
+        "num_train_epochs": 2,
+        "image_dir": "x",
+    }
     with caplog.at_level(logging.WARNING):
         parse_arguments([*data[1], *words_of(used)])
         parse_arguments([*data[1], "--model_name_or_path", "there", "--extend_vocabulary", "True", "--min_count", "2"])

@@ -123,7 +123,7 @@ def train(tiny_checkpoint, tmp_path):
             "report_to": "none",
             "use_cpu": True,
             "disable_tqdm": True,
-            "sample_images": 1,
+            "num_logged_images": 1,
             "push_to_hub": True,
             "hub_token": "hf_secret",
             **more,

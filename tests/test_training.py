@@ -80,7 +80,7 @@ def options(parquet, output, **more) -> list[str]:
         "learning_rate": 0.02,
         "num_train_epochs": 2,
         "report_to": "none",
-        "sample_images": 0,
+        "num_logged_images": 0,
         "use_cpu": True,
         **more,
     }
@@ -241,7 +241,7 @@ def test_best_checkpoint_is_chosen_by_the_scores_of_generated_captions(parquet, 
         "eval_strategy: steps\neval_steps: 4\nsave_strategy: steps\nsave_steps: 4\n"
         "load_best_model_at_end: true\nmetric_for_best_model: cider\n"
         # Labels of one cut caption an image: the references must be the three whole ones all the same.
-        "captions_per_image: 1\nmax_words: 4\nlr_scheduler_type: constant\n"
+        "captions_per_image: 1\nmax_caption_words: 4\nlr_scheduler_type: constant\n"
     )
     more = {"feature_cache": tmp_path / "cache"} if cached else {}
     argv = options(parquet, output, num_train_epochs=12, learning_rate=0.03, **more)
@@ -388,7 +388,7 @@ def test_yaml_first_command_line_over_it(tmp_path):
         (["--train_file", "nowhere.parquet", "--label_smoothing_factor", "0.1"], "`label_smoothing` in `model_config`"),
         (["--train_file", "nowhere.parquet"], "No such data file: nowhere.parquet"),
         (["--train_file", "nowhere.parquet", "--predict_with_generate"], "give `--validation_file`"),
-        (["--train_file", "nowhere.parquet", "--lerning_rate", "1"], "No such options: --lerning_rate 1"),
+        (["--train_file", "nowhere.parquet", "--lerning_rate", "1"], "Unknown options: --lerning_rate 1"),
         (
             ["--train_file", "a.parquet", "--predict_with_generate", "--metric_for_best_model", "cidr"],
             "`metric_for_best_model: cidr` is",
@@ -412,7 +412,7 @@ def test_contradictory_model_is_refused_before_training(parquet, tmp_path, capsy
     [
         ({"model_config": '{"freeze_bakbone": true}'}, "AttnCapConfig has no freeze_bakbone"),
         ({"model_name_or_path": "nowhere"}, "`model_name_or_path`: nowhere cannot be loaded as a captioner"),
-        ({"resume_from_checkpoint": "nowhere"}, "no such checkpoint, nowhere"),
+        ({"resume_from_checkpoint": "nowhere"}, "no such checkpoint: nowhere"),
     ],
 )
 def test_wrong_starts_end_in_one_sentence(parquet, tmp_path, capsys, more, message):
@@ -424,18 +424,18 @@ def test_wrong_starts_end_in_one_sentence(parquet, tmp_path, capsys, more, messa
 def test_output_that_cannot_be_made_is_named(parquet, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(options(parquet, tmp_path / "file")) == 2
-    assert f"`output_dir`: {tmp_path / 'file'} cannot be made" in capsys.readouterr().err
+    assert f"`output_dir`: {tmp_path / 'file'} cannot be created" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_mixed_with(parquet, tmp_path, capsys, caplog):
     first = options(parquet, tmp_path, num_train_epochs=1)
     assert main(first) == 0
-    assert f"step 2 of 2; on the validation images loss {metrics_of(tmp_path)['eval_loss']:.4g}" in caplog.text
+    assert f"step 2 of 2; validation loss {metrics_of(tmp_path)['eval_loss']:.4g}" in caplog.text
     assert f"the captioner is in {tmp_path}" in caplog.text
     assert main(first) == 2
-    assert "holds an earlier run, checkpoint-2: `--resume_from_checkpoint last`" in capsys.readouterr().err
+    assert "holds an earlier run, checkpoint-2: resume it with `--resume_from_checkpoint last`" in capsys.readouterr().err
     assert main([*first, "--resume_from_checkpoint", "last"]) == 0
-    assert f"going on from {tmp_path / 'checkpoint-2'}" in caplog.text
+    assert f"resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
 
 
 def test_settings_that_transformers_refuses_end_in_one_sentence(parquet, tmp_path, capsys):
@@ -462,7 +462,7 @@ def test_image_without_captions_is_named(tmp_path):
     path = tmp_path / "bad.parquet"
     rows = {"image": [{"bytes": picture("red"), "path": None}] * 2, "captions": [["a red square"], ["  "]]}
     Dataset.from_dict(rows).to_parquet(str(path))
-    with pytest.raises(ValueError, match="1 images have no caption, rows 1"):
+    with pytest.raises(ValueError, match="1 images have no caption, rows 2"):
         load_data(DataArguments(train_file=str(path)))
 
 

@@ -207,9 +207,9 @@ def coverage_of(tokenizer, captions: list[str]) -> tuple[float, list[str]]:
 def test_coverage_names_the_most_frequent_missing_words_below_a_share():
     share, said = coverage_of(TOKENIZERS["word"], ["Ein Hund, ein Café!", "a dog 's Hunde-Hütte, EIN cafe\u0301"])
     assert share == pytest.approx(4 / 9)
-    assert said[0] == f"vocabulary: {len(TOKENIZERS['word'])} tokens, 44.44% of the 9 words of the training captions"
-    assert "5 words of the training captions are learned as <unk>, 3 different ones" in said[1]
-    assert "the most frequent are ein (3), hund (1), hunde-hütte (1): do this." in said[1]
+    assert said[0] == f"vocabulary: {len(TOKENIZERS['word'])} tokens, which cover 44.44% of the 9 words in the training captions"
+    assert "5 words in the training captions (3 different ones) are read as <unk>" in said[1]
+    assert "most often ein (3), hund (1), hunde-hütte (1): do this." in said[1]
     assert len(describe_coverage(TOKENIZERS["word"], ["a black dog"] * 7 + ["hund"], "")) == 1, "21 of 22 words are enough"
 
 
@@ -275,7 +275,7 @@ def test_words_that_people_repeat_may_be_repeated():
 
 def test_what_cannot_be_extended_is_refused(make_checkpoint, tmp_path):
     model, processor = loaded(make_checkpoint("bpe"))
-    with pytest.raises(ValueError, match="word pieces .* it is not extended"):
+    with pytest.raises(ValueError, match="word pieces .* cannot be extended"):
         extend_vocabulary(model, processor.tokenizer, GERMAN)
     model, processor = loaded(make_checkpoint())
     model.config.freeze_word_embeddings = True
@@ -303,12 +303,16 @@ def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint,
     argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     with caplog.at_level(logging.WARNING):
         assert main([*argv, "--output_dir", str(tmp_path / "plain")]) == 0
-    assert "0.00% of the" in caplog.text and "ein (" in caplog.text and "`--extend_vocabulary True` adds those" in caplog.text
+    assert (
+        "cover 0.00% of the" in caplog.text
+        and "ein (" in caplog.text
+        and "set `--extend_vocabulary True` to add those" in caplog.text
+    )
     caplog.clear()
     extend = ["--extend_vocabulary", "True", "--min_count", "2"]
     with caplog.at_level(logging.WARNING):
         assert main([*argv, *extend, "--output_dir", str(tmp_path / "more")]) == 0
-    assert "2 words are new in the vocabulary: ein, hund" in caplog.text and "a lower `min_count` than 2" in caplog.text
+    assert "the vocabulary has 2 new words: ein, hund" in caplog.text and "set `min_count` below 2" in caplog.text
     model, processor = loaded(tmp_path / "more")
     old = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).config.vocab_size
     assert model.config.vocab_size == len(processor.tokenizer) == old + 2
@@ -316,7 +320,7 @@ def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint,
     assert not hasattr(model.generation_config, "repeatable_token_ids"), "the checkpoint has no such rule"
     if not streaming:
         assert main([*argv, "--inspect"]) == 0
-        assert "`--extend_vocabulary True` adds those" in capsys.readouterr().out
+        assert "set `--extend_vocabulary True` to add those" in capsys.readouterr().out
         ruled = shutil.copytree(tiny_checkpoint, tmp_path / "ruled")
         settings = json.loads((ruled / "generation_config.json").read_text()) | {"_from_model_config": False}
         (ruled / "generation_config.json").write_text(json.dumps(settings | {"repeatable_token_ids": [4]}))

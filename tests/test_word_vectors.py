@@ -125,7 +125,7 @@ def test_another_process_learns_the_same_numbers(tmp_path):
 
 def test_captions_without_words_are_refused():
     tokenizer = build_tokenizer(["dog dog"], min_count=1)
-    with pytest.raises(SettingError, match="fewer than two different words"):
+    with pytest.raises(SettingError, match="at least two different words"):
         train_word_vectors(["dog", "dog"], tokenizer, 4)
 
 
@@ -181,10 +181,10 @@ def test_training_run_starts_from_vectors_of_its_captions(parquet, tmp_path, set
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        ({}, {"word_vectors": "nowhere.txt"}, "No such file of word vectors: nowhere.txt. `captions` learns them"),
+        ({}, {"word_vectors": "nowhere.txt"}, "No such file of word vectors: nowhere.txt. `captions` trains them"),
         ({}, {"word_vectors": "{other}"}, "set `word_embed_dim=2` in the config"),
         ({}, {"word_vectors": "captions", "model_name_or_path": "nowhere"}, "leave one of them out"),
-        ({"freeze_word_embeddings": True}, {}, "`freeze_word_embeddings` would keep random vectors: give `word_vectors` too"),
+        ({"freeze_word_embeddings": True}, {}, "`freeze_word_embeddings` would keep random vectors: set `word_vectors` as well"),
         (
             {"tie_word_embeddings": True},
             {"word_vectors": "captions"},

@@ -10,11 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_attncap.training.arguments import DataArguments
-from hf_attncap.training.data.augmentation import Augmentation, augmented
+from hf_attncap.training.data.augmentation import Augmentation, CachedViews, EpochRandomness, augment_rows
+from hf_attncap.training.data.checks import Decoding
 from hf_attncap.training.data.collator import CaptionCollator
-from hf_attncap.training.data.randomness import Chance
-from hf_attncap.training.data.splits import Decoding, load_data
-from hf_attncap.training.data.views import FeatureRows
+from hf_attncap.training.data.splits import load_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -39,7 +38,7 @@ def mapped(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_open_the_file_of_cached_maps_themselves(method, tmp_path):
-    rows = FeatureRows(texts(), lambda _: mapped(tmp_path))
+    rows = CachedViews(texts(), lambda _: mapped(tmp_path))
     assert len(pickle.dumps(rows)) < 20_000 < np.prod(SHAPE)
     loader: Any = DataLoader(rows, batch_size=4, collate_fn=list, num_workers=1, multiprocessing_context=method)
     for (number, expected), found in zip(enumerate(rows), [row for batch in loader for row in batch], strict=True):  # type: ignore[arg-type]
@@ -48,7 +47,7 @@ def test_workers_open_the_file_of_cached_maps_themselves(method, tmp_path):
 
 
 def test_maps_that_are_not_in_a_file_are_sent(tmp_path):
-    rows = FeatureRows(texts(), lambda _: np.array(mapped(tmp_path)))
+    rows = CachedViews(texts(), lambda _: np.array(mapped(tmp_path)))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[3]["backbone_features"], rows[3]["backbone_features"])
 
 
@@ -75,15 +74,15 @@ def test_workers_see_each_new_epoch(method, tiny_checkpoint):
     pictures = [{"bytes": noise(row), "path": None} for row in range(IMAGES)]
     captions = [[f"{size} dogs" for size in ("two", "big", "red", "small", "black")]] * IMAGES
     rows = Dataset.from_dict({"image": pictures, "captions": captions, "image_id": [f"{row}" for row in range(IMAGES)]})
-    chance = Chance(3)
-    collate = CaptionCollator(AttnCapProcessor.from_pretrained(tiny_checkpoint), captions_per_image=3, chance=chance)
-    change = augmented(rows.with_transform(Decoding()), Augmentation(64, chance))
+    randomness = EpochRandomness(3)
+    collate = CaptionCollator(AttnCapProcessor.from_pretrained(tiny_checkpoint), captions_per_image=3, randomness=randomness)
+    change = augment_rows(rows.with_transform(Decoding()), Augmentation(64, randomness))
     workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": method}
     here, there = (DataLoader(change, batch_size=IMAGES, collate_fn=collate, **settings) for settings in ({}, workers))
-    chance.on_train_begin(None, type("State", (), {"epoch": 0}), None)
+    randomness.on_train_begin(None, type("State", (), {"epoch": 0}), None)
     epochs = []
     for _ in range(2):
-        chance.on_epoch_begin(None, None, None)
+        randomness.on_epoch_begin(None, None, None)
         (expected,), (found,) = list(here), list(there)
         assert torch.equal(found["pixel_values"], expected["pixel_values"]) and torch.equal(found["labels"], expected["labels"])
         epochs.append(found)

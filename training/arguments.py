@@ -1,4 +1,4 @@
-"""What a training run can be told: YAML file first, command line over it."""
+"""The options of a training run. The command line overrides the YAML file."""
 
 import logging
 from dataclasses import dataclass, field
@@ -17,37 +17,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """The captioner to start from: a checkpoint, or a new one of pretrained parts."""
+    """The captioner to start from: a checkpoint, or a new one made of pretrained parts."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from; without it a new captioner is made."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to start from. Default: a new captioner."})
     model_config: str = field(
         default="{}",
-        metadata={"help": "Fields of AttnCapConfig, as a mapping in YAML or JSON on the command line, which is merged over it."},
+        metadata={"help": "Fields of AttnCapConfig: a mapping in YAML, JSON on the command line. The two are merged."},
     )
     backbone_weights: str | None = field(
-        default=None, metadata={"help": "New captioner: torchvision weight name, or a state dict on disk."}
+        default=None, metadata={"help": "New captioner: name of torchvision weights, or a file with a state dict."}
     )
     word_vectors: str | None = field(
         default=None,
         metadata={
-            "help": "New captioner: word2vec, GloVe or fastText text file; or `captions`: vectors learned from the training "
-            "captions, kept as word_vectors.txt in `output_dir`. `freeze_word_embeddings: false` in `model_config` trains them on."
+            "help": "New captioner: a word2vec, GloVe or fastText text file, or `captions` to train vectors on the training "
+            "captions. They are frozen unless `model_config` has `freeze_word_embeddings: false`."
         },
     )
-    tokenizer_kind: Literal["word", "bpe"] = field(default="word", metadata={"help": "New captioner: words, or pieces of words."})
+    tokenizer_kind: Literal["word", "bpe"] = field(default="word", metadata={"help": "New captioner: words, or word pieces (BPE)."})
     min_count: int = field(
-        default=5, metadata={"help": "New captioner, or `extend_vocabulary`: how often a word must occur to get an id."}
+        default=5, metadata={"help": "New captioner or `extend_vocabulary`: how often a word must occur to enter the vocabulary."}
     )
     extend_vocabulary: bool = field(
         default=False,
         metadata={
-            "help": "Checkpoint: add the words of the training captions that its vocabulary lacks, if they occur at least "
-            "`min_count` times."
+            "help": "Checkpoint: add words of the training captions to its vocabulary that occur at least `min_count` times."
         },
     )
-    image_size: int = field(default=224, metadata={"help": "New captioner: side of the square that pictures are scaled to."})
+    image_size: int = field(default=224, metadata={"help": "New captioner: images are resized to squares of this side, in pixels."})
 
     def __post_init__(self) -> None:
         for name in ("min_count", "image_size"):
@@ -57,144 +54,143 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The captioned pictures: a row an image, with all its captions."""
+    """The captioned images."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Captioned pictures: a dataset on the Hub, or a folder written by `save_to_disk`."}
+        default=None, metadata={"help": "Images and captions: a dataset on the Hub, or a folder that `save_to_disk` wrote."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, if it has several."})
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Captioned pictures: a folder of them with metadata.jsonl, or of such folders `train` and `validation`."},
+        metadata={"help": "Images and captions: a folder with metadata.jsonl, or with such subfolders `train` and `validation`."},
     )
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Captioned pictures: a Parquet, CSV or JSON lines file, Karpathy's splits or COCO's annotations as JSON, or "
-            "WebDataset shards ('shards/*.tar')."
+            "help": "Images and captions: Parquet, CSV or JSON files, Karpathy's splits, COCO's annotations or WebDataset shards. "
+            "A pattern such as 'shards/*.tar' names several files."
         },
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same for validation; Karpathy's file holds that as well."}
-    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for validation. Karpathy's file holds both."})
     image_dir: str | None = field(
-        default=None, metadata={"help": "Where paths of pictures begin; default: the folder of the file that has them."}
+        default=None, metadata={"help": "Folder that relative image paths refer to. Default: the folder of the data file."}
     )
     validation_image_dir: str | None = field(
-        default=None, metadata={"help": "The same for the validation images; default: `image_dir`."}
+        default=None, metadata={"help": "The same for the validation images. Default: `image_dir`."}
     )
     train_split: str | None = field(
         default=None,
-        metadata={"help": "Split of a dataset or Karpathy's file, several joined by '+'; default: train, and restval if there."},
+        metadata={
+            "help": "Split of a dataset or Karpathy's file; join several with '+'. Default: train, and restval if it exists."
+        },
     )
     validation_split: str | None = field(
-        default=None, metadata={"help": "The same for validation; default: validation or val, if it is there."}
+        default=None, metadata={"help": "The same for validation. Default: validation or val, if it exists."}
     )
     validation_share: float = field(
-        default=0.0, metadata={"help": "Share of the training images that is split off for validation, the same ones in every run."}
+        default=0.0, metadata={"help": "Share of the training images to validate on. Every run uses the same ones."}
     )
     image_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the images or of their paths; default: image, or the only one with a usual name (path, ...)."},
+        metadata={"help": "Column of images or of their paths. Default: image, or the only one with a usual name (path, ...)."},
     )
     captions_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the captions: a list of strings per image, or one string (rows of the same image are merged). "
+            "help": "Column of captions: a list of strings per image, or one string (rows of the same image are merged). "
             "Join several columns with '+'. Default: captions, or the only one with a usual name (caption, text, ...)."
         },
     )
     image_id_column: str | None = field(
         default=None,
-        metadata={"help": "Column that tells images apart; default: image_id, if it is there. Empty: none, their files do."},
+        metadata={"help": "Column of image ids. Default: image_id, if it exists. Empty: the file identifies an image."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read training images as they come, from shards, Parquet or a dataset; needs `max_steps`."}
+        default=False, metadata={"help": "Stream training images from shards, Parquet files or a dataset. Needs `max_steps`."}
     )
     skip_broken_images: bool = field(
-        default=False, metadata={"help": "Leave out and name images without readable picture or caption, instead of stopping."}
+        default=False, metadata={"help": "Report and leave out images that cannot be read or have no caption, instead of stopping."}
     )
     inspect: bool = field(
-        default=False, metadata={"help": "Only look through all data and tell what is in them and what is wrong; no training."}
+        default=False, metadata={"help": "Read all data, report what they hold and every problem, and do not train."}
     )
-    captions_per_image: int = field(default=5, metadata={"help": "How many captions of an image a training step takes."})
-    max_words: int = field(default=20, metadata={"help": "Words of a caption that are learned from."})
+    captions_per_image: int = field(default=5, metadata={"help": "Captions per image and training step."})
+    max_caption_words: int = field(default=20, metadata={"help": "Longer training captions are truncated."})
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder for the maps of a frozen backbone, computed once; without it, at every step."},
+        metadata={"help": "Folder for features of the frozen backbone, computed once. Default: compute them at every step."},
     )
-    augment: bool = field(default=False, metadata={"help": "Crop and recolour training pictures at random, mildly."})
+    augment: bool = field(default=False, metadata={"help": "Crop and recolour training images at random, mildly."})
     mirror: bool = field(
         default=False,
-        metadata={"help": "Mirror half of the training pictures; 'left' and 'right' change places in their English captions."},
+        metadata={"help": "Mirror half of the training images, and swap 'left' and 'right' in their English captions."},
     )
     cached_views: int = field(
         default=1,
         metadata={
-            "help": "With `feature_cache`: how many views of each training picture are cached and take turns by epoch; the first "
-            "is the picture itself, the others are changed by `augment` and `mirror`."
+            "help": "With `feature_cache`: views per training image, which alternate by epoch. The first is the image itself, the "
+            "others are changed by `augment` and `mirror`."
         },
     )
 
 
 @dataclass
 class CaptionTrainingArguments(Seq2SeqTrainingArguments):
-    """transformers' own arguments, and what they lack."""
+    """`Seq2SeqTrainingArguments` and the options that this package adds."""
 
     encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbone; default: that of the rest."}
+        default=None, metadata={"help": "Learning rate of the backbone. Default: `learning_rate`."}
     )
     input_dropout: float = field(
         default=0.0,
-        metadata={"help": "Share of regions and word embeddings that training drops, beside the model's own `dropout` of outputs."},
+        metadata={"help": "Dropout of regions and word embeddings, in addition to the model's `dropout` before the output layer."},
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Evaluate and save the exponential average of the weights with this decay; default: the weights."},
+        metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay. Default: none."},
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`; default: never."},
+        metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`. Default: never."},
     )
-    sample_images: int = field(
+    num_logged_images: int = field(
         default=4,
         metadata={
-            "help": "Captions of so many validation images, with where the model looked, go to `output_dir/samples` at every "
-            "evaluation; 0: none."
+            "help": "Validation images whose captions and attention are saved to `output_dir/samples` at every evaluation. 0: none."
         },
     )
     self_critical: bool = field(
         default=False,
-        metadata={"help": "Learn from CIDEr-D of captions that the model draws, from a trained checkpoint on."},
+        metadata={"help": "Self-critical training: maximise CIDEr-D of sampled captions. Needs a trained checkpoint."},
     )
-    samples_per_image: int = field(default=5, metadata={"help": "Self-critical: captions drawn of an image, at least 2."})
+    samples_per_image: int = field(default=5, metadata={"help": "Self-critical training: sampled captions per image, at least 2."})
     cross_entropy_weight: float = field(
         default=0.0,
-        metadata={"help": "Self-critical: share of the cross-entropy (by word) in the loss; the rest goes by caption."},
+        metadata={"help": "Self-critical training: weight of the cross-entropy, 0 to 1. The self-critical loss gets the rest."},
     )
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
-        except Exception as error:  # of many kinds: values, files, packages, devices
+        except Exception as error:  # values, files, packages and devices raise many kinds
             raise SettingError(" ".join(str(error).split()) or type(error).__name__) from error
         if self.label_smoothing_factor:
             raise SettingError(
-                "`label_smoothing_factor` would take the labels away from the model, whose loss needs them: set "
+                "`label_smoothing_factor` would withhold the labels, which the model's loss needs: set "
                 "`label_smoothing` in `model_config` instead."
             )
         metric = self.metric_for_best_model
         if metric not in (None, "loss", "eval_loss") and not self.predict_with_generate:
-            raise SettingError(f"`metric_for_best_model: {metric}` is a score of generated captions: set `predict_with_generate`.")
+            raise SettingError(f"`metric_for_best_model: {metric}` needs generated captions: set `predict_with_generate`.")
         name = (metric or "loss").removeprefix("eval_")
         if name not in (known := ["loss", *CaptionMetrics({"": ["a"]}).score({"": "a"})]):
-            raise SettingError(f"`metric_for_best_model: {metric}` is none of {', '.join(known)}.")
+            raise SettingError(f"`metric_for_best_model: {metric}` is unknown: use one of {', '.join(known)}.")
         if not 0 <= self.input_dropout < 1:
             raise SettingError(f"`input_dropout` is {self.input_dropout}: it must be at least 0 and below 1.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise SettingError(f"`ema_decay` is {self.ema_decay}: it must be between 0 and 1, 0.999 for example.")
-        if self.sample_images < 0:
-            raise SettingError(f"`sample_images` is {self.sample_images}: it must be at least 0.")
+        if self.num_logged_images < 0:
+            raise SettingError(f"`num_logged_images` is {self.num_logged_images}: it must be at least 0.")
         self._check_early_stopping()
         self._check_self_critical()
         self._check_trackers()
@@ -212,20 +208,19 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     def _check_self_critical(self) -> None:
         if not self.self_critical:
             if self.cross_entropy_weight:
-                raise SettingError("`cross_entropy_weight` goes with `self_critical`, without which all is cross-entropy.")
+                raise SettingError("`cross_entropy_weight` needs `self_critical`: set that as well, or leave it out.")
             return
         if self.samples_per_image < 2:
             raise SettingError(
-                f"`samples_per_image` is {self.samples_per_image}: a sample is judged against the others of its image, so it must "
-                "be at least 2."
+                f"`samples_per_image` is {self.samples_per_image}: it must be at least 2, as the other samples are the baseline."
             )
         if not 0 <= self.cross_entropy_weight <= 1:
-            raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it is a share, 0 to 1.")
+            raise SettingError(f"`cross_entropy_weight` is {self.cross_entropy_weight}: it must be between 0 and 1.")
         if self.input_dropout:
-            raise SettingError("`input_dropout` does nothing in self-critical training, which reads inputs whole: leave it out.")
+            raise SettingError("`input_dropout` has no effect in self-critical training: leave it out.")
 
     def _check_trackers(self) -> None:
-        """The Trainer would find out when all data are loaded."""
+        """The Trainer would raise only after all data are loaded."""
         try:
             for tracker in get_reporting_integration_callbacks(self.report_to):
                 tracker()
@@ -237,16 +232,16 @@ GROUPS = (ModelArguments, DataArguments, CaptionTrainingArguments)
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, CaptionTrainingArguments]:
-    """Arguments from `--config FILE.yaml`, a path or the name of one of `CONFIGS`, and the options behind it, which win.
+    """The options from `--config FILE.yaml` (a path, or the name of a config in the package) and from the command line.
 
     Raises:
-        SettingError: for a config file that is missing or is no mapping, for settings that are not known, of a wrong type,
-            contradictory, or not used by such a run and hence a mistake. Other unused ones are a warning.
+        SettingError: the config file is missing or is not a mapping; a setting is unknown, of the wrong type, contradictory, or
+            has no effect and must be a mistake. Other settings without effect are a warning.
     """
     parser = Parser(GROUPS, prog="attncap train")
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
-            action.help = "`last`: go on from the last checkpoint in `output_dir`, if there is one; or the folder of a checkpoint."
+            action.help = "`last`: resume from the last checkpoint in `output_dir`, if there is one. Or the folder of a checkpoint."
     settings, fields_of_model = parser.read(argv)
     parser.set_defaults(**settings)
     model, data, training, _ = parser.parse_args_into_dataclasses(args=[])  # the last holds `--config`
@@ -262,12 +257,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
 
 
 def refuse_without_validation(training: CaptionTrainingArguments) -> None:
-    """Raises a SettingError if there is anything to do with validation images."""
+    """Raises a SettingError for settings that need validation images."""
     wants = {"predict_with_generate": training.predict_with_generate, "eval_strategy": training.eval_strategy != "no"}
     for setting, wanted in wants.items():
         if wanted:
             raise SettingError(
-                f"`{setting}` wants validation images and there are none: give `--validation_file`, `--validation_split` or "
+                f"`{setting}` needs validation images and there are none: give `--validation_file`, `--validation_split` or "
                 f"`--validation_share 0.05`, or set `{setting}` to {'no' if setting == 'eval_strategy' else 'false'}."
             )
 
@@ -279,24 +274,24 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
     if len(given) > 1:
         raise SettingError(f"`{given[0]}` and `{given[1]}` both name the training images: give one of them.")
     if data.validation_file and not data.train_file:
-        raise SettingError(f"`validation_file` goes with `train_file`; of `{given[0]}` set `validation_split`.")
+        raise SettingError(f"`validation_file` needs `train_file`; with `{given[0]}` set `validation_split`.")
     if data.validation_file and data.validation_share:
-        raise SettingError("`validation_file` and `validation_share` both say what to validate on: give one of them.")
+        raise SettingError("`validation_file` and `validation_share` both name the validation images: give one of them.")
     if not 0 <= data.validation_share < 1:
         raise SettingError(f"`validation_share` is {data.validation_share:g}: it must be at least 0 and below 1.")
     if data.train_file and not (data.inspect or data.validation_file or data.validation_share or data.train_file.endswith(".json")):
         refuse_without_validation(training)
     if data.dataset_config_name and not data.dataset_name:
-        raise SettingError("`dataset_config_name` goes with `dataset_name`, which is not given.")
+        raise SettingError("`dataset_config_name` needs `dataset_name`, which is not set.")
     if data.streaming and training.max_steps <= 0 and not data.inspect:
-        raise SettingError("A stream has no end that is known: with `streaming` give `--max_steps`.")
+        raise SettingError("The length of a stream is unknown: with `streaming` set `--max_steps`.")
     _check_views(data)
-    for setting in ("captions_per_image", "max_words"):
+    for setting in ("captions_per_image", "max_caption_words"):
         if getattr(data, setting) < 1:
             raise SettingError(f"`{setting}` is {getattr(data, setting)}: it must be at least 1.")
     for other, on in (("feature_cache", data.feature_cache), ("self_critical", training.self_critical)):
         if data.streaming and on:
-            raise SettingError(f"`{other}` needs all training images at hand: leave out `streaming` or `{other}`.")
+            raise SettingError(f"`{other}` needs all training images at once: leave out `streaming` or `{other}`.")
 
 
 def _check_views(data: DataArguments) -> None:
@@ -304,9 +299,9 @@ def _check_views(data: DataArguments) -> None:
     if data.cached_views < 1:
         raise SettingError(f"`cached_views` is {data.cached_views}: it must be at least 1.")
     if data.cached_views > 1 and not (data.feature_cache and changed):
-        raise SettingError("`cached_views` goes with `feature_cache` and with `augment` or `mirror`, which make the views differ.")
+        raise SettingError("`cached_views` needs `feature_cache` and `augment` or `mirror`, which make the views differ.")
     if data.feature_cache and changed and data.cached_views == 1:
         raise SettingError(
-            f"`{changed}` changes pictures at every reading, which `feature_cache` reads only once: set `cached_views: 4`, for "
-            f"example, or leave out `{changed}` or the cache."
+            f"`{changed}` changes images at every epoch, but `feature_cache` reads them once: set `cached_views: 4`, or "
+            f"leave out `{changed}` or the cache."
         )

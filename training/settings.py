@@ -1,4 +1,4 @@
-"""What a user sets, in a YAML file and on the command line, as values of the types that the settings have."""
+"""Reads settings from a YAML file and the command line, with the types that the options have."""
 
 import argparse
 import json
@@ -16,22 +16,25 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class SettingError(ValueError):
-    """A setting that the user has to change; its message is all that the command line shows."""
+    """A setting that the user must change. The command line shows only its message."""
 
 
 class Parser(HfArgumentParser):
-    """Options of dataclasses; what is wrong with them is a `SettingError` of one sentence."""
+    """Parser for the options of dataclasses. Errors are a `SettingError` of one sentence."""
 
     def __init__(self, groups: Iterable[Any], **kwargs: Any):
         super().__init__(groups, **kwargs)
         self._hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-        self.add_argument("--config", help=f"YAML file of settings: a path, or one of {', '.join(sorted(_shipped()))}.")
+        self.add_argument(
+            "--config",
+            help=f"YAML file of settings: a path, or a config in the package ({', '.join(sorted(_shipped()))}).",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise SettingError(f"{message.removeprefix('argument ').rstrip('.')}. `--help` lists all settings.")
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings that are given, those of the config file first, and the merged mapping of `model_config`."""
+        """The settings that are given, in the config file or on the command line, and the merged `model_config`."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", nargs="?", const="")
         known, rest = first.parse_known_args(argv)
@@ -40,22 +43,22 @@ class Parser(HfArgumentParser):
         settings = self._checked(str(known.config), in_file)
         options, strange = self._given(rest)
         if strange:
-            raise SettingError(f"No such options: {' '.join(strange)}. `--help` lists all.")
+            raise SettingError(f"Unknown options: {' '.join(strange)}. `--help` lists all.")
         return settings | options, mapping | _from_json(options.get("model_config", "{}"))
 
     def _given(self, words: list[str]) -> tuple[dict[str, Any], list[str]]:
-        """The options among words of a command line, without defaults, and words that belong to none."""
+        """The options in a command line, without defaults, and the words that belong to no option."""
         absent = object()
         values = argparse.Namespace(**{action.dest: absent for action in self._actions})
         found, strange = self.parse_known_args(words, values)
         return {name: value for name, value in vars(found).items() if value is not absent}, strange
 
     def _checked(self, path: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a config file, read as if they were options."""
+        """The settings of a config file, checked as if they were command-line options."""
         if unknown := {str(name) for name in settings if name not in self._hints}:
-            raise SettingError(f"{path}: no such settings: {', '.join(sorted(unknown))}. `--help` lists all.")
+            raise SettingError(f"{path}: unknown settings: {', '.join(sorted(unknown))}. `--help` lists all.")
         words: list[str] = []
-        whole: dict[str, Any] = {}  # what the command line has no form for
+        whole: dict[str, Any] = {}  # values that the command line cannot express
         several = {action.dest for action in self._actions if action.nargs == "+"}
         for name, value in settings.items():
             kinds = {get_origin(kind) or kind for kind in (self._hints[name], *get_args(self._hints[name]))}
@@ -68,7 +71,7 @@ class Parser(HfArgumentParser):
                 else:
                     whole[name] = value
             elif not isinstance(value, str | int | float) or (isinstance(value, bool) and bool not in kinds):
-                raise SettingError(f"{place}, a {type(value).__name__}: if a text is meant, put it in quotes.")
+                raise SettingError(f"{place}, a {type(value).__name__}: put text in quotes.")
             else:
                 words.append(f"--{name}={value}")
         try:
@@ -78,7 +81,7 @@ class Parser(HfArgumentParser):
 
 
 def _shipped() -> dict[str, Path]:
-    """The configs that come with the package, by their names."""
+    """The configs in the package, by name."""
     return {config.name: config for config in CONFIGS.glob("*.yaml")}
 
 
@@ -86,13 +89,13 @@ def _read_config(path: str) -> dict[str, Any]:
     shipped = _shipped()
     file = Path(path) if Path(path).is_file() else shipped.get(path)
     if file is None:
-        raise SettingError(f"No such config file: {path}. Those that come with the package: {', '.join(sorted(shipped))}.")
+        raise SettingError(f"No such config file: {path}. The package has {', '.join(sorted(shipped))}.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise SettingError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise SettingError(f"{path} must hold `setting: value` lines.")
+        raise SettingError(f"{path} must consist of `setting: value` lines.")
     return settings
 
 
@@ -107,7 +110,7 @@ def _from_json(text: str) -> dict[str, Any]:
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
-    """Fields of `AttnCapConfig`; nothing at all is none of them."""
+    """Checks that a value is a mapping of fields of `AttnCapConfig`; None is an empty mapping."""
     if not isinstance(value, dict | None):
         raise SettingError(f"{name} is {value!r:.80}: it must be a mapping of fields of AttnCapConfig to their values.")
     if unknown := {str(field) for field in value or {}} - {item.name for item in fields(AttnCapConfig)}:

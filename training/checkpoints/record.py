@@ -25,7 +25,7 @@ PROVENANCE = ("license", "license_name", "license_link", "origins")  # lines of 
 # They say where files lay on one machine, or what a run shows, and not what was learned.
 PLACES = {"output_dir", "feature_cache", "model_name_or_path", "train_file", "validation_file", "image_dir", "data_dir"}
 FILES = {"backbone_weights", "word_vectors"}  # or names of weights; of a path its last part is kept
-SHOWN = {"disable_tqdm", "report_to", "run_name", "logging_steps", "sample_images", "push_to_hub", "hub_token", "hub_model_id"}
+SHOWN = {"disable_tqdm", "report_to", "run_name", "logging_steps", "num_logged_images", "push_to_hub", "hub_token", "hub_model_id"}
 MACHINE = {"dataloader_num_workers", "dataloader_pin_memory", "use_cpu", "resume_from_checkpoint", "save_total_limit"}
 SET_BY_CODE = {"remove_unused_columns", "use_cache", "logging_nan_inf_filter", "prediction_loss_only"}
 NOT_RECORDED = PLACES | SHOWN | MACHINE | SET_BY_CODE | {"validation_image_dir"}

@@ -1,4 +1,4 @@
-"""Images with their captions to a batch, in which the image is the first axis of every tensor."""
+"""Step 6 of the data flow: rows to a batch, in which every tensor has the image as its first axis."""
 
 import random
 from dataclasses import dataclass
@@ -9,24 +9,28 @@ import torch
 
 from hf_attncap.processing_attncap import AttnCapProcessor
 
-from .randomness import Chance
+from .augmentation import EpochRandomness
 
 
 @dataclass
 class CaptionCollator:
     """Rows of `image` (or `backbone_features`) and `captions` to a batch of B images.
 
-    Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B, k, T) int64 with words,
-    end token and -100; k = `captions_per_image`, drawn at random where an image has more and repeated where it has fewer. With
-    `with_image_ids` also the images' own `image_id`s, as a list `image_ids`. With `chance`, which needs ids as well, it decides
-    what is drawn, else Python's own generator.
+    Returns `pixel_values` (B, 3, height, width) or `backbone_features` (B, D, h, w), and `labels` (B, k, T) int64: tokens, the end
+    token and -100.
+
+    Args:
+        captions_per_image: k. An image with more captions gives a random sample of them; one with fewer repeats them.
+        max_words: longer captions are truncated.
+        with_image_ids: also return the ids of the images as a list `image_ids`.
+        randomness: makes the sample depend on image and epoch alone, and needs `image_id` in the rows. Default: Python's generator.
     """
 
     processor: AttnCapProcessor
     captions_per_image: int = 5
     max_words: int = 20
     with_image_ids: bool = False
-    chance: Chance | None = None
+    randomness: EpochRandomness | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
@@ -36,15 +40,15 @@ class CaptionCollator:
         else:
             images = [row["image"] for row in rows]
             batch.update(self.processor(images=images, return_tensors="pt"))  # (B, 3, height, width)
-        captions = [caption for row in rows for caption in self._draw(row)]
+        captions = [caption for row in rows for caption in self._sample_captions(row)]
         labels = self.processor(text_target=captions, max_target_length=self.max_words, return_tensors="pt")["labels"]
         batch["labels"] = labels.unflatten(0, (len(rows), -1))  # (B, k, T)
         if self.with_image_ids:
             batch["image_ids"] = [row["image_id"] for row in rows]
         return batch
 
-    def _draw(self, row: dict[str, Any]) -> list[str]:
+    def _sample_captions(self, row: dict[str, Any]) -> list[str]:
         captions = [caption for caption in row["captions"] if caption.strip()]
-        whole, rest = divmod(self.captions_per_image, len(captions))
-        generator: Any = self.chance.of(row["image_id"]) if self.chance else random
-        return captions * whole + generator.sample(captions, rest)
+        repeats, rest = divmod(self.captions_per_image, len(captions))
+        generator: Any = self.randomness.now.generator(row["image_id"]) if self.randomness else random
+        return captions * repeats + generator.sample(captions, rest)

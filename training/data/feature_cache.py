@@ -1,4 +1,4 @@
-"""The maps of a backbone's frozen blocks, computed once and kept on disk in half precision."""
+"""Step 5b of the data flow: the features of the backbone's frozen blocks, computed once and kept on disk in half precision."""
 
 import hashlib
 import json
@@ -26,42 +26,43 @@ from ..processes import on_main_process, together
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32  # images in a pass through the backbone
-BLOCK = 4 * BATCH  # images between two records of what is done
+BATCH = 32  # images per pass through the backbone
+BLOCK = 4 * BATCH  # images between two records of progress
 
 
 def cached_features(encoder, image_processor, dataset: Dataset, folder: str, workers: int = 0) -> np.ndarray:
-    """The encoder's `features` of all images, (images, D', h', w') float16, memory-mapped, read-only.
+    """The output of the encoder's frozen blocks for all images.
 
-    One map an image, whatever the number of its captions, as it is before the C windows. Computed on the device of the process,
-    to which the encoder moves for that time; under several processes each computes its share, and all must call this together
-    and see `folder` as one.
+    Each process computes its share on its device; all processes must make this call and share `folder`.
 
-    The file's name is made of the frozen blocks' weights, the image processing and the dataset's fingerprint, so that another of
-    these never finds a stale file; picture files that change under unchanged names are not noticed. It appears under its name
-    only when it is whole. Until then it is a `.partial` beside a record of its finished blocks of 128 images, and a later call
-    goes on from there, with any number of processes. A call that finds another one at work on the same file waits for it.
+    The file is named by a hash of the frozen weights, the image processing and the dataset's fingerprint, so a change of any of
+    them computes new features. It has its name only when it is complete. Until then it is a `.partial` file with a record of its
+    finished blocks of 128 images, and a later call resumes it, with any number of processes. A call that finds another run at
+    work on the same file waits for it.
 
     Args:
         encoder: a `GridEncoder`.
-        dataset: rows with an `image`, and an `image_id` to name those that cannot be read.
-        folder: is made if need be.
-        workers: processes that read pictures ahead, for each process.
+        dataset: rows with `image`, and `image_id` to name those that cannot be read.
+        folder: created if it does not exist.
+        workers: processes that read images ahead, per process.
+
+    Returns:
+        (images, D', h', w') float16, memory-mapped, read-only; one entry per image.
 
     Raises:
-        SettingError: on all processes, if one of them lacks disk space, cannot read a picture, has a map that does not fit half
-            precision, or sees other pictures or weights than the first. What was computed is kept. A process that dies without
-            a word ends the others at the latest after the time-out of their process group (`ddp_timeout`).
+        SettingError: on all processes, if one of them lacks disk space, cannot read an image, has features beyond the range of
+            half precision, or sees other images or weights than the first. Finished blocks are kept. If a process is killed, the
+            others end after the time-out of their process group (`ddp_timeout`).
     """
     state = PartialState()
     names = together(lambda: _fingerprint(encoder, image_processor, dataset))
     if len(set(names)) > 1:
         raise SettingError(
-            "`feature_cache`: the processes of this run see different pictures or backbone weights: give all of them the same "
-            "files, on a file system that they share, and the same `seed`."
+            "`feature_cache`: the processes of this run see different images or backbone weights: give all of them the same files, "
+            "on a shared file system, and the same `seed`."
         )
     path = Path(folder) / f"{names[0]}.npy"
-    with _alone(path), _on_device(encoder, state.device):
+    with _lock(path), _moved_to(encoder, state.device):
 
         def missing_blocks() -> list[int]:
             return [] if path.exists() else _begin(encoder, image_processor, dataset, path)
@@ -89,49 +90,49 @@ def _fingerprint(encoder, image_processor, dataset: Dataset) -> str:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keeps other runs away from the file while this one makes it; the main process holds the lock for all."""
+def _lock(path: Path) -> Iterator[None]:
+    """Locks the file against other runs while this one computes it. The main process holds the lock for all."""
     lock = FileLock(path.with_suffix(".lock"))
 
     def acquire() -> None:
         if path.exists():
             return
-        with _writing(path.parent):
+        with _explain_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                logger.warning("feature cache: waiting for another run that makes %s", path)
+                logger.warning("feature cache: waiting for another run that computes %s", path)
                 lock.acquire()
 
     on_main_process(acquire)
     try:
         yield
         if lock.is_locked:
-            # The file is there by now: a run that still takes the lock under its old name finds nothing left to do.
+            # The file is complete: a run that still waits for this lock finds nothing left to do.
             Path(lock.lock_file).unlink(missing_ok=True)
     finally:
         lock.release()
 
 
 @contextmanager
-def _on_device(encoder, device: torch.device | None) -> Iterator[None]:
-    """The encoder in evaluation mode on the device, and afterwards as it was."""
-    home, mode = next(encoder.parameters()).device, encoder.training
+def _moved_to(encoder, device: torch.device | None) -> Iterator[None]:
+    """Moves the encoder to the device in evaluation mode, and restores both afterwards."""
+    before, mode = next(encoder.parameters()).device, encoder.training
     encoder.to(device).eval()
     try:
         yield
     finally:
-        encoder.to(home).train(mode)
+        encoder.to(before).train(mode)
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _explain_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise SettingError(
-            f"`feature_cache`: {folder} takes no more: {error}. Make room or give another folder; what is there already is kept."
+            f"`feature_cache`: {folder} cannot be written: {error}. Make room or give another folder; finished features are kept."
         ) from error
 
 
@@ -140,7 +141,7 @@ def _partial(path: Path) -> Path:
 
 
 def _record(path: Path, process: int) -> Path:
-    """Where a process writes down which blocks it brought to the disk."""
+    """The record of the blocks that a process has finished."""
     return path.with_suffix(f".done-{process}.json")
 
 
@@ -150,7 +151,7 @@ def _write_record(record: Path, done: list[int]) -> None:
 
 
 def _read_records(path: Path) -> set[int] | None:
-    """The blocks that earlier processes brought to the disk; None if there is nothing to go on from."""
+    """The blocks that earlier processes have finished; None if there is no partial file to resume."""
     records = [json.loads(record.read_text(encoding="utf-8")) for record in path.parent.glob(f"{path.stem}.done-*.json")]
     if not records or not _partial(path).exists() or any(record["images_per_block"] != BLOCK for record in records):
         return None
@@ -162,22 +163,22 @@ def _block_rows(block: int, images: int) -> range:
 
 
 def _begin(encoder, image_processor, dataset: Dataset, path: Path) -> list[int]:
-    """Makes the partial file, or finds it; returns the blocks that it lacks."""
+    """Creates or finds the partial file; returns the blocks that it lacks."""
     images, done = len(dataset), _read_records(path)
     if done is None:
-        shape = (images, *_maps(encoder, _Batches(dataset, image_processor, 1)[0], "image 0").shape[1:])
+        shape = (images, *_compute_batch(encoder, _Batches(dataset, image_processor, 1)[0], "image 0").shape[1:])
     else:
         shape = np.load(_partial(path), mmap_mode="r").shape
     missing = [block for block in range(-(-images // BLOCK)) if done is None or block not in done]
     lacking = sum(len(_block_rows(block, images)) for block in missing)
     _check_space(path.parent, 2 * lacking * math.prod(shape[1:]))
-    with _writing(path.parent):
+    with _explain_disk_errors(path.parent):
         if done is None:
-            # Records of another file go before the new one comes; its own come after it.
+            # In this order: records must never describe a partial file that they were not written for.
             _remove(path.parent.glob(f"{path.stem}.done-*"))
             np.lib.format.open_memmap(_partial(path), mode="w+", dtype=np.float16, shape=shape).flush()
         else:
-            logger.warning("feature cache: %d of %d images are there already", images - lacking, images)
+            logger.warning("feature cache: %d of %d images are already computed", images - lacking, images)
         _write_record(_record(path, 0), sorted(done or []))
         _remove(record for record in path.parent.glob(f"{path.stem}.done-*") if record != _record(path, 0))
     return missing
@@ -192,13 +193,13 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SettingError(
-            f"`feature_cache`: the backbone's maps need {needed / 1e9:.3g} GB more in {folder}, where {free / 1e9:.3g} GB are "
-            "free: make room, give another folder, or train without the cache. What is there already is kept."
+            f"`feature_cache`: the features need {needed / 1e9:.3g} GB more in {folder}, which has {free / 1e9:.3g} GB free: make "
+            "room, give another folder, or train without the cache. Finished features are kept."
         )
 
 
 def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: list[int], workers: int) -> None:
-    """Brings blocks of images into the partial file, each written down once it is on the disk."""
+    """Writes blocks of images to the partial file, and records each once it is on the disk."""
     if not blocks:
         return
     state, images = PartialState(), len(dataset)
@@ -206,7 +207,7 @@ def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: lis
     done = json.loads(record.read_text(encoding="utf-8"))["done"] if record.exists() else []
     mapped: Any = np.load(_partial(path), mmap_mode="r")
     starts = [start for block in blocks for start in _block_rows(block, images)[::BATCH]]
-    # A generator of its own: the run that computes the maps draws the same random numbers afterwards as one that finds them.
+    # A generator of its own, so that a run draws the same random numbers whether or not the features are cached already.
     batches = DataLoader(
         _Batches(dataset, image_processor, BATCH),
         batch_size=None,
@@ -216,20 +217,19 @@ def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: lis
     )
     share = sum(len(_block_rows(block, images)) for block in blocks)
     bar = tqdm(total=share, desc="backbone features", unit="images", mininterval=10, disable=not state.is_main_process)
-    # Written, not mapped: a disk that fills up is then an error instead of the end of the process, and blocks of two machines
-    # share no pages.
+    # Written, not memory-mapped: a full disk is then an error and not a crash, and blocks of two machines share no pages.
     with open(_partial(path), "r+b") as file, bar:
         for start, pixel_values in zip(starts, batches):
-            maps = _maps(encoder, pixel_values, f"images {start} to {min(start + BATCH, images) - 1}")  # (B, D, h, w)
-            with _writing(path.parent):
-                file.seek(mapped.offset + start * maps[0].nbytes)
-                file.write(maps.tobytes())
-                if start + len(maps) == _block_rows(start // BLOCK, images).stop:
+            features = _compute_batch(encoder, pixel_values, f"images {start} to {min(start + BATCH, images) - 1}")  # (B, D, h, w)
+            with _explain_disk_errors(path.parent):
+                file.seek(mapped.offset + start * features[0].nbytes)
+                file.write(features.tobytes())
+                if start + len(features) == _block_rows(start // BLOCK, images).stop:
                     file.flush()
                     os.fsync(file.fileno())
                     done.append(start // BLOCK)
                     _write_record(record, done)
-            bar.update(len(maps))
+            bar.update(len(features))
 
 
 def _finish(path: Path) -> None:
@@ -239,7 +239,7 @@ def _finish(path: Path) -> None:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """By the number of its first row, a batch of pictures as `pixel_values` (B, 3, height, width), or why there is none."""
+    """Batches by the number of their first row: `pixel_values` (B, 3, height, width), or a sentence on the image that fails."""
 
     def __init__(self, dataset: Dataset, image_processor, size: int):
         self.dataset, self.image_processor, self.size = dataset, image_processor, size
@@ -250,10 +250,10 @@ class _Batches(torch.utils.data.Dataset):
             try:
                 image = self.dataset[row]["image"]
                 if image is None:
-                    raise ValueError("there is none")
+                    raise ValueError("its row holds no image")
                 images.append(image)
-            except Exception as error:  # decoders of broken files raise whatever comes
-                return f"The picture of row {row}{self._name(row)} cannot be read: {error}. Replace it or leave the row out."
+            except Exception as error:  # decoders of broken files raise many kinds
+                return f"The image of row {row}{self._name(row)} cannot be read: {error}. Replace it or leave the row out."
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _name(self, row: int) -> str:
@@ -262,12 +262,12 @@ class _Batches(torch.utils.data.Dataset):
         return f", image_id '{self.dataset.select_columns('image_id')[row]['image_id']}',"
 
 
-def _maps(encoder, pixel_values: torch.Tensor | str, images: str) -> np.ndarray:
-    """The maps (B, D, h, w) float16 of pictures (B, 3, height, width)."""
+def _compute_batch(encoder, pixel_values: torch.Tensor | str, images: str) -> np.ndarray:
+    """The features (B, D, h, w) float16 of images (B, 3, height, width); `images` names them in errors."""
     if isinstance(pixel_values, str):
         raise SettingError(pixel_values)
     with torch.inference_mode():
         features = encoder.features(pixel_values.to(next(encoder.parameters()).device))  # (B, D, h, w)
     if not features.abs().max() < torch.finfo(torch.float16).max:
-        raise SettingError(f"The backbone's map of {images} does not fit half precision: train without `feature_cache`.")
+        raise SettingError(f"The features of {images} exceed the range of half precision: train without `feature_cache`.")
     return features.half().cpu().contiguous().numpy()

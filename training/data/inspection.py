@@ -1,4 +1,4 @@
-"""A look through the data before a run: what is in them, and what is wrong with them."""
+"""`attncap train --inspect`: what a run would train on, and every problem with it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,46 +11,48 @@ from tokenizers.models import WordLevel
 from hf_attncap.processing_attncap import AttnCapProcessor
 
 from ..arguments import DataArguments, ModelArguments, SettingError
-from .splits import Split, examine, first, read_splits, shared_images
+from .checks import Split, examine_images, list_names
+from .splits import find_shared_images, read_splits
 from .vocabulary import build_tokenizer, describe_coverage, extend_tokenizer, word_coverage
 
-TINY = 32  # pixels of the shorter side: below it hardly anything is to be seen
+SMALL = 32  # pixels of the shorter side, below which little can be recognised
 SAMPLES = 5
 
 
 def inspect_data(model: ModelArguments, data: DataArguments) -> int:
-    """Prints what a run would learn from, without one. All images are read, also those that would be streamed.
+    """Prints splits, caption lengths, vocabulary, samples and all problems. Every image is decoded, also those of a stream.
 
     Returns:
         0, or 1 if there are problems.
 
     Raises:
-        SettingError: for data that cannot be read at all, as `load_data`.
+        SettingError: the data cannot be read at all, as in `load_data`.
     """
     train, validation = read_splits(data)
     splits = {"train": train} | ({"validation": validation} if validation else {})
-    problems = shared_images(train, validation) if validation else []
+    problems = find_shared_images(train, validation) if validation else []
     notes = [] if validation else ["There is no validation split."]
     tokenizer = _tokenizer(model, train)
-    known = model.model_name_or_path and not model.extend_vocabulary
-    print(f"vocabulary: {len(tokenizer)} tokens" + ("" if known else f" at min_count {model.min_count}"))
-    notes += describe_coverage(tokenizer, _captions(train), way_out(model, tokenizer))[1:]
-    homes: dict[str, list[str]] = {}
+    fixed = model.model_name_or_path and not model.extend_vocabulary
+    print(f"vocabulary: {len(tokenizer)} tokens" + ("" if fixed else f" at min_count {model.min_count}"))
+    notes += describe_coverage(tokenizer, _all_captions(train), advise_on_words(model, tokenizer))[1:]
+    names_by_digest: dict[str, list[str]] = {}
     for role, split in splits.items():
         print(f"\n{role}: {split.name}, {len(split.rows)} images")
         problems += split.problems + split.broken
         notes += split.notes
         if not len(split.rows):
-            problems.append(f"{split.name} holds no image that can be used.")
+            problems.append(f"{split.name} holds no usable image.")
             continue
-        _print_captions(split.rows["captions"][:], tokenizer, data.max_words)
-        looked = examine(split.rows)
+        _print_captions(split.rows["captions"][:], tokenizer, data.max_caption_words)
+        examined = examine_images(split.rows)
         names = [f"{role} {name}" for name in split.rows["image_id"][:]]
-        problems += _print_pictures(split, names, looked)
-        notes += _not_rgb(split, names, looked)
-        for name, digest in zip(names, looked["digest"][:]):
-            homes.setdefault(digest, []).append(name)
-    problems += [f"The same picture is there {len(same)} times: {first(same)}." for key, same in homes.items() if key and same[1:]]
+        problems += _print_images(split, names, examined)
+        notes += _describe_not_rgb(split, names, examined)
+        for name, digest in zip(names, examined["digest"][:]):
+            names_by_digest.setdefault(digest, []).append(name)
+    copies = [names for digest, names in names_by_digest.items() if digest and len(names) > 1]
+    problems += [f"The same image occurs {len(names)} times: {list_names(names)}." for names in copies]
     _print_samples(train.rows)
     for title, sentences in (("notes", notes), ("problems", problems)):
         print(f"\n{title}: {len(sentences) or 'none'}")
@@ -59,30 +61,30 @@ def inspect_data(model: ModelArguments, data: DataArguments) -> int:
     return 1 if problems else 0
 
 
-def way_out(model: ModelArguments, tokenizer: Any) -> str:
-    """What to do about words of the training captions that the vocabulary of a run lacks."""
+def advise_on_words(model: ModelArguments, tokenizer: Any) -> str:
+    """What to do about words of the training captions that the vocabulary lacks."""
     if model.model_name_or_path is None or model.extend_vocabulary:
-        return f"a lower `min_count` than {model.min_count} takes rarer words into the vocabulary"
+        return f"set `min_count` below {model.min_count} to add rarer words to the vocabulary"
     if not isinstance(tokenizer.backend_tokenizer.model, WordLevel):
         return "they have characters that the checkpoint's word pieces lack, so train a new captioner, without `model_name_or_path`"
-    return "`--extend_vocabulary True` adds those that occur at least `min_count` times"
+    return "set `--extend_vocabulary True` to add those that occur at least `min_count` times"
 
 
-def _captions(split: Split) -> list[str]:
+def _all_captions(split: Split) -> list[str]:
     return [caption for captions in (split.rows["captions"][:] if len(split.rows) else []) for caption in captions]
 
 
 def _tokenizer(model: ModelArguments, train: Split) -> Any:
-    """The tokenizer that the run would have."""
+    """The tokenizer that the run would use."""
     try:
         if not model.model_name_or_path:
-            return build_tokenizer(_captions(train), model.tokenizer_kind, min_count=model.min_count)
+            return build_tokenizer(_all_captions(train), model.tokenizer_kind, min_count=model.min_count)
     except ValueError as error:
         raise SettingError(f"{train.name}: {error}") from error
     try:
         tokenizer = AttnCapProcessor.from_pretrained(model.model_name_or_path).tokenizer
         if model.extend_vocabulary:
-            extend_tokenizer(tokenizer, _captions(train), model.min_count)
+            extend_tokenizer(tokenizer, _all_captions(train), model.min_count)
     except (OSError, ValueError) as error:
         raise SettingError(f"`model_name_or_path`: {model.model_name_or_path}: {str(error).splitlines()[0]}") from error
     return tokenizer
@@ -93,15 +95,15 @@ def _print_captions(captions: Sequence[Sequence[str]], tokenizer: Any, max_words
     lengths = [len(set(one.word_ids)) for one in tokenizer.backend_tokenizer.encode_batch(sentences, add_special_tokens=False)]
     low, middle, most, high = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
     counts = Counter(len(row) for row in captions)
-    print(f"  captions: {len(sentences)}; images by their number: {', '.join(f'{n}: {counts[n]}' for n in sorted(counts))}")
-    print(f"  words of a caption: {low} least, {middle} median, {most} at 95 %, {high} most")
-    print(f"  longer than max_words {max_words}: {np.mean(np.array(lengths) > max_words):.2%}")
+    print(f"  captions: {len(sentences)}; images by number of captions: {', '.join(f'{n}: {counts[n]}' for n in sorted(counts))}")
+    print(f"  words per caption: minimum {low}, median {middle}, 95th percentile {most}, maximum {high}")
+    print(f"  captions longer than {max_words} words (max_caption_words): {np.mean(np.array(lengths) > max_words):.2%}")
     print(f"  words in the vocabulary: {word_coverage(tokenizer, sentences):.2%}")
 
 
-def _print_pictures(split: Split, names: list[str], looked: Dataset) -> list[str]:
-    """Prints sizes and modes; returns sentences about broken and tiny pictures."""
-    rows: list[Any] = list(looked)
+def _print_images(split: Split, names: list[str], examined: Dataset) -> list[str]:
+    """Prints sizes and modes; returns sentences about broken and small images."""
+    rows: list[Any] = list(examined)
     sound = [row for row in rows if not row["problem"]]
     for side in ("width", "height"):
         if sound:
@@ -109,13 +111,15 @@ def _print_pictures(split: Split, names: list[str], looked: Dataset) -> list[str
             print(f"  {side}: {low} to {high} pixels, median {middle}")
     print(f"  modes: {', '.join(f'{mode} {count}' for mode, count in Counter(row['mode'] for row in sound).most_common())}")
     problems = [f"{split.name}: {row['problem']}." for row in rows if row["problem"]]
-    tiny = [name for name, row in zip(names, rows) if not row["problem"] and min(row["width"], row["height"]) < TINY]
-    return problems + ([f"{split.name}: {len(tiny)} pictures have a side below {TINY} pixels: {first(tiny)}."] if tiny else [])
+    small = [name for name, row in zip(names, rows) if not row["problem"] and min(row["width"], row["height"]) < SMALL]
+    return problems + (
+        [f"{split.name}: {len(small)} images have a side below {SMALL} pixels: {list_names(small)}."] if small else []
+    )
 
 
-def _not_rgb(split: Split, names: list[str], looked: Dataset) -> list[str]:
-    other = [name for name, mode in zip(names, looked["mode"][:]) if mode not in ("RGB", "")]
-    return [f"{split.name}: {len(other)} pictures are not RGB and are converted: {first(other)}."] if other else []
+def _describe_not_rgb(split: Split, names: list[str], examined: Dataset) -> list[str]:
+    other = [name for name, mode in zip(names, examined["mode"][:]) if mode not in ("RGB", "")]
+    return [f"{split.name}: {len(other)} images are not RGB and will be converted: {list_names(other)}."] if other else []
 
 
 def _print_samples(rows: Dataset) -> None:

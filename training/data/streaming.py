@@ -1,130 +1,60 @@
-"""Captioned pictures that are read as they come: shards and datasets too large to be there whole."""
+"""Steps 2 and 3 of the data flow for a stream: each row is read, checked and decoded when it is needed."""
 
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, Image, IterableDataset, get_dataset_split_names, load_dataset
+from datasets import Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from hf_attncap.images import ImageError
 
 from ..arguments import DataArguments, SettingError
-from .columns import captions_columns, id_column_of, with_columns, with_shard_columns
-from .sources import (
-    Source,
-    as_pattern,
-    choose_split,
-    from_table,
-    has_words,
-    image_folder,
-    load_shards,
-    row_captions,
-    shard_captions,
-)
-from .splits import WAY_OUT, CaptionData, assemble, check_set, decoded, file_source, ready
+from .checks import WAY_OUT, decode_image, has_words
+from .columns import find_columns
+from .sources import open_source
+from .table import CaptionReader
 
 logger = logging.getLogger(__name__)
 
-SHUFFLED = 1000  # images among which the next is drawn; shards are shuffled as well
+SHUFFLE_BUFFER = 1000  # images from which the next is chosen; the order of shards is random as well
 
 
-@dataclass
-class Reading:
-    """A row of a stream to `image` as stored, `captions` that have a word, and `image_id`.
-
-    Raises:
-        SettingError: if captions are neither text nor a list of texts, or there are none and `skip` is not set.
-    """
-
-    arguments: DataArguments
-    image_column: str
-    id_column: str | None
-    shards: bool
-    skip: bool
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        image = row[self.image_column]
-        name = str(row[self.id_column] if self.id_column else (image or {}).get("path") or "without a name")
-        if self.shards:
-            captions = shard_captions(row, self.arguments)
-        else:
-            captions, _ = row_captions(f"image {name}", [row[column] for column in captions_columns(self.arguments)])
-        captions = [caption for caption in captions if has_words(caption)]
-        if not captions:
-            self.leave_out(f"image {name}: there is no caption")
-        return {"image": image, "captions": captions, "image_id": name}
-
-    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"image": decoded(row["image"], row["image_id"])}
-        except ImageError as error:
-            self.leave_out(str(error))
-            return {"image": None}
-
-    def leave_out(self, problem: str) -> None:
-        if not self.skip:
-            raise SettingError(f"{problem}. {WAY_OUT}")
-        logger.warning("%s; left out", problem)
-
-
-def load_stream(arguments: DataArguments, seed: int) -> CaptionData:
-    """The training images as a stream in random order, the validation images whole; as `load_data` otherwise.
-
-    Of several processes each gets its own training images, those of `share_of`, and all get all validation images.
-
-    An image without caption or with a picture that cannot be decoded ends the run when it is met, with its name; with
-    `skip_broken_images` it is left out, with a warning. Rows of one image are not put together: that would take all of them.
+def open_stream(arguments: DataArguments, seed: int) -> IterableDataset:
+    """This process's training images in random order: `image` as stored, `captions` with a word, and `image_id`.
 
     Raises:
-        SettingError: for what is not there or cannot be streamed.
+        SettingError: there are no training images, or they cannot be streamed. While rows are read: a row without captions, unless
+            `skip_broken_images` is set.
     """
-    if arguments.validation_share:
-        raise SettingError("`validation_share` needs all images at hand, which `streaming` does not: give a validation split.")
-    undecoded, reading = open_stream(arguments, seed, arguments.skip_broken_images)
-    train = undecoded.map(reading.decode).filter(_has_image)
-    source = file_source(arguments, "validation") if arguments.train_file else _validation_source(arguments)
-    validation = ready(assemble(source), arguments.skip_broken_images) if source else None
-    return CaptionData(train, validation, undecoded)
-
-
-def open_stream(arguments: DataArguments, seed: int, skip: bool) -> tuple[IterableDataset, Reading]:
-    """This process's training images in random order with captions and ids, pictures as stored, and what decodes them."""
-    path = arguments.train_file or ""
-    if path.endswith(".tar"):
-        name, rows = path, load_shards(path, streaming=True)
-        arguments, id_column = with_shard_columns(path, rows.features, arguments), "__key__"
-    else:
-        name, rows = _open_table(arguments)
-        arguments = with_columns(name, rows.column_names or (), arguments, rows.features)
-        id_column = id_column_of(rows.column_names or (), arguments)
-    image_column = str(arguments.image_column)
-    reading = Reading(arguments, image_column, id_column, path.endswith(".tar"), skip)
+    source = open_source(arguments, "train", streaming=True)
+    if source is None:
+        raise SettingError("No training images: give `--train_file`, `--dataset_name` or `--data_dir`.")
+    columns = find_columns(source, arguments)
+    rows: Any = source.rows
+    if not isinstance(rows.features[columns.image], Image):
+        raise SettingError(
+            f"{source.name}: the column '{columns.image}' holds {rows.features[columns.image]}: only images that the file holds "
+            "can be streamed."
+        )
+    reader = CaptionReader(columns, source.layout == "shards")
     state = PartialState()
-    rows = share_of(_stored(name, rows, image_column), state.process_index, state.num_processes)
-    rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+    rows = select_share(rows, state.process_index, state.num_processes).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     others = [column for column in rows.column_names or () if column not in ("image", "captions", "image_id")]
-    return rows.map(reading, remove_columns=others).filter(_has_captions), reading
+    return rows.map(_StreamReader(reader, arguments.skip_broken_images), remove_columns=others).filter(_has_captions)
 
 
-@dataclass
-class _RowFilter:
-    """Whether a row, by its number, is one of this process's."""
-
-    rank: int
-    processes: int
-
-    def __call__(self, row: dict[str, Any], number: int) -> bool:
-        return number % self.processes == self.rank
+def decode_stream(rows: IterableDataset, skip_broken: bool) -> IterableDataset:
+    """The stream with decoded images. A broken image raises a `SettingError`, or is left out with a warning."""
+    return rows.map(_StreamDecoder(skip_broken)).filter(_has_image)
 
 
-def share_of(rows: IterableDataset, rank: int, processes: int) -> IterableDataset:
+def select_share(rows: IterableDataset, rank: int, processes: int) -> IterableDataset:
     """The rows of one process; each row belongs to exactly one process.
 
     With at least one shard per process, each process reads whole shards. With fewer, every process reads all rows and keeps every
-    n-th one, before images are decoded.
-    Shuffle afterwards, with the same seed on all processes.
+    n-th one, before images are decoded. Shuffle afterwards, with the same seed on all processes.
     """
     if processes == 1:
         return rows
@@ -135,57 +65,47 @@ def share_of(rows: IterableDataset, rank: int, processes: int) -> IterableDatase
     return rows.filter(_RowFilter(rank, processes), with_indices=True)
 
 
-def _open_table(arguments: DataArguments) -> tuple[str, IterableDataset]:
-    path = arguments.train_file
-    if path and not path.endswith(".parquet"):
-        raise SettingError(f"{path} cannot be streamed, only .tar and .parquet: pictures are read when they are needed anyway.")
-    if path:
-        return path, _loaded(path, "parquet", data_files=as_pattern(path), split="train")
-    return _split_of(arguments, "train")  # type: ignore[return-value]
+# Classes, as functions with settings of their own must survive pickling for the workers of a data loader.
+@dataclass
+class _StreamReader:
+    read: CaptionReader
+    skip_broken: bool
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        columns = self.read.columns
+        image = row[columns.image]
+        name = str(row[columns.image_id] if columns.image_id else (image or {}).get("path") or "without a name")
+        captions = [caption for caption in self.read(row, f"image {name}")[0] if has_words(caption)]
+        if not captions:
+            _leave_out(f"image {name}: it has no caption", self.skip_broken)
+        return {"image": image, "captions": captions, "image_id": name}
 
 
-def _validation_source(arguments: DataArguments) -> Source | None:
-    """The validation split of a dataset that is streamed, copied into the cache of `datasets`."""
-    found = _split_of(arguments, "validation")
-    if found is None:
-        return None
-    name, rows = found
-    arguments = with_columns(name, rows.column_names or (), arguments, rows.features)
-    rows = _stored(name, rows, str(arguments.image_column))
-    table: Any = Dataset.from_generator(lambda: iter(rows), features=rows.features)
-    return from_table(table, name, arguments, image_folder(name, arguments, "validation"))
+@dataclass
+class _StreamDecoder:
+    skip_broken: bool
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"image": decode_image(row["image"], row["image_id"])}
+        except ImageError as error:
+            _leave_out(str(error), self.skip_broken)
+            return {"image": None}
 
 
-def _split_of(arguments: DataArguments, role: Any) -> tuple[str, IterableDataset] | None:
-    name = arguments.dataset_name or arguments.data_dir or ""
-    if arguments.dataset_name:
-        check_set(name)
-    path, config = ("imagefolder", None) if arguments.data_dir else (name, arguments.dataset_config_name)
-    folder: dict[str, Any] = {"data_dir": as_pattern(name)} if arguments.data_dir else {}
-    try:
-        available = get_dataset_split_names(path, config, **folder)
-    except Exception as error:  # of many kinds: files, networks, formats
-        raise SettingError(f"The dataset {name} cannot be streamed: {error}") from error
-    wanted = choose_split(name, available, role, arguments)
-    return None if wanted is None else (f"{name} ({wanted})", _loaded(name, path, name=config, split=wanted, **folder))
+@dataclass
+class _RowFilter:
+    rank: int
+    processes: int
+
+    def __call__(self, row: dict[str, Any], number: int) -> bool:
+        return number % self.processes == self.rank
 
 
-def _loaded(label: str, path: str, **settings: Any) -> IterableDataset:
-    try:
-        rows: Any = load_dataset(path, streaming=True, **settings)
-    except Exception as error:  # of many kinds: files, networks, formats
-        raise SettingError(f"{label} cannot be streamed: {error}") from error
-    if rows.features is None:
-        raise SettingError(f"The columns of {label} are not known before it is read: leave out `streaming`.")
-    return rows
-
-
-def _stored(name: str, rows: IterableDataset, column: str) -> IterableDataset:
-    """The stream with pictures as they are stored."""
-    features: Any = rows.features
-    if not isinstance(features[column], Image):
-        raise SettingError(f"{name}: the column '{column}' holds {features[column]}: only pictures themselves can be streamed.")
-    return rows.cast_column(column, Image(decode=False))
+def _leave_out(problem: str, skip_broken: bool) -> None:
+    if not skip_broken:
+        raise SettingError(f"{problem}. {WAY_OUT}")
+    logger.warning("%s; it is left out", problem)
 
 
 def _has_captions(row: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Captions to a tokenizer: a vocabulary of words or word pieces, and all text cleaning inside it."""
+"""Builds the tokenizer from captions: a vocabulary of words or word pieces, and all text normalisation."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # in the order of their ids, 0 to 3
 BPE_VOCAB_SIZE = 4000
 MODEL_MAX_LENGTH = 64  # tokens; a caption has at most 20 words, the model itself sets no limit
-COVERED = 0.95  # of the words; below it, captions are worth a warning
-SHOWN = 10  # missing words
-REPEATED = 0.1  # of the captions with a word: from here on it may be repeated
-UNREPEATED = 50  # captions with the word once, which are added before that share is taken
+LOW_COVERAGE = 0.95  # share of known words below which a warning is logged
+SHOWN = 10  # missing words in that warning
+REPEATABLE_SHARE = 0.1  # of the captions with a word, from which it may be repeated
+PRIOR_CAPTIONS = 50  # captions with one occurrence that are added to the count
 
 _CHAR = r"\p{L}\p{M}\p{N}"
 _PART = rf"[\p{{L}}\p{{N}}][{_CHAR}]*"
@@ -29,32 +29,32 @@ def build_tokenizer(
     min_count: int = 5,
     vocab_size: int | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Learns a vocabulary from captions; the tokenizer's `save_pretrained` writes it as tokenizer.json.
+    """Trains a tokenizer on captions.
 
-    The tokenizer takes raw captions: it lower-cases (in Unicode NFC), drops punctuation, keeps digits, and
-    keeps apostrophes and hyphens inside a word ("t-shirt", "dog's", also where it is written "dog 's"). It
-    adds no special tokens, reads "</s>" in a text as ordinary text, and pads on the left. Ids 0 to 3 are
-    `<pad>`, `<s>`, `</s>` and `<unk>`. The same captions, in any order, give the same ids.
+    The tokenizer takes raw captions. It converts them to lower case in Unicode NFC, drops punctuation, and keeps digits and the
+    apostrophes and hyphens inside words ("t-shirt", "dog's", also written "dog 's"). It adds no special tokens, reads "</s>" in a
+    caption as ordinary text, and pads on the left. Ids 0 to 3 are `<pad>`, `<s>`, `</s>` and `<unk>`. The order of the captions
+    does not matter.
 
     Args:
         captions: the training captions, raw.
-        kind: "word", one token a word, ids by falling count and then alphabetically; or "bpe", word pieces
-            (byte-pair encoding), of which the first of each word begins with "▁".
-        min_count: how often a word ("word") or a pair of neighbouring pieces ("bpe") must occur to get an id.
-        vocab_size: largest number of tokens, special tokens included; for "bpe" only, 4000 by default.
+        kind: "word" for one token per word, ids by falling count and then alphabetically; "bpe" for word pieces (byte-pair
+            encoding), where the first piece of each word begins with "▁".
+        min_count: how often a word ("word") or a pair of neighbouring pieces ("bpe") must occur to enter the vocabulary.
+        vocab_size: for "bpe": maximum number of tokens, including special tokens. Default: 4000.
 
     Raises:
-        ValueError: unknown `kind`; `vocab_size` with "word"; so few captions that nothing gets an id.
-        TypeError: `captions` is one string, or holds something else than strings.
+        ValueError: `kind` is unknown, `vocab_size` is given with "word", or the vocabulary would be empty.
+        TypeError: `captions` is one string, or holds something other than strings.
     """
     if isinstance(captions, str):
         raise TypeError("`captions` must be an iterable of strings, got one string: wrap it in a list.")
     captions = list(captions)
     if wrong := [caption for caption in captions if not isinstance(caption, str)]:
-        raise TypeError(f"`captions` must be strings, flat, not one list an image; found {wrong[0]!r:.100}.")
+        raise TypeError(f"`captions` must be one flat list of strings; found {wrong[0]!r:.100}.")
     if kind == "word":
         if vocab_size is not None:
-            raise ValueError("`vocab_size` is for kind='bpe': a word vocabulary is bounded with `min_count`.")
+            raise ValueError("`vocab_size` is for kind='bpe': limit a word vocabulary with `min_count`.")
         tokenizer = _train_words(captions, min_count)
         learned = [token for token in tokenizer.get_vocab() if token not in SPECIAL_TOKENS]
     elif kind == "bpe":
@@ -79,72 +79,70 @@ def build_tokenizer(
         model_max_length=MODEL_MAX_LENGTH,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        # A caption or prompt that contains "</s>" must not end the sentence.
+        # "</s>" in a caption or prompt must not end it.
         split_special_tokens=True,
     )
 
 
 def word_coverage(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> float:
-    """The share (0 to 1) of the captions' words that are written without `<unk>`; 1.0 if there is no word."""
+    """The share of words in the captions that the vocabulary covers, 0 to 1; 1.0 if there are no words."""
     total, missing = _count_words(tokenizer, captions)
     return 1 - missing.total() / total if total else 1.0
 
 
 def describe_coverage(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], way_out: str) -> list[str]:
-    """Sentences on how much of the captions a vocabulary covers: its size and share and, below 95 %, what it lacks.
+    """Sentences on how much of the captions a vocabulary covers and, below 95 %, which words it lacks.
 
     Args:
-        tokenizer: of the vocabulary.
-        captions: to learn from, raw.
+        captions: the training captions, raw.
         way_out: what to do about missing words.
     """
     total, missing = _count_words(tokenizer, captions)
     share = 1 - missing.total() / total if total else 1.0
-    said = [f"vocabulary: {len(tokenizer)} tokens, {share:.2%} of the {total} words of the training captions"]
-    if share < COVERED:
+    sentences = [f"vocabulary: {len(tokenizer)} tokens, which cover {share:.2%} of the {total} words in the training captions"]
+    if share < LOW_COVERAGE:
         shown = ", ".join(f"{word} ({count})" for word, count in missing.most_common(SHOWN))
-        said.append(
-            f"{missing.total()} words of the training captions are learned as <unk>, {len(missing)} different ones; the most "
-            f"frequent are {shown}: {way_out}."
+        sentences.append(
+            f"{missing.total()} words in the training captions ({len(missing)} different ones) are read as <unk>, most often "
+            f"{shown}: {way_out}."
         )
-    return said
+    return sentences
 
 
 def extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], min_count: int = 5) -> list[str]:
-    """Adds the words that a captioner's vocabulary lacks; their ids follow the existing ones.
+    """Adds frequent words of the captions to a captioner's vocabulary. Their ids follow the existing ones.
 
-    The tokenizer and the model are changed in place; save both. Rows of the word embedding and of the output layer stay as they
-    are. New rows are about the mean of the old ones, weight and bias: `resize_token_embeddings` draws them from a normal
-    distribution of that mean and a small part of the covariance. So a new word gets about the probability of an
-    average old word or less, and captions hardly change before training. Random numbers are drawn: set a seed before.
+    Changes the tokenizer and the model in place; save both. Existing rows of the word embedding and the output layer do not change.
+    `resize_token_embeddings` samples new rows close to the mean of the existing ones, and their bias is the mean bias. So captions
+    hardly change before training. Set a random seed first.
 
     Args:
-        model: an `AttnCapForConditionalGeneration` whose word embedding learns.
+        model: an `AttnCapForConditionalGeneration` whose word embedding is trained.
         tokenizer: its tokenizer, of whole words.
         captions: the new training captions, raw.
-        min_count: how often a word must occur to get an id.
+        min_count: how often a word must occur to be added.
 
     Returns:
-        The new words, by falling count and then alphabetically, as their ids rise.
+        The new words in the order of their ids: by falling count, then alphabetically.
 
     Raises:
-        ValueError: the tokenizer is of word pieces, or the word embedding is frozen, so that new words would never be learned.
+        ValueError: the tokenizer has word pieces, or the word embedding is frozen, so that new words could not be trained.
     """
     if model.config.freeze_word_embeddings:
-        raise ValueError("New words would never be learned by frozen word embeddings: set `freeze_word_embeddings` to false.")
+        raise ValueError("Frozen word embeddings cannot learn new words: set `freeze_word_embeddings` to false.")
     size, words = model.config.vocab_size, extend_tokenizer(tokenizer, captions, min_count)
     if words:
         model.resize_token_embeddings(size + len(words))
-        bias = model.lm_head.bias.data  # (V + k), 0 for new words of tied embeddings, where rare words have learned less
+        bias = model.lm_head.bias.data  # (V + k), 0 for new words of tied embeddings, higher than that of rare words
         bias[size:] = bias[:size].mean()
     return words
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], min_count: int = 5) -> list[str]:
-    """The part of `extend_vocabulary` that changes the tokenizer, for the same arguments and errors."""
+    """The part of `extend_vocabulary` that changes the tokenizer, with the same arguments and errors."""
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.model, WordLevel):
-        raise ValueError("A vocabulary of word pieces ('bpe') already writes new words with its pieces: it is not extended.")
+        raise ValueError("A vocabulary of word pieces ('bpe') spells new words with its pieces and cannot be extended.")
     _, missing = _count_words(tokenizer, captions)
     words = sorted((word for word, count in missing.items() if count >= min_count), key=lambda word: (-missing[word], word))
     vocabulary = backend.get_vocab()
@@ -176,11 +174,11 @@ def repeatable_tokens(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str
             held[token] += 1
             repeated[token] += count > 1
     del held[tokenizer.unk_token_id]
-    return sorted(token for token in held if repeated[token] >= REPEATED * (held[token] + UNREPEATED))
+    return sorted(token for token in held if repeated[token] >= REPEATABLE_SHARE * (held[token] + PRIOR_CAPTIONS))
 
 
 def _count_words(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> tuple[int, Counter[str]]:
-    """How many words there are, and how often each one that is not written without `<unk>`."""
+    """The number of words, and the count of each word that the vocabulary lacks."""
     captions, total, missing = list(captions), 0, Counter()
     backend: Any = tokenizer.backend_tokenizer
     for caption, encoding in zip(captions, backend.encode_batch(captions, add_special_tokens=False), strict=True):
@@ -193,12 +191,12 @@ def _count_words(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) ->
 
 
 def _train_words(captions: list[str], min_count: int) -> Tokenizer:
-    """A word-level `Tokenizer`; without a decoder, its words are joined with single spaces."""
+    """A word-level `Tokenizer`. Without a decoder it joins words with single spaces."""
     tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = _words()
     trainer = WordLevelTrainer(
-        vocab_size=2**31,  # no bound but min_count
+        vocab_size=2**31,  # limited by min_count alone
         min_frequency=min_count,
         special_tokens=list(SPECIAL_TOKENS),
         show_progress=False,
@@ -208,11 +206,11 @@ def _train_words(captions: list[str], min_count: int) -> Tokenizer:
 
 
 def _train_bpe(captions: list[str], min_count: int, vocab_size: int) -> Tokenizer:
-    """A byte-pair `Tokenizer` over characters; a run of characters never seen in training is one `<unk>`."""
+    """A byte-pair `Tokenizer` over characters. Adjacent unknown characters are one `<unk>`."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_words(), pre_tokenizers.Metaspace(split=False)])
-    # The skipped <unk> of a decoded text leaves a space behind, which the last two steps take away.
+    # The last two steps remove the space that a skipped <unk> leaves in decoded text.
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Metaspace(split=False),
@@ -240,13 +238,13 @@ def _normalizer() -> normalizers.Normalizer:
             normalizers.Replace(Regex("[\u2019\u02bc\uff07]"), "'"),
             normalizers.Replace(Regex("[\u2010\u2011]"), "-"),
             normalizers.Replace(Regex(rf"[^{_CHAR}'\-]+"), " "),
-            # By now only spaces, apostrophes and hyphens stand between words; taking all of them here is what
-            # makes decoded text, with one space between words, come out as the same words again.
+            # Only spaces, apostrophes and hyphens are left between words. Removing all of them here makes decoded text,
+            # with one space between words, give the same words again.
             normalizers.Replace(Regex(rf"(?<=[{_CHAR}])[ '\-]* '(?=(?:s|d|m|re|ve|ll)(?![{_CHAR}]))"), "'"),
         ]
     )
 
 
 def _words() -> pre_tokenizers.PreTokenizer:
-    """Keeps the words and removes all between them."""
+    """Splits into words and removes everything between them."""
     return pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)

@@ -1,4 +1,4 @@
-"""Word vectors learned from the training captions alone: skip-gram over the tokenizer's own tokens."""
+"""Trains word vectors on the training captions: skip-gram over the tokenizer's tokens."""
 
 import logging
 from pathlib import Path
@@ -13,10 +13,9 @@ from .vocabulary import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 
-# Captions are few and short: more passes than over an encyclopedia, and the commonest words ("a", "in") mostly left out,
-# without which colours and verbs find each other.
+# Captions are few and short, so they need more epochs than large corpora, and frequent words ("a", "in") are mostly skipped.
 EPOCHS = 20
-COMMON = 0.25  # in mean frequencies: from where on a word is skipped at random; 1e-4 of all words with 2,500 different ones
+SUBSAMPLE = 0.25  # threshold of gensim's `sample`, in units of the mean word frequency
 
 
 def train_word_vectors(
@@ -24,21 +23,21 @@ def train_word_vectors(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Word2vec (skip-gram, negative sampling; arXiv 1310.4546) on captions.
 
-    The vectors are centred, since those of a small corpus share a common part as long as what tells them apart, and then
-    scaled to a root mean square length of 1, which is what a new embedding has: special tokens and rows without a vector
-    start alike. One thread, so that the same captions in the same order give the same numbers.
+    The vectors are centred, as those of a small corpus share a large common part. Then they are scaled to a root mean square norm
+    of 1, which rows of a new embedding have, so that tokens without a vector start with the same norm. Training uses one thread,
+    so that the same captions in the same order give the same vectors.
 
     Args:
-        captions: raw, whatever their number an image.
-        tokenizer: whose tokens get vectors, words or pieces.
-        dim: numbers a vector.
+        captions: raw.
+        tokenizer: its tokens (words or word pieces) get vectors.
+        dim: dimensions of a vector.
 
     Returns:
-        Ids (n), vectors (n, dim) float32 and the share n / (tokens that are not special). Special tokens get no vector;
-        neither do tokens that the captions, once cut into tokens, do not hold, such as the letters of a BPE vocabulary.
+        Ids (n), vectors (n, dim) float32, and n as a share of all tokens except special ones. Special tokens and tokens that do
+        not occur in the captions get no vector.
 
     Raises:
-        SettingError: without gensim, or with captions of fewer than two different tokens.
+        SettingError: gensim is not installed, or the captions have fewer than two different tokens.
     """
     try:
         from gensim.models import Word2Vec
@@ -47,14 +46,14 @@ def train_word_vectors(
     sentences = [encoding.tokens for encoding in tokenizer.backend_tokenizer.encode_batch(captions, add_special_tokens=False)]
     different = {token for sentence in sentences for token in sentence} - set(SPECIAL_TOKENS)
     if len(different) < 2:
-        raise SettingError("`word_vectors: captions` finds fewer than two different words in the captions: give a file of vectors.")
+        raise SettingError("`word_vectors: captions` needs at least two different words in the captions: give a file of vectors.")
     trained = Word2Vec(
         sentences,
         vector_size=dim,
         sg=1,
         negative=5,
         window=5,
-        sample=COMMON / len(different),
+        sample=SUBSAMPLE / len(different),
         min_count=1,
         epochs=EPOCHS,
         seed=seed,
@@ -70,9 +69,9 @@ def train_word_vectors(
 
 
 def write_word_vectors(path: Path, captions: list[str], tokenizer: PreTrainedTokenizerFast, dim: int) -> None:
-    """Vectors of `train_word_vectors` as a word2vec text file, which `from_pretrained_parts` reads."""
+    """Trains word vectors and writes them as a word2vec text file."""
     ids, vectors, share = train_word_vectors(captions, tokenizer, dim)
-    logger.warning("word vectors: learned from %d captions, for %.2f %% of the tokens, in %s", len(captions), 100 * share, path)
+    logger.warning("word vectors: trained on %d captions, for %.2f %% of the tokens, saved as %s", len(captions), 100 * share, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(f"{len(ids)} {dim}\n")
