@@ -64,6 +64,13 @@ def as_parquet(folder: Path) -> dict:
     return {"train_file": folder / "train.parquet", "validation_file": folder / "validation.parquet"}
 
 
+def as_sharded_parquet(folder: Path) -> dict:
+    for shard in (0, 1):
+        table(ROWS[3 * shard : 3 * shard + 3]).to_parquet(str(folder / f"train-{shard}.parquet"))
+    table(VALIDATION).to_parquet(str(folder / "validation.parquet"))
+    return {"train_file": folder / "train-*.parquet", "validation_file": folder / "validation.parquet"}
+
+
 def as_parquet_of_single_captions(folder: Path) -> dict:
     """Pictures inside, a caption a row, no ids: only their bytes tell which rows are one image."""
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
@@ -194,6 +201,7 @@ def as_shards_of_text(folder: Path) -> dict:
 
 WHOLE = [
     as_parquet,
+    as_sharded_parquet,
     as_parquet_of_single_captions,
     as_parquet_of_paths,
     as_parquet_of_caption_columns,
@@ -207,7 +215,15 @@ WHOLE = [
     as_shards,
     as_shards_of_text,
 ]
-STREAMED = [as_parquet, as_parquet_of_caption_columns, as_image_folder, as_dataset_folder, as_shards, as_shards_of_text]
+STREAMED = [
+    as_parquet,
+    as_sharded_parquet,
+    as_parquet_of_caption_columns,
+    as_image_folder,
+    as_dataset_folder,
+    as_shards,
+    as_shards_of_text,
+]
 
 
 def data_arguments(**values) -> DataArguments:
@@ -301,6 +317,24 @@ def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
         data = load_data(data_arguments(train_file=path))
     assert data.train["captions"][:] == [["a dog"], ["two"]] and data.validation is None
     assert "captions without a word are left out, rows 1" in caplog.text
+
+
+def test_csv_values_are_read_as_they_are_written(tmp_path):
+    """A number keeps its zeros, "NA" is a word, and a byte order mark is not part of the first column's name."""
+    put_pictures(tmp_path, ROWS[:2])
+    (tmp_path / "a.csv").write_text("\ufeffimage,image_id,caption\n1.png,007,NA\n2.png,8,a dog\n", encoding="utf-8")
+    rows = load_data(data_arguments(train_file=tmp_path / "a.csv")).train
+    assert rows["image_id"][:] == ["007", "8"] and rows["captions"][:] == [["NA"], ["a dog"]]
+
+
+def test_row_without_image_is_reported(tmp_path):
+    columns = {"image": [{"bytes": picture(1), "path": None}, None], "captions": [["a dog"], ["a cat"]]}
+    features = Features({"image": Picture(), "captions": List(Value("string"))})
+    Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    arguments = {"train_file": tmp_path / "a.parquet"}
+    with pytest.raises(SettingError, match="1 images do not exist, rows 2"):
+        load_data(data_arguments(**arguments))
+    assert content(load_data(data_arguments(**arguments, skip_broken_images=True)).train) == [(1, ["a dog"])]
 
 
 WRONG_FILES = {

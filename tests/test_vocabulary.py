@@ -343,4 +343,4 @@ def test_a_run_reports_missing_words_and_extends_the_vocabulary(tiny_checkpoint,
         assert settings["repeatable_token_ids"] == [4] and "dropout" not in settings
         frozen = ["--model_config", '{"freeze_word_embeddings": true}', "--output_dir", str(tmp_path / "frozen")]
         assert main([*argv, *extend, *frozen]) == 2
-        assert "`extend_vocabulary`: New words would never be learned" in capsys.readouterr().err
+        assert "`extend_vocabulary`: Frozen word embeddings cannot learn new words" in capsys.readouterr().err
