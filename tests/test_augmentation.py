@@ -46,7 +46,7 @@ def rows(tmp_path_factory) -> Dataset:
     return Dataset.from_dict(columns).cast_column("image", ImageColumn(decode=False)).with_transform(Decoding())
 
 
-def test_changed_pictures_differ_between_epochs_and_their_captions_stay(rows):
+def test_augmented_images_differ_between_epochs_with_equal_captions(rows):
     first, second, again = (augment_rows(rows, Augmentation(32, ImageRandomness(1, epoch)))[1] for epoch in (0, 1, 0))
     assert first["captions"] == second["captions"] == CAPTIONS and first["image_id"] == "1"
     assert np.asarray(first["image"]).shape == (32, 32, 3)
@@ -54,7 +54,7 @@ def test_changed_pictures_differ_between_epochs_and_their_captions_stay(rows):
     assert np.array_equal(np.asarray(first["image"]), np.asarray(again["image"]))
 
 
-def test_sides_change_places_in_the_captions_of_mirrored_pictures_alone(rows):
+def test_left_and_right_are_swapped_only_for_mirrored_images(rows):
     changed = augment_rows(rows, Augmentation(32, ImageRandomness(1, 0), recolour=False, mirror=True))
     seen = Counter()
     for number in range(IMAGES):
@@ -75,21 +75,21 @@ pieces = st.sampled_from(["left", "right", "Left", "Right", "leftright", "a", " 
 
 
 @given(st.lists(st.lists(pieces, max_size=12).map("".join), min_size=1))
-def test_mirroring_twice_brings_captions_back(captions):
+def test_mirroring_captions_twice_restores_them(captions):
     assert mirror_captions(mirror_captions(captions, "a")[0], "a")[0] == captions
 
 
-def test_only_whole_words_are_sides():
+def test_only_whole_words_are_swapped():
     assert mirror_captions(["leftover bright RIGHT, left"], "a") == (["leftover bright Left, right"], "a mirrored")
     assert mirror_captions(["leftover"], "a") == (["leftover"], "a")
 
 
-def test_references_hold_mirrored_captions_where_they_differ():
+def test_references_include_mirrored_captions_that_differ():
     references = {"a": ["a dog"], "b": ["left", "x"]}
     assert add_mirrored_references(references) == {**references, "b mirrored": ["right", "x"]}
 
 
-def test_views_of_a_picture_take_turns_by_epoch(rows, tmp_path):
+def test_cached_views_alternate_by_epoch(rows, tmp_path):
     """Each view once in so many epochs; the first is the picture itself; others have the captions that go with them."""
     torch.manual_seed(0)
     encoder = GridEncoder(AttnCapConfig(backbone="squeezenet1_1", encoder_channels=8, vocab_size=9)).eval()
@@ -139,6 +139,6 @@ def test_views_of_a_picture_take_turns_by_epoch(rows, tmp_path):
         (["--mirror", "True", "--feature_cache", "x"], "`mirror` changes images"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(tmp_path, given_, message):
+def test_contradictory_augmentation_settings_are_refused(tmp_path, given_, message):
     with pytest.raises(SettingError, match=message):
         parse_arguments(["--train_file", "a.json", "--output_dir", str(tmp_path), *given_])

@@ -82,7 +82,7 @@ NAMES = [("image", "caption"), ("file_name", "text"), ("Path", "Caption"), ("fil
 
 @pytest.mark.parametrize(("image", "captions"), NAMES)
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
-def test_usual_names_are_taken_and_told(make, image, captions, tmp_path, caplog):
+def test_columns_with_usual_names_are_found_and_logged(make, image, captions, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(**make(tmp_path, image, captions)))
     assert sorted(content(data.train)) == ROWS
@@ -92,7 +92,7 @@ def test_usual_names_are_taken_and_told(make, image, captions, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("make", [as_parquet, as_dataset, as_shards], ids=lambda make: make.__name__)
-def test_usual_names_are_taken_of_streams_too(make, tmp_path, monkeypatch, caplog):
+def test_columns_of_streams_are_found_and_logged(make, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
     with caplog.at_level(logging.WARNING):
         data = load_data(data_arguments(**make(tmp_path, "photo", "caption"), streaming=True), seed=1)
@@ -100,7 +100,7 @@ def test_usual_names_are_taken_of_streams_too(make, tmp_path, monkeypatch, caplo
     assert "`captions_column` is not set; using 'caption'" in caplog.text
 
 
-def test_only_column_of_pictures_is_taken_whatever_its_name(tmp_path):
+def test_the_only_image_column_is_used_whatever_its_name(tmp_path):
     path = parquet(tmp_path / "a.parquet", "pixels", "captions")
     assert sorted(content(load_data(data_arguments(train_file=path)).train)) == ROWS
 
@@ -113,7 +113,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize(("line", "setting", "names"), SEVERAL.values(), ids=SEVERAL)
-def test_several_that_fit_are_refused_with_their_names_until_one_is_set(line, setting, names, tmp_path):
+def test_several_possible_columns_are_refused_until_one_is_set(line, setting, names, tmp_path):
     put_pictures(tmp_path, ROWS)
     path = jsonl(tmp_path / "a.jsonl", [line])
     with pytest.raises(SettingError, match=f"2 possible columns, {names}: set `{setting}`"):
@@ -122,13 +122,13 @@ def test_several_that_fit_are_refused_with_their_names_until_one_is_set(line, se
         assert len(load_data(data_arguments(train_file=path, **{setting: name})).train) == 1
 
 
-def test_documented_names_come_before_usual_ones(tmp_path):
+def test_documented_names_have_precedence(tmp_path):
     put_pictures(tmp_path, ROWS)
     path = jsonl(tmp_path / "a.jsonl", [{**LINE, "path": "2.png", "caption": "not this", "text": "nor this"}])
     assert content(load_data(data_arguments(train_file=path)).train) == [(1, ["a dog"])]
 
 
-def test_a_column_of_shards_that_is_set_must_be_there(tmp_path):
+def test_missing_column_of_shards_is_refused(tmp_path):
     values = as_shards(tmp_path, "image", "caption")
     assert sorted(content(load_data(data_arguments(**values, captions_column="caption")).train)) == ROWS
     with pytest.raises(SettingError, match="no member and no JSON field 'texts'.*caption: set `captions_column`"):

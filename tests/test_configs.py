@@ -99,7 +99,7 @@ def test_settings_are_known_and_of_their_types(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_head_gives_one_command_that_stands_alone(name):
+def test_the_comment_of_a_config_gives_one_complete_command(name):
     """With the data in reach: the weights are torchvision's own, whose mean and std the captioner then takes."""
     command = command_of(name)
     model, data, training = parse_arguments([*command, "--use_cpu", "True"])

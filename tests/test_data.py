@@ -240,7 +240,7 @@ def content(rows) -> list[Row]:
 
 
 @pytest.mark.parametrize("make", WHOLE, ids=lambda make: make.__name__)
-def test_every_way_in_gives_a_row_an_image_with_all_its_captions(make, tmp_path):
+def test_each_format_gives_one_row_per_image_with_all_captions(make, tmp_path):
     data = load_data(data_arguments(**make(tmp_path)))
     assert sorted(content(data.train)) == ROWS and sorted(content(data.validation)) == VALIDATION
     assert len(set(data.train["image_id"])) == len(ROWS)
@@ -248,7 +248,7 @@ def test_every_way_in_gives_a_row_an_image_with_all_its_captions(make, tmp_path)
 
 
 @pytest.mark.parametrize("make", STREAMED, ids=lambda make: make.__name__)
-def test_streams_give_the_same_images_in_another_order_and_the_captions_that_come_first(make, tmp_path, monkeypatch):
+def test_streams_give_the_same_images_in_random_order(make, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)  # 5 s at each end of a Parquet stream
     data = load_data(data_arguments(**make(tmp_path), streaming=True), seed=3)
     rows = content(data.train)
@@ -256,13 +256,13 @@ def test_streams_give_the_same_images_in_another_order_and_the_captions_that_com
     assert [sorted(captions) for captions in data.captions(4)] == [captions for _, captions in rows[:4]]
 
 
-def test_restval_can_be_left_out(tmp_path):
+def test_restval_can_be_excluded(tmp_path):
     data = load_data(data_arguments(**as_karpathy(tmp_path), train_split="train", validation_split="restval+val"))
     assert sorted(content(data.train)) == ROWS[:4] and sorted(content(data.validation)) == ROWS[4:] + VALIDATION
     assert "1001" in data.train["image_id"]
 
 
-def test_share_for_validation_is_split_off_by_image_the_same_in_every_run(tmp_path):
+def test_validation_share_selects_the_same_images_in_every_run(tmp_path):
     values = as_csv(tmp_path)
     del values["validation_file"]
     arguments = data_arguments(**values, validation_share=0.34)
@@ -274,7 +274,7 @@ def test_share_for_validation_is_split_off_by_image_the_same_in_every_run(tmp_pa
     assert sorted(load_data(arguments).validation["image_id"]) == sorted(data.validation["image_id"])
 
 
-def test_same_files_make_the_same_dataset_again_and_exchanged_pictures_another(tmp_path):
+def test_fingerprint_changes_only_with_the_files(tmp_path):
     """What is cached of a dataset is found by its fingerprint."""
     arguments = data_arguments(**as_jsonl(tmp_path))
     first, same = (load_data(arguments).train._fingerprint for _ in range(2))
@@ -290,7 +290,7 @@ def table_of(names: list[str], captions: list[list[str]], single: bool) -> Table
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["a dog", "two cats", "", " \n"])), max_size=12))
-def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
+def test_rows_of_the_same_image_are_merged_without_losing_captions(rows):
     """Each written caption is once where its image is; an image without any is told."""
     split = check_table(table_of([name for name, _ in rows], [[text] for _, text in rows], single=True))
     expected = {name: [text for other, text in rows if other == name and text.strip()] for name, _ in rows}
@@ -302,13 +302,13 @@ def test_rows_of_an_image_are_put_together_and_no_caption_is_lost(rows):
 
 @settings(max_examples=40)
 @given(st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=8))
-def test_lists_of_captions_name_an_image_once(names):
+def test_repeated_images_with_caption_lists_are_a_problem(names):
     repeated = sum(count > 1 for count in Counter(names).values())
     problems = check_table(table_of(names, [["a dog"]] * len(names), single=False)).problems
     assert problems == [] if not repeated else f"{repeated} images are repeated" in problems[0]
 
 
-def test_blank_captions_are_left_out_and_named(tmp_path, caplog):
+def test_captions_without_a_word_are_dropped_and_reported(tmp_path, caplog):
     put_pictures(tmp_path, ROWS[:2])
     path = jsonl(
         tmp_path / "a.jsonl", [{"image": "1.png", "captions": ["a dog", " ", "?!"]}, {"image": "2.png", "captions": "two"}]
@@ -375,7 +375,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize(("name", "text", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
-def test_wrong_files_are_told_with_their_place(name, text, message, tmp_path):
+def test_malformed_files_are_reported_with_the_place(name, text, message, tmp_path):
     put_pictures(tmp_path, ROWS[:2])
     (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(SettingError) as error:
@@ -400,20 +400,20 @@ def test_wrong_files_are_told_with_their_place(name, text, message, tmp_path):
         (["--dataset_name", "./nowhere"], "The dataset ./nowhere cannot be loaded"),
     ],
 )
-def test_contradictory_settings_end_in_one_sentence(argv, message, capsys, tmp_path):
+def test_contradictory_settings_give_one_sentence(argv, message, capsys, tmp_path):
     assert main([*argv, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
 
-def test_image_in_both_splits_is_named(tmp_path):
+def test_image_in_both_splits_is_reported(tmp_path):
     values = as_jsonl(tmp_path)
     jsonl(tmp_path / "validation" / "list.jsonl", [{"image": "../train/3.png", "captions": "a dog"}])
     with pytest.raises(SettingError, match="1 images of .*validation.* are also in .*train.*, .*3.png"):
         load_data(data_arguments(**values))
 
 
-def test_same_names_in_two_folders_are_not_one_image(tmp_path):
+def test_equal_names_in_two_folders_are_two_images(tmp_path):
     for name, red in (("train", 1), ("validation", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(picture(red))
@@ -429,7 +429,7 @@ def with_broken_pictures(folder: Path) -> dict:
     return values
 
 
-def test_broken_picture_stops_with_its_name_when_it_is_read(tmp_path):
+def test_broken_image_raises_with_its_name_when_it_is_read(tmp_path):
     arguments = data_arguments(**as_jsonl(tmp_path))
     (tmp_path / "train" / "2.png").write_bytes(picture(2)[:-30])
     rows = load_data(arguments).train
@@ -438,7 +438,7 @@ def test_broken_picture_stops_with_its_name_when_it_is_read(tmp_path):
         rows[1]
 
 
-def test_broken_and_missing_pictures_are_left_out_on_request_and_named(tmp_path, caplog):
+def test_broken_and_missing_images_are_skipped_on_request(tmp_path, caplog):
     values = with_broken_pictures(tmp_path)
     with pytest.raises(SettingError, match="1 images do not exist, rows 4 .*4.png.*`--skip_broken_images"):
         load_data(data_arguments(**values))
@@ -448,7 +448,7 @@ def test_broken_and_missing_pictures_are_left_out_on_request_and_named(tmp_path,
     assert "1 images do not exist, rows 4" in caplog.text and "1 broken images are left out" in caplog.text
 
 
-def test_broken_pictures_of_a_stream_stop_it_or_are_left_out(tmp_path, caplog):
+def test_broken_images_of_a_stream_raise_or_are_skipped(tmp_path, caplog):
     path = tmp_path / "a.tar"
     tar(path, [*ROWS, (7, [" "])])
     raw = path.read_bytes()
@@ -462,7 +462,7 @@ def test_broken_pictures_of_a_stream_stop_it_or_are_left_out(tmp_path, caplog):
     assert "image 3: " in caplog.text and "image 7: it has no caption" in caplog.text
 
 
-def test_pictures_of_other_kinds_become_rgb_as_at_inference(tmp_path):
+def test_images_become_rgb_as_in_inference(tmp_path):
     Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "clear.png")
     path = jsonl(tmp_path / "a.jsonl", [{"image": "clear.png", "captions": "nothing"}])
     image = load_data(data_arguments(train_file=path)).train[0]["image"]
@@ -513,7 +513,7 @@ def test_inspection_lists_every_problem(tmp_path, capsys):
     assert not (tmp_path / "trainer_output").exists()
 
 
-def test_inspection_says_that_there_is_no_validation(tmp_path, capsys):
+def test_inspection_notes_a_missing_validation_split(tmp_path, capsys):
     code, text = inspected({"train_file": as_jsonl(tmp_path)["train_file"]}, capsys)
     assert code == 0 and "There is no validation split." in text
 
@@ -528,7 +528,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("make", "more"), RUNS.values(), ids=RUNS)
-def test_run_from_each_way_in(make, more, tmp_path):
+def test_run_from_each_format(make, more, tmp_path):
     values = {
         **make(tmp_path),
         "output_dir": tmp_path / "run",
@@ -551,7 +551,7 @@ def test_run_from_each_way_in(make, more, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_broken_picture_ends_a_run_with_one_sentence(workers, tmp_path, capsys):
+def test_broken_image_ends_a_run_with_one_sentence(workers, tmp_path, capsys):
     values = as_jsonl(tmp_path)
     for red, _ in ROWS:
         (tmp_path / "train" / f"{red}.png").write_bytes(b"no picture")
@@ -574,7 +574,7 @@ def test_broken_picture_ends_a_run_with_one_sentence(workers, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["finetune", "flickr8k_mobilenet_v2_decoder", "flickr8k_mobilenet_v2_encoder"])
-def test_configs_go_with_parquet_files(name, tmp_path):
+def test_configs_work_with_parquet_files(name, tmp_path):
     config = Path(__file__).parent.parent / "training" / "configs" / f"{name}.yaml"
     files = {key: str(value) for key, value in as_parquet(tmp_path).items()}
     if "cached_views" in config.read_text():
@@ -585,12 +585,12 @@ def test_configs_go_with_parquet_files(name, tmp_path):
 
 
 @pytest.mark.parametrize("make", [as_parquet, as_coco], ids=lambda make: make.__name__)
-def test_file_without_splits_takes_none(make, tmp_path):
+def test_split_of_a_file_without_splits_is_refused(make, tmp_path):
     with pytest.raises(SettingError, match="has no splits: leave out `train_split`"):
         open_source(data_arguments(train_file=make(tmp_path)["train_file"], train_split="train"), "train")
 
 
-def test_own_validation_file_beside_karpathys(tmp_path):
+def test_validation_file_replaces_the_split_of_karpathys_file(tmp_path):
     values = as_karpathy(tmp_path)
     put_pictures(tmp_path / "images" / "more", [(9, [])])
     path = jsonl(tmp_path / "a.jsonl", [{"image": "more/9.png", "captions": ["mine"]}])
@@ -598,7 +598,7 @@ def test_own_validation_file_beside_karpathys(tmp_path):
     assert content(data.validation) == [(9, ["mine"])] and len(data.train) == 4
 
 
-def test_image_folder_of_one_split_with_a_caption_a_line(tmp_path):
+def test_image_folder_with_one_split_and_one_caption_per_line(tmp_path):
     folder = tmp_path / "pictures"
     put_pictures(folder, ROWS)
     lines = [{"file_name": f"{red}.png", "text": text} for turn in (0, 1) for red, texts in ROWS for text in texts[turn : turn + 1]]
@@ -614,20 +614,20 @@ def test_image_folder_of_one_split_with_a_caption_a_line(tmp_path):
         load_data(data_arguments(data_dir=folder))
 
 
-def test_dataset_without_the_wanted_split(tmp_path):
+def test_missing_split_of_a_dataset_is_refused(tmp_path):
     with pytest.raises(SettingError, match="has no split 'training', only train, val, test: set `train_split`"):
         load_data(data_arguments(**as_saved_dataset(tmp_path), train_split="training"))
     with pytest.raises(SettingError, match="is the validation split: leave out `validation_share`"):
         load_data(data_arguments(dataset_name=tmp_path / "set", validation_share=0.5))
 
 
-def test_a_missing_one_of_several_caption_columns_is_named(tmp_path):
+def test_missing_caption_column_among_several_is_reported(tmp_path):
     settings = {**as_parquet_of_caption_columns(tmp_path), "captions_column": "first+second"}
     with pytest.raises(SettingError, match="no column 'second', only image, first, more: set `captions_column`"):
         load_data(data_arguments(**settings))
 
 
-def test_column_of_ids_tells_images_apart(tmp_path):
+def test_id_column_identifies_images(tmp_path):
     put_pictures(tmp_path, ROWS[:2])
     lines = [{"image": f"{n}.png", "image_id": 5, "number": n, "captions": f"dog {n}"} for n in (1, 2)]
     path = jsonl(tmp_path / "a.jsonl", lines)

@@ -74,7 +74,7 @@ def direct_maps(encoder: GridEncoder, processor: AttnCapImageProcessor, rows: Da
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cache_holds_the_maps_of_all_pictures_in_order(pictures, tmp_path, small_blocks, workers):
+def test_cache_holds_the_features_of_all_images_in_order(pictures, tmp_path, small_blocks, workers):
     rows, processor, encoder = rows_of(pictures), AttnCapImageProcessor(size=SIZE), tiny_encoder()
     maps = cached_features(encoder, processor, rows, str(tmp_path / "cache"), workers)
     expected = direct_maps(encoder, processor, rows)
@@ -85,7 +85,7 @@ def test_cache_holds_the_maps_of_all_pictures_in_order(pictures, tmp_path, small
         maps[0] = 0
 
 
-def test_a_whole_cache_is_not_computed_again_and_draws_no_random_numbers(pictures, tmp_path, small_blocks, counted):
+def test_complete_cache_is_reused_and_uses_no_random_numbers(pictures, tmp_path, small_blocks, counted):
     rows, processor, encoder = rows_of(pictures), AttnCapImageProcessor(size=SIZE), tiny_encoder()
     after = []
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_a_whole_cache_is_not_computed_again_and_draws_no_random_numbers(picture
     assert after[0] == after[1], "a run with the same seed would go on differently"
 
 
-def test_encoder_comes_back_as_it_was(pictures, tmp_path):
+def test_encoder_mode_and_device_are_restored(pictures, tmp_path):
     encoder = tiny_encoder()
     encoder.frozen = False
     encoder.train()
@@ -148,7 +148,7 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on_after_the_last_whole_block(pictures, tmp_path, small_blocks, counted, one_thread):
+def test_killed_run_resumes_after_the_last_finished_block(pictures, tmp_path, small_blocks, counted, one_thread):
     """SIGKILL in the second block; the file in the end is that of a run nobody disturbed, byte for byte."""
     whole, cut, reached = tmp_path / "whole", tmp_path / "cut", tmp_path / "reached"
     body = """
@@ -182,7 +182,7 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_whole_block(pictures, tm
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_its_end_and_its_refusals(pictures, tmp_path, small_blocks, counted, one_thread):
+def test_two_processes_share_the_work_and_its_errors(pictures, tmp_path, small_blocks, counted, one_thread):
     one, two, broken, report = (tmp_path / name for name in ("one", "two", "broken", "report"))
     shutil.copytree(pictures, broken)
     (broken / "05.png").write_bytes(b"no picture")
@@ -218,7 +218,7 @@ def test_two_processes_share_the_work_its_end_and_its_refusals(pictures, tmp_pat
     assert counted == [2, 2], "one process alone goes on with what the two left: the block of the broken picture"
 
 
-def test_a_second_run_waits_for_the_first_and_takes_its_file(pictures, tmp_path, small_blocks, counted):
+def test_a_second_run_waits_for_the_first_and_uses_its_file(pictures, tmp_path, small_blocks, counted):
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures))
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     cached_features(*arguments, str(whole))
@@ -236,7 +236,7 @@ def test_a_second_run_waits_for_the_first_and_takes_its_file(pictures, tmp_path,
     assert [found.name for found in cache.iterdir()] == [file.name]
 
 
-def test_broken_picture_is_named_and_the_next_run_goes_on(pictures, tmp_path, small_blocks, counted):
+def test_broken_image_is_reported_and_the_next_run_resumes(pictures, tmp_path, small_blocks, counted):
     broken = pictures / "09.png"
     kept = broken.read_bytes()
     broken.write_bytes(kept[: len(kept) // 2])
@@ -251,7 +251,7 @@ def test_broken_picture_is_named_and_the_next_run_goes_on(pictures, tmp_path, sm
     assert counted[5:] == [2, 1], "blocks done before the broken picture were computed again"
 
 
-def test_a_partial_file_without_its_record_is_made_anew(pictures, tmp_path, small_blocks, counted):
+def test_a_partial_file_without_a_record_is_computed_again(pictures, tmp_path, small_blocks, counted):
     encoder, processor, cache = tiny_encoder(), AttnCapImageProcessor(size=SIZE), tmp_path / "cache"
     expected = cached_features(encoder, processor, rows_of(pictures), str(cache)).copy()
     (whole,) = cache.iterdir()
@@ -300,7 +300,7 @@ def change_window(encoder, settings, folder):
     ],
 )
 @pytest.mark.parametrize("begun", [False, True], ids=["whole", "begun"])
-def test_maps_of_other_weights_processing_or_pictures_are_never_used(
+def test_features_of_other_weights_processing_or_images_are_not_used(
     pictures, tmp_path, monkeypatch, small_blocks, change, stale, begun
 ):
     encoder, settings, cache = tiny_encoder(), {"size": SIZE}, tmp_path / "cache"
@@ -322,7 +322,7 @@ def test_maps_of_other_weights_processing_or_pictures_are_never_used(
     torch.testing.assert_close(torch.from_numpy(maps.copy()).float(), direct_maps(encoder, processor, rows), rtol=1e-3, atol=1e-3)
 
 
-def test_too_little_disk_is_said_before_the_work_begins(pictures, tmp_path, monkeypatch, small_blocks, counted):
+def test_too_little_disk_space_is_reported_first(pictures, tmp_path, monkeypatch, small_blocks, counted):
     usage = shutil.disk_usage(tmp_path)
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))
     needed = IMAGES * 512 * 1 * 2 * 2  # images * D * h * w * 2 bytes
@@ -335,7 +335,7 @@ def test_too_little_disk_is_said_before_the_work_begins(pictures, tmp_path, monk
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
-def test_a_disk_that_fills_up_ends_in_one_sentence(pictures, tmp_path, monkeypatch, small_blocks):
+def test_a_full_disk_gives_one_sentence(pictures, tmp_path, monkeypatch, small_blocks):
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))
     fsync = os.fsync
     calls = []
@@ -354,7 +354,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(pictures, tmp_path, monkeypat
     torch.testing.assert_close(torch.from_numpy(maps.copy()).float(), direct_maps(*arguments[:3]), rtol=1e-3, atol=1e-3)
 
 
-def test_maps_beyond_half_precision_are_refused(pictures, tmp_path):
+def test_features_beyond_half_precision_are_refused(pictures, tmp_path):
     encoder = tiny_encoder()
     with torch.no_grad():
         for parameter in encoder.backbone.parameters():

@@ -41,7 +41,7 @@ def decoy(folder, name):
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 @pytest.mark.parametrize("make", WHOLE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", STRANGE)
-def test_data_are_found_in_folders_with_strange_names(make, name, relative, tmp_path, monkeypatch):
+def test_data_are_found_in_folders_with_pattern_characters(make, name, relative, tmp_path, monkeypatch):
     folder = decoy(tmp_path, name)
     values = make(folder)
     if relative:
@@ -53,21 +53,21 @@ def test_data_are_found_in_folders_with_strange_names(make, name, relative, tmp_
 
 @pytest.mark.parametrize("make", [as_parquet, as_image_folder, as_shards], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", STRANGE[:2])
-def test_data_are_streamed_from_folders_with_strange_names(make, name, tmp_path, monkeypatch):
+def test_data_are_streamed_from_folders_with_pattern_characters(make, name, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
     data = load_data(data_arguments(**make(decoy(tmp_path, name)), streaming=True), seed=1)
     assert sorted(content(data.train)) == ROWS and sorted(content(data.validation)) == VALIDATION
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-def test_a_file_whose_name_is_a_pattern_is_that_file_alone(streaming, tmp_path):
+def test_a_file_named_like_a_pattern_is_read_alone(streaming, tmp_path):
     values = as_shards(tmp_path)
     (tmp_path / "train-0.tar").rename(tmp_path / "train-*.tar")
     rows = load_data(data_arguments(**values, streaming=streaming), seed=1).train
     assert sorted(content(rows)) == ROWS[:3]
 
 
-def test_dataset_folder_that_the_library_cannot_read_is_refused_by_name(tmp_path):
+def test_dataset_folder_with_pattern_characters_is_refused(tmp_path):
     folder = decoy(tmp_path, "[set] 1")
     as_parquet(folder)
     for streaming in (False, True):
@@ -76,7 +76,7 @@ def test_dataset_folder_that_the_library_cannot_read_is_refused_by_name(tmp_path
             load_data(arguments)
 
 
-def test_a_run_reads_and_writes_in_folders_with_strange_names(tmp_path):
+def test_a_run_reads_and_writes_in_folders_with_pattern_characters(tmp_path):
     """Pictures, cached maps, checkpoints to go on from, and the captioner at the end."""
     folder = tmp_path / "[run] 1 {a}?*"
     folder.mkdir()
@@ -95,7 +95,7 @@ def test_a_run_reads_and_writes_in_folders_with_strange_names(tmp_path):
     assert (folder / "more" / "model.safetensors").exists()
 
 
-def test_picture_with_colons_in_its_name_is_read(tmp_path):
+def test_image_with_colons_in_its_name_is_read(tmp_path):
     (tmp_path / "1::2.png").write_bytes(picture(1))
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "1::2.png", "captions": "x"}))
     assert content(load_data(data_arguments(train_file=tmp_path / "a.jsonl")).train) == [(1, ["x"])]

@@ -85,7 +85,7 @@ def test_special_tokens_have_their_ids_and_padding_is_left(kind):
         ("?!", ""),
     ],
 )
-def test_raw_captions_are_cleaned_inside_the_tokenizer(kind, raw, clean):
+def test_the_tokenizer_normalises_raw_captions(kind, raw, clean):
     tokenizer = TOKENIZERS[kind]
     assert decode(kind, raw) == clean
     assert tokenizer(raw)["input_ids"] == tokenizer(clean)["input_ids"]
@@ -93,7 +93,7 @@ def test_raw_captions_are_cleaned_inside_the_tokenizer(kind, raw, clean):
         assert tokenizer.tokenize(raw) == clean.split()
 
 
-def test_word_ids_fall_by_count_then_alphabet():
+def test_word_ids_are_ordered_by_count_then_alphabet():
     tokenizer = build_tokenizer(["b c a", "c b", "rare c"], min_count=2)
     assert tokenizer.get_vocab() == {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "c": 4, "b": 5}
     assert tokenizer.tokenize("a rare C") == ["<unk>", "<unk>", "c"]
@@ -120,12 +120,12 @@ def test_saved_tokenizer_reads_and_writes_the_same(kind, tmp_path):
 
 
 @kinds
-def test_control_tokens_in_a_text_are_only_text(kind):
+def test_special_tokens_in_a_text_are_ordinary_text(kind):
     ids = TOKENIZERS[kind]("a </s> dog <s> <pad> is")["input_ids"]
     assert not {0, 1, 2} & set(ids)
 
 
-def test_bpe_writes_unseen_words_and_marks_unseen_characters():
+def test_bpe_spells_unseen_words_and_marks_unknown_characters():
     tokenizer = TOKENIZERS["bpe"]
     assert decode("bpe", "Blackish   dogfish") == "blackish dogfish"
     ids = tokenizer("a 日本 dog")["input_ids"]
@@ -133,7 +133,7 @@ def test_bpe_writes_unseen_words_and_marks_unseen_characters():
     assert decode("bpe", "a 日本 dog") == "a dog"
 
 
-def test_bpe_keeps_to_its_size():
+def test_bpe_respects_the_vocabulary_size():
     assert len(build_tokenizer(CAPTIONS, "bpe", min_count=1, vocab_size=50)) == 50
 
 
@@ -146,12 +146,12 @@ def test_coverage_counts_words_not_pieces():
 
 @kinds
 @pytest.mark.parametrize("captions", [[], ["?!"], ["all of these words once"]])
-def test_nothing_to_learn_is_an_error(kind, captions):
+def test_empty_vocabulary_is_an_error(kind, captions):
     with pytest.raises(ValueError, match=r"min_count"):
         build_tokenizer(captions, kind, min_count=5)
 
 
-def test_bad_arguments_are_named():
+def test_wrong_arguments_are_reported():
     with pytest.raises(ValueError, match="vocab_size"):
         build_tokenizer(CAPTIONS, "bpe", min_count=1, vocab_size=10)
     with pytest.raises(ValueError, match="min_count"):
@@ -171,7 +171,7 @@ CAPTION_LIKE = st.text(alphabet="adgos'-n \u2019.,\u0301S", max_size=30)
 @kinds
 @given(text=st.text(max_size=60) | CAPTION_LIKE)
 @settings(max_examples=300)
-def test_known_text_comes_back_clean_and_stays_so(kind, text):
+def test_known_text_round_trips(kind, text):
     try:
         tokenizer = build_tokenizer([text], kind, min_count=1)
     except ValueError:  # not a word in it
@@ -186,7 +186,7 @@ def test_known_text_comes_back_clean_and_stays_so(kind, text):
 @kinds
 @given(text=st.text(max_size=60) | CAPTION_LIKE)
 @settings(max_examples=200)
-def test_unknown_text_leaves_clean_text(kind, text):
+def test_unknown_text_decodes_to_clean_text(kind, text):
     decoded = decode(kind, text)
     assert decoded == " ".join(decoded.split())
 
@@ -204,7 +204,7 @@ def coverage_of(tokenizer, captions: list[str]) -> tuple[float, list[str]]:
     return word_coverage(tokenizer, captions), describe_coverage(tokenizer, captions, "do this")
 
 
-def test_coverage_names_the_most_frequent_missing_words_below_a_share():
+def test_low_coverage_lists_the_most_frequent_missing_words():
     share, said = coverage_of(TOKENIZERS["word"], ["Ein Hund, ein Café!", "a dog 's Hunde-Hütte, EIN cafe\u0301"])
     assert share == pytest.approx(4 / 9)
     assert said[0] == f"vocabulary: {len(TOKENIZERS['word'])} tokens, which cover 44.44% of the 9 words in the training captions"
@@ -213,7 +213,7 @@ def test_coverage_names_the_most_frequent_missing_words_below_a_share():
     assert len(describe_coverage(TOKENIZERS["word"], ["a black dog"] * 7 + ["hund"], "")) == 1, "21 of 22 words are enough"
 
 
-def test_word_pieces_miss_only_words_of_new_characters():
+def test_word_pieces_lack_only_words_with_new_characters():
     share, said = coverage_of(TOKENIZERS["bpe"], ["a running cat", "\u4e16\u754c"])
     assert share == 0.75 and "\u4e16\u754c (1)" in said[1]
 
@@ -226,7 +226,7 @@ GERMAN = ["Zwei Hunde am Strand .", "ein Hund am Strand", "zwei Hunde, a dog", "
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own output layer", "tied"])
-def test_extended_checkpoint_says_the_same_of_the_old_words_and_learns_the_new(make_checkpoint, tmp_path, tied):
+def test_extending_the_vocabulary_keeps_old_words_and_trains_new_ones(make_checkpoint, tmp_path, tied):
     model, processor = loaded(make_checkpoint(tie_word_embeddings=tied))
     tokenizer, size = processor.tokenizer, len(processor.tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -264,7 +264,7 @@ def test_extended_checkpoint_says_the_same_of_the_old_words_and_learns_the_new(m
     assert extend_vocabulary(again, processor.tokenizer, GERMAN, min_count=2) == [], "they are there"
 
 
-def test_words_that_people_repeat_may_be_repeated():
+def test_repeatable_tokens_are_words_that_captions_repeat():
     captions = ["A dog and a cat .", "A man on a bus ."] * 20 + ["The bus ."] * 300 + ["dog dog", "the the", "tram tram"] * 4
     tokenizer = build_tokenizer(captions, min_count=5)
     found = tokenizer.convert_ids_to_tokens(repeatable_tokens(tokenizer, captions))
@@ -273,7 +273,7 @@ def test_words_that_people_repeat_may_be_repeated():
     assert repeatable_tokens(build_tokenizer(captions, "bpe", min_count=1), captions) is None
 
 
-def test_what_cannot_be_extended_is_refused(make_checkpoint, tmp_path):
+def test_extending_word_pieces_or_frozen_embeddings_is_refused(make_checkpoint, tmp_path):
     model, processor = loaded(make_checkpoint("bpe"))
     with pytest.raises(ValueError, match="word pieces .* cannot be extended"):
         extend_vocabulary(model, processor.tokenizer, GERMAN)
@@ -283,7 +283,7 @@ def test_what_cannot_be_extended_is_refused(make_checkpoint, tmp_path):
         extend_vocabulary(model, processor.tokenizer, GERMAN)
 
 
-def test_embeddings_are_resized_as_of_any_other_model(make_checkpoint):
+def test_embeddings_are_resized_as_in_other_models(make_checkpoint):
     model, _ = loaded(make_checkpoint())
     size = model.config.vocab_size
     model.resize_token_embeddings(size + 3)

@@ -51,7 +51,7 @@ def learned():
     return tokenizer, *train_word_vectors(toy_captions(), tokenizer, 12)
 
 
-def test_words_used_alike_are_near_each_other(learned):
+def test_words_in_similar_contexts_have_similar_vectors(learned):
     tokenizer, ids, vectors, _ = learned
     units = {i: vector / np.linalg.norm(vector) for i, vector in zip(ids.tolist(), vectors)}
 
@@ -66,14 +66,14 @@ def test_words_used_alike_are_near_each_other(learned):
 
 
 @pytest.mark.parametrize("dim", [4, 7])
-def test_every_real_word_gets_a_vector_of_the_wanted_width(dim):
+def test_each_word_gets_a_vector_of_the_given_dimension(dim):
     tokenizer = build_tokenizer(toy_captions(5), min_count=1)
     ids, vectors, share = train_word_vectors(toy_captions(5), tokenizer, dim)
     assert ids.tolist() == list(range(4, len(tokenizer))), "special tokens are 0 to 3"
     assert vectors.shape == (len(ids), dim) and vectors.dtype == np.float32 and share == 1.0
 
 
-def test_vectors_are_as_long_as_those_of_a_new_embedding(learned):
+def test_vectors_have_the_norm_of_a_new_embedding(learned):
     _, _, vectors, _ = learned
     np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-6)
     assert np.square(vectors).sum(1).mean() == pytest.approx(1, abs=1e-5)
@@ -82,14 +82,14 @@ def test_vectors_are_as_long_as_those_of_a_new_embedding(learned):
     assert new.square().sum(1).mean().item() == pytest.approx(1, abs=0.1)
 
 
-def test_rare_words_that_have_no_id_of_their_own_leave_unk_without_a_vector():
+def test_unk_gets_no_vector():
     captions = [*toy_captions(20), "an okapi sneezes"]
     tokenizer = build_tokenizer(captions, min_count=2)
     ids, _, share = train_word_vectors(captions, tokenizer, 4)
     assert tokenizer.unk_token_id not in ids and share == 1.0
 
 
-def test_pieces_of_words_get_vectors_and_unused_letters_none():
+def test_word_pieces_get_vectors_unless_unused():
     tokenizer = build_tokenizer(toy_captions(), "bpe", min_count=2)
     ids, vectors, share = train_word_vectors(toy_captions(), tokenizer, 4)
     used = {i for caption in toy_captions() for i in tokenizer(caption, add_special_tokens=False).input_ids}
@@ -98,7 +98,7 @@ def test_pieces_of_words_get_vectors_and_unused_letters_none():
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_the_file_gives_the_same_vectors_back(kind, tmp_path):
+def test_the_vector_file_round_trips(kind, tmp_path):
     tokenizer = build_tokenizer(toy_captions(50), kind, min_count=1)
     write_word_vectors(tmp_path / "new" / "vectors.txt", toy_captions(50), tokenizer, 6)
     ids, vectors, _ = train_word_vectors(toy_captions(50), tokenizer, 6)
@@ -109,7 +109,7 @@ def test_the_file_gives_the_same_vectors_back(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_process_learns_the_same_numbers(tmp_path):
+def test_training_vectors_is_deterministic_across_processes(tmp_path):
     """Whatever seed Python hashes strings with."""
     here, there = tmp_path / "here.txt", tmp_path / "there.txt"
     script = (
@@ -129,7 +129,7 @@ def test_captions_without_words_are_refused():
         train_word_vectors(["dog", "dog"], tokenizer, 4)
 
 
-def test_missing_gensim_is_named(monkeypatch):
+def test_missing_gensim_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "gensim.models", None)
     with pytest.raises(SettingError, match="needs gensim: `pip install gensim`"):
         train_word_vectors(["a dog"], build_tokenizer(["a dog"], min_count=1), 4)
@@ -166,7 +166,7 @@ def run(parquet: Path, output: Path, config: dict | None = None, **more) -> int:
 
 
 @pytest.mark.parametrize("settings", [{}, {"freeze_word_embeddings": True}, {"freeze_word_embeddings": False}])
-def test_training_run_starts_from_vectors_of_its_captions(parquet, tmp_path, settings):
+def test_run_starts_from_vectors_trained_on_its_captions(parquet, tmp_path, settings):
     frozen = settings.get("freeze_word_embeddings", True)
     assert run(parquet, tmp_path, settings, word_vectors="captions") == 0
     model = AttnCapForConditionalGeneration.from_pretrained(tmp_path)
@@ -193,7 +193,7 @@ def test_training_run_starts_from_vectors_of_its_captions(parquet, tmp_path, set
     ],
     ids=["no file", "other width", "checkpoint", "frozen without vectors", "tied and frozen"],
 )
-def test_wrong_use_ends_in_one_sentence(parquet, tmp_path, capsys, config, settings, message):
+def test_wrong_vector_settings_give_one_sentence(parquet, tmp_path, capsys, config, settings, message):
     other = tmp_path / "other.txt"
     other.write_text("hat 1 2\ncoat 3 4\n")
     settings = {name: value.format(other=other) for name, value in settings.items()}

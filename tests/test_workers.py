@@ -37,7 +37,7 @@ def mapped(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_open_the_file_of_cached_maps_themselves(method, tmp_path):
+def test_workers_open_the_feature_file_themselves(method, tmp_path):
     rows = CachedViews(texts(), lambda _: mapped(tmp_path))
     assert len(pickle.dumps(rows)) < 20_000 < np.prod(SHAPE)
     loader: Any = DataLoader(rows, batch_size=4, collate_fn=list, num_workers=1, multiprocessing_context=method)
@@ -46,7 +46,7 @@ def test_workers_open_the_file_of_cached_maps_themselves(method, tmp_path):
         assert (found["captions"], found["image_id"]) == (expected["captions"], f"image {number}")
 
 
-def test_maps_that_are_not_in_a_file_are_sent(tmp_path):
+def test_features_in_memory_are_pickled(tmp_path):
     rows = CachedViews(texts(), lambda _: np.array(mapped(tmp_path)))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[3]["backbone_features"], rows[3]["backbone_features"])
 
@@ -57,7 +57,7 @@ def noise(row: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_pictures_of_a_table_are_not_sent(tmp_path):
+def test_images_of_a_table_are_not_pickled(tmp_path):
     pictures = [{"bytes": noise(row), "path": None} for row in range(IMAGES)]
     path = tmp_path / "train.parquet"
     Dataset.from_dict({"image": pictures, "captions": [["a dog"]] * IMAGES}).to_parquet(str(path))
