@@ -1,4 +1,4 @@
-"""Changed training pictures: what changes with them in the captions, and cached views that take turns."""
+"""Augmented training images, their captions, and cached views that alternate by epoch."""
 
 from collections import Counter
 

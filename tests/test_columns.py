@@ -1,4 +1,4 @@
-"""Columns with usual names are recognised in every format of captioned images."""
+"""Columns with usual names are found in every data format."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The configs that come with the package: all can be read, and the stages run one behind the other as their heads say."""
+"""The configs in the package: they can be parsed, and their stages run one after the other."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The ways in for captioned pictures: what becomes of each, what is refused, and a run from them."""
+"""Data formats: what each gives, which errors are reported, and a run from them."""
 
 import csv
 import io

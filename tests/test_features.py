@@ -1,4 +1,4 @@
-"""The cache of backbone maps: what it holds, that it goes on after an end, that processes share it, what it refuses."""
+"""The feature cache: its content, resuming, several processes, and errors."""
 
 import json
 import os

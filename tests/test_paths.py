@@ -1,4 +1,4 @@
-"""Paths with characters of glob patterns are paths, in every setting that names a file or a folder."""
+"""Paths with the characters of glob patterns are read as paths, in every setting that names a file or folder."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""Raw captions become tokens, and tokens become clean text again."""
+"""The tokenizer: raw captions to tokens and back, coverage, and extending a vocabulary."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Word vectors learned from captions: what they hold, that they come out the same again, and a run that starts from them."""
+"""Word vectors trained on captions: their properties, determinism, and a run that starts from them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is sent to the worker processes of a data loader where they are started anew (macOS, Windows, Python 3.14): little."""
+"""What is pickled for the worker processes of a data loader where they are spawned (macOS, Windows, Python 3.14)."""
 
 import io
 import pickle
