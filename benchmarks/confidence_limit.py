@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hf_attncap.model_card.calibration import THRESHOLD, auroc
+from hf_attncap.model_card.calibration import GOOD_CIDER, auroc
 from hf_attncap.model_card.measure import caption, captioned_images
 from hf_attncap.training.arguments import SettingError
 
@@ -40,7 +40,7 @@ def good_by_split(references: Mapping[str, Sequence[str]], captions: Mapping[str
     found = {}
     for judges in itertools.combinations(range(REFERENCES), JUDGE):
         others = [place for place in range(REFERENCES) if place not in judges]
-        found[judges] = _cider(references, captions, others) >= THRESHOLD
+        found[judges] = _cider(references, captions, others) >= GOOD_CIDER
     return found
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from hf_attncap.model_card.build_card import build_card
 from hf_attncap.model_card.calibration import auroc, fit_logistic, reliability
 from hf_attncap.training.arguments import ModelArguments
-from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.average import average_checkpoints
 from hf_attncap.training.checkpoints.pack import pack
 from hf_attncap.training.train import build_captioner
 from huggingface_hub.errors import StrictDataclassError
@@ -166,7 +166,7 @@ def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
 
 def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
     faster = pack(packable, tmp_path / "faster", {"num_beams": 2})
-    mean = blend([packable, packable], tmp_path / "mean")
+    mean = average_checkpoints([packable, packable], tmp_path / "mean")
     tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable), model_config={}), [["two red dogs"]], tmp_path)
     configs = [AttnCapConfig.from_pretrained(faster), AttnCapConfig.from_pretrained(mean), tuned.config]
     assert [config.confidence for config in configs] == [None] * 3
@@ -218,12 +218,12 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
     rows.remove_columns("captions").add_column("captions", wrong).to_parquet(str(tmp_path / "bad.parquet"))
     rows.remove_columns("captions").to_parquet(str(tmp_path / "bare.parquet"))
     for arguments, sentence in [
-        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: name the folder"),
+        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: give the folder"),
         ([str(folder), "--images", str(tmp_path / "few.parquet")], "give more images"),
-        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "0 have a good caption"),
+        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "images for fitting have a good caption"),
         ([str(folder), "--images", str(tmp_path / "bare.parquet")], "captions"),
         ([str(folder), "--images", str(tmp_path / "missing.parquet")], "missing.parquet"),
-        ([str(folder), "--images", str(sixty), str(sixty)], "names a file twice"),
+        ([str(folder), "--images", str(sixty), str(sixty)], "is given twice"),
     ]:
         assert main(["calibrate", *arguments]) == 1
         assert sentence in capsys.readouterr().err

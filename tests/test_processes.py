@@ -19,8 +19,7 @@ from hf_attncap.training.data.splits import load_data
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, new_images, policy
-from hf_attncap.training.trainers.dropout import silence
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, draw
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, disable_dropout, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -332,18 +331,18 @@ def test_images_that_fill_up_the_last_batch_earn_nothing(warm, parquet, tmp_path
     trainer, rows = trainer_of(warm, parquet, tmp_path, SelfCriticalTrainer)
     batch = trainer.data_collator([rows[i] for i in range(3)])
     with torch.no_grad():
-        samples = draw(trainer.model.train(), trainer._encode(batch).last_hidden_state, 5)
-    monkeypatch.setattr(self_critical, "draw", lambda captioner, regions, k: samples[: 5 * len(regions)])
+        samples = sample(trainer.model.train(), trainer._encode(batch).last_hidden_state, 5)
+    monkeypatch.setattr(self_critical, "sample", lambda captioner, regions, k: samples[: 5 * len(regions)])
     trainer._samples = 15
 
     def loss(pictures: int, ids: int) -> float:
-        trainer._tally.zero_()
+        trainer._sums.zero_()
         inputs = {"pixel_values": batch["pixel_values"][:pictures], "image_ids": batch["image_ids"][:ids], "labels": None}
         return float(trainer.compute_loss(trainer.model, inputs).detach())
 
     for new in (1, 2):
-        assert loss(3, new) == pytest.approx(loss(new, new), rel=1e-4) and trainer._tally[0] == 5 * new
-    assert loss(3, 3) != pytest.approx(loss(2, 2), rel=1e-2) and loss(3, 0) == 0 and trainer._tally[0] == 0
+        assert loss(3, new) == pytest.approx(loss(new, new), rel=1e-4) and trainer._sums[0] == 5 * new
+    assert loss(3, 3) != pytest.approx(loss(2, 2), rel=1e-2) and loss(3, 0) == 0 and trainer._sums[0] == 0
 
 
 def trainer_of(warm, parquet, output, trainer_class=CaptionTrainer, **settings) -> tuple[CaptionTrainer, Any]:
@@ -408,10 +407,10 @@ def test_half_precision_scores_samples_as_it_drew_them(warm, parquet, tmp_path):
     """log p of each word of the loop that samples and of the one that learns, both under autocast."""
     trainer, rows = trainer_of(warm, parquet, tmp_path, SelfCriticalTrainer, bf16=True)
     model, end = trainer.model, trainer.model.config.decoder_start_token_id
-    silence(model)
+    disable_dropout(model)
     with torch.no_grad(), trainer.accelerator.autocast():
         regions = trainer._encode(trainer.data_collator([rows[i] for i in range(7)])).last_hidden_state
-        samples = draw(model, regions, 5)  # (R, T)
+        samples = sample(model, regions, 5)  # (R, T)
         learnt = policy(model, model(encoder_outputs=(regions,), labels=samples).logits).log_softmax(-1)  # (R, T, V)
         state, drawn, words = None, [], torch.full((len(samples), 1), end)
         for t in range(samples.shape[1]):

@@ -20,12 +20,12 @@ from hf_attncap.training.data.randomness import Chance
 from hf_attncap.training.data.splits import Decoding
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
-from hf_attncap.training.trainers.checkpoint_files import UNFINISHED
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_attncap import AttnCapProcessor
+from hf_attncap.atomic import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "green", "blue", "white", "black"]
@@ -422,7 +422,7 @@ def test_weights_that_are_no_numbers_are_not_saved(stages, table, tmp_path, caps
     wild = {"learning_rate": 1e39, "max_grad_norm": 0}
     for more in ({"save_steps": 1}, {"save_strategy": "no", "max_steps": 1}):
         assert main(options(table, tmp_path, **{**stages["decoder"], **wild, **more})) == 2
-        assert_ends_in_one_sentence(capsys, "Step 1 made weights that are not finite", "there is no checkpoint yet")
+        assert_ends_in_one_sentence(capsys, "The weights of step 1 are not finite", "there is no checkpoint to resume from yet")
         assert steps_of(tmp_path) == [] and not (tmp_path / "model.safetensors").exists()
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.ema import LIVE_WEIGHTS_FILE
-from hf_attncap.training.trainers.samples import SampleCaptions
+from hf_attncap.training.trainers.sample_captions import SampleCaptions
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file

@@ -18,8 +18,7 @@ from hf_attncap.training.data.vocabulary import build_tokenizer
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, policy
-from hf_attncap.training.trainers.dropout import silence
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, draw
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, disable_dropout, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -139,9 +138,9 @@ def plain_loss(model, features, samples, advantage) -> torch.Tensor:
     never = model.generation_config.suppress_tokens
     total = torch.zeros((), dtype=torch.float64)
     per_image = len(samples) // len(features)
-    for row, (sample, gain) in enumerate(zip(samples, advantage)):
+    for row, (tokens, gain) in enumerate(zip(samples, advantage)):
         words = [model.config.decoder_start_token_id]
-        for word in sample:
+        for word in tokens:
             ids = torch.tensor([words])
             picture = features[row // per_image][None]
             logits = model(backbone_features=picture, decoder_input_ids=ids, use_cache=False).logits[0, -1]
@@ -160,7 +159,7 @@ def test_loss_and_gradients_equal_plain_float64_mathematics(processor, tmp_path,
     samples = [[*words[:3], end], [end], words[3:12], [*words[:2], end], [*words[4:8], end], words[5:6] * 4, [words[0], end], [end]]
     longest = max(map(len, samples))
     padded = torch.tensor([row + [-100] * (longest - len(row)) for row in samples])
-    monkeypatch.setattr(self_critical, "draw", lambda *_: padded)
+    monkeypatch.setattr(self_critical, "sample", lambda *_: padded)
     trainer = trainer_of(model, processor, tmp_path, samples_per_image=2)
     batch = batch_of(processor)
     batch["backbone_features"] = batch["backbone_features"].double()
@@ -187,10 +186,10 @@ def test_loss_and_gradients_equal_plain_float64_mathematics(processor, tmp_path,
 def test_probabilities_of_the_step_are_those_that_samples_were_drawn_from(warm, processor):
     """Frequencies of many first words agree with what the scoring pass says, and no forbidden word is ever drawn."""
     model = load(warm)
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=batch_of(processor)["backbone_features"]).last_hidden_state
     torch.manual_seed(1)
-    samples = draw(model, regions, 500)
+    samples = sample(model, regions, 500)
     first = samples[:, :1]
     p = policy(model, model(encoder_outputs=(regions,), labels=first).logits[:, 0]).softmax(-1).unflatten(0, (4, 500))[:, 0]
     counts = torch.stack([torch.bincount(row, minlength=p.shape[-1]) for row in first.flatten().unflatten(0, (4, 500))])
@@ -215,16 +214,16 @@ def ending_with(warm, ends: Any) -> Any:
 def test_each_of_several_end_tokens_ends_a_sample(warm, processor, tmp_path):
     also = processor.tokenizer.convert_tokens_to_ids("square")
     model = ending_with(warm, [2, also])
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=batch_of(processor)["backbone_features"]).last_hidden_state
     torch.manual_seed(1)
-    samples = draw(model, regions, 100)  # (R, T)
+    samples = sample(model, regions, 100)  # (R, T)
     is_end = (samples == 2) | (samples == also)
     assert torch.equal(is_end.cumsum(1) - is_end.long() > 0, samples == -100)
     assert (samples == 2).any() and (samples == also).any()
     trainer = trainer_of(model, processor, tmp_path)
-    trainer._judge(samples, list(WORDS))
-    assert trainer._tally[4] == is_end.any(dim=1).sum(), "of samples that ended"
+    trainer._advantage(samples, list(WORDS))
+    assert trainer._sums[4] == is_end.any(dim=1).sum(), "of samples that ended"
 
 
 def test_scoring_again_gives_the_same_logits_and_batch_norm_stays(processor, tmp_path):
@@ -248,14 +247,14 @@ def test_accumulated_batches_give_the_gradients_of_one(warm, processor, tmp_path
     model = load(warm)
     trainer = trainer_of(model, processor, tmp_path)
     whole = batch_of(processor)
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=whole["backbone_features"]).last_hidden_state
-    fixed = draw(model, regions, 5)
-    monkeypatch.setattr(self_critical, "draw", lambda *_: fixed)
+    fixed = sample(model, regions, 5)
+    monkeypatch.setattr(self_critical, "sample", lambda *_: fixed)
     one = loss_of(trainer, [whole])
     expected = gradients(model)
     halves = iter([fixed[:10], fixed[10:]])
-    monkeypatch.setattr(self_critical, "draw", lambda *_: next(halves))
+    monkeypatch.setattr(self_critical, "sample", lambda *_: next(halves))
     two = loss_of(trainer, [batch_of(processor, rows()[:2]), batch_of(processor, rows()[2:])])
     assert float(two) == pytest.approx(float(one), rel=1e-4)
     for name, gradient in gradients(model).items():
@@ -274,8 +273,8 @@ def test_weight_one_is_plain_training(warm, processor, tmp_path):
         losses[weight] = float(loss_of(trainer, [dict(batch)]))
     trainer = trainer_of(plain, processor, tmp_path, CaptionTrainer)
     torch.manual_seed(4)
-    silence(plain)
-    draw(plain, plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state, 5)  # moves the seed on
+    disable_dropout(plain)
+    sample(plain, plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state, 5)  # moves the seed on
     expected = float(loss_of(trainer, [{name: x for name, x in batch.items() if name != "image_ids"}]))
     assert losses[1.0] == pytest.approx(expected, rel=1e-6)
     assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
@@ -288,7 +287,7 @@ def test_unfinished_sample_earns_less(warm, processor, tmp_path):
     trainer = trainer_of(model, processor, tmp_path)
     words = processor(text_target=["a red square on the table"], return_tensors="pt")["labels"][0].tolist()
     samples = torch.tensor([words, [*words[:-1], -100]])
-    ended, cut = trainer._judge(samples, ["red"]).tolist()
+    ended, cut = trainer._advantage(samples, ["red"]).tolist()
     assert ended > 0.1 and cut == pytest.approx(-ended)
 
 
@@ -326,7 +325,7 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
 
     monkeypatch.undo()
     DocumentFrequencies.from_references([[["a"]]], end_token=True).save(tmp_path / "document_frequencies.npz")
-    with pytest.raises(SettingError, match="of 1 images, but there are 4"):
+    with pytest.raises(SettingError, match="on 1 images, but there are 4"):
         trainer_of(load(warm), processor, tmp_path, resume_from_checkpoint=checkpoint)
 
 
@@ -380,7 +379,7 @@ def test_dropped_inputs_are_a_share_of_regions_and_words_and_only_of_training(wa
         four_errors = 4 * (0.25 * 0.75 / found.numel()) ** 0.5
         assert abs(1 - kept.double().mean() - 0.25) < four_errors
         assert torch.allclose(found[kept], whole[kept] / 0.75)
-    for quiet in (torch.nn.Module.eval, silence):
+    for quiet in (torch.nn.Module.eval, disable_dropout):
         quiet(model)
         assert all(torch.equal(found, whole) for found, whole in zip(inputs_of(model), wanted))
 

@@ -18,6 +18,8 @@ from transformers import set_seed
 from transformers.trainer_utils import has_length
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from hf_attncap.atomic import atomic_files
+from hf_attncap.hub import ABOUT, RECORD
 from hf_attncap.metrics import caption_compute_metrics
 
 from .arguments import (
@@ -29,7 +31,7 @@ from .arguments import (
     refuse_without_validation,
 )
 from .checkpoints.hub_upload import HubSharing
-from .checkpoints.record import ABOUT, RECORD, earlier_stages, provenance, stage
+from .checkpoints.record import earlier_stages, provenance, stage
 from .data.augmentation import Augmentation, augmented, with_mirrored
 from .data.collator import CaptionCollator
 from .data.feature_cache import cached_features
@@ -40,11 +42,10 @@ from .data.streaming import load_stream
 from .data.views import FeatureRows
 from .data.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens
 from .data.word_vectors import write_word_vectors
-from .processes import check_processes, on_main_process
+from .processes import check_processes, run_on_main_rank
 from .trainers.caption_trainer import CaptionTrainer
-from .trainers.checkpoint_files import last_checkpoint, replacing, writing
-from .trainers.early_stopping import EarlyStopping
-from .trainers.samples import SampleCaptions
+from .trainers.resumable import EarlyStopping, disk_errors, last_checkpoint
+from .trainers.sample_captions import SampleCaptions
 from .trainers.self_critical import SelfCriticalTrainer
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[st
         raise SettingError("`freeze_word_embeddings` would keep random vectors: give `word_vectors` too, or leave it out.")
     if vectors == "captions":
         path = output / "word_vectors.txt"
-        on_main_process(lambda: write_word_vectors(path, sentences, tokenizer, config.word_embed_dim))
+        run_on_main_rank(lambda: write_word_vectors(path, sentences, tokenizer, config.word_embed_dim))
         return str(path)
     if vectors is not None and not Path(vectors).is_file():
         raise SettingError(f"No such file of word vectors: {vectors}. `captions` learns them from the training captions.")
@@ -309,7 +310,7 @@ def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: l
     """What goes beside the captioner's weights: the Trainer's state, `metrics.json`, the record and where the weights came from."""
     texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
     texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
-    with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
+    with disk_errors(output, "metrics.json", sum(map(len, texts.values()))), atomic_files(output) as files:
         state.save_to_json(str(files / "trainer_state.json"))
         for name, text in texts.items():
             (files / name).write_text(text + "\n", encoding="utf-8")
@@ -326,7 +327,7 @@ def _checkpoint_to_resume(training: CaptionTrainingArguments, output: Path) -> s
             raise SettingError(f"`output_dir`: {output} cannot be made: {error.strerror}.") from error
         return last_checkpoint(output)
 
-    last: Path | None = on_main_process(make)
+    last: Path | None = run_on_main_rank(make)
     if wanted is None:
         if last is not None:
             raise SettingError(

@@ -21,7 +21,7 @@ from hf_attncap.images import ImageError, load_image
 from hf_attncap.pictures_attncap import open_image
 
 from ..arguments import DataArguments, SettingError
-from ..processes import together
+from ..processes import run_on_all_ranks
 from .sources import Entry, Role, Source, as_pattern, choose_split, from_shards, from_table, has_words, own_splits, read_file
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CaptionData(NamedTuple):
         if self.undecoded is None:
             return self.train["captions"][:]  # type: ignore[index]
         first = self.undecoded.take(images // PartialState().num_processes)
-        return [captions for share in together(lambda: [row["captions"] for row in first]) for captions in share]
+        return [captions for share in run_on_all_ranks(lambda: [row["captions"] for row in first]) for captions in share]
 
 
 @dataclass
