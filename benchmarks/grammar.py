@@ -33,8 +33,8 @@ from hf_attncap.metrics.significance import means, paired_bootstrap
 PLAN = Path(__file__).with_name("ablation.yaml")
 
 # A caption is grammatical as a sentence or as a noun phrase ("a dog in the snow" is not a sentence). "There may be" accepts
-# singular and plural; "this is a picture of" and "we see" accept twice as many errors of agreement. The space before the sentence prevents
-# that link-parser reads a leading "!" or "%" as a command or a comment.
+# singular and plural; "this is a picture of" and "we see" accept twice as many errors of agreement. Without the space before the
+# sentence, link-parser would read a leading "!" or "%" as a command or a comment.
 FORMS = (" {}", "there may be {}")
 # One answer per line of standard input. With -batch, only failures are reported, so a sentence without an answer (such as one with
 # too many words) would count as parsed. Spelling is not corrected, because that depends on the installed dictionaries. The timeout
