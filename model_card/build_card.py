@@ -29,14 +29,7 @@ TEMPLATE = Path(__file__).with_name("template.md")
 CARD = "README.md"
 MARK = "Rendered by `attncap card`"
 EXAMPLES, FAILURES, SEED = 5, 3, 0
-SCORES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-}
+SCORES = {**{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}, "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 WORD_ATTENTION = {
     "none": "over image regions",
     "score": "over image regions; the previous word is part of the query",
@@ -56,7 +49,9 @@ def build_card(checkpoint: str | Path) -> ModelCard:
     """
     folder = Path(checkpoint)
     config, about = _config(folder), read_about(folder)
-    results, stages = _results(folder / RESULTS), _read(folder / RECORD) or []
+    results, stages = _read(folder / RESULTS) or {}, _read(folder / RECORD) or []
+    if not isinstance(results, dict):
+        raise ValueError(f"{folder / RESULTS} was not written by `attncap card`: move it away.")
     sets = _name_sets(about, results.get("sets", []), folder)
     title = about.get("title") or folder.resolve().name
     parts = {
@@ -125,17 +120,6 @@ def _config(folder: Path) -> dict[str, Any]:
     if config is None or not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: give the folder of a saved captioner.")
     return config
-
-
-def _results(path: Path) -> dict[str, Any]:
-    results = _read(path)
-    if results is None:
-        return {}
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} was not written by `attncap card`: move it away.")
-    if "captions" in results:
-        raise ValueError(f"{path} has the format of an earlier version: measure the checkpoint again with `attncap card`.")
-    return results
 
 
 def _read(path: Path) -> Any:
@@ -272,10 +256,6 @@ def _pointing(path: Path) -> dict[str, list[dict[str, Any]]] | None:
     """Rows of the pointing game, one per kind of captions and map, and for each kind of captions the better map, if any."""
     rows, verdicts = [], []
     for kind, found in (_read(path) or {"captions": {}})["captions"].items():
-        if not found.keys() >= set(MAPS):
-            raise ValueError(
-                f"{path} has the format of an earlier version: write it again with benchmarks/pointing_photographs.py."
-            )
         if "importance_minus_attention" not in found:  # fewer than two photographs
             continue
         difference = found["importance_minus_attention"]

@@ -146,17 +146,13 @@ def _evaluate(calibration: dict[str, Any], data: dict[str, np.ndarray]) -> dict[
     if not len(good):
         return {"images": 0}
     order = np.argsort(-confidence, kind="stable")
-    bins = reliability(confidence, good)
     return {
         "images": len(good),
         "good": _rounded(good.mean()),
         "auroc": _interval(lambda rows: auroc(confidence[rows], good[rows]), len(good)),
         "auroc_of_score": _interval(lambda rows: auroc(score[rows], good[rows]), len(good)),
-        "auroc_gain": _interval(lambda rows: auroc(confidence[rows], good[rows]) - auroc(score[rows], good[rows]), len(good)),
         "brier": _rounded(((confidence - good) ** 2).mean()),
-        "brier_of_the_mean": _rounded(good.mean() * (1 - good.mean())),
-        "calibration_error": _rounded(sum(abs(b["confidence"] - b["good"]) * b["images"] for b in bins) / len(good)),
-        "reliability": bins,
+        "reliability": reliability(confidence, good),
         "coverage": [_covered(share / 10, order, confidence, data) for share in range(1, 11)],
     }
 

@@ -208,7 +208,7 @@ def _read_results(file: Path, measured_again: bool) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         results = None
-    if not isinstance(results, dict) or not results.keys() & {"pictures", "captions", "sets"}:
+    if not isinstance(results, dict) or not results.keys() & {"pictures", "sets"}:
         raise SettingError(f"{file} was not written by `attncap card`, which would replace it: move it away.")
     if measured_again:
         return {"pictures": results["pictures"]} if "pictures" in results else {}

@@ -274,9 +274,8 @@ def test_weight_one_is_cross_entropy_training(warm, processor, tmp_path):
     trainer = trainer_of(plain, processor, tmp_path, CaptionTrainer)
     torch.manual_seed(4)
     disable_dropout(plain)
-    sample(
-        plain, plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state, 5
-    )  # takes the same random numbers
+    regions = plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state
+    sample(plain, regions, 5)  # takes the same random numbers as the losses above
     expected = float(loss_of(trainer, [{name: x for name, x in batch.items() if name != "image_ids"}]))
     assert losses[1.0] == pytest.approx(expected, rel=1e-6)
     assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)

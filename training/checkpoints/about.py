@@ -14,7 +14,7 @@
     independent: [lines with scores that others measured, shown below the scores and never in the metadata]
     origins: [sentences on data, initial weights and their licences]
 
-Every line is optional.
+Every field is optional.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ TEXTS = (
     "title", "summary", "intended_use", "selection", "license", "license_name", "license_link", "repository", "base_model",
 )  # fmt: skip
 LISTS = ("independent", "origins")
-FIELDS = (*TEXTS, "datasets", *LISTS)
+FIELDS = sorted((*TEXTS, "datasets", *LISTS))
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -52,41 +52,28 @@ def parse_about(text: str, place: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{place} is not valid YAML: {' '.join(str(error).split())}.") from error
     about = {} if about is None else about
-    if isinstance(about, dict) and "dataset" in about:
-        raise ValueError(
-            f"{place}: replace `dataset` by `datasets`, a list with one entry for each measured file, such as "
-            "`datasets: [{name: Flickr8k, id: flickr8k, split: validation}]`."
-        )
     if not isinstance(about, dict):
         raise ValueError(f"{place} is not a mapping: write its fields as `name: value`.")
     if unknown := about.keys() - set(FIELDS):
-        raise ValueError(f"{place} has unknown fields ({', '.join(sorted(map(str, unknown)))}): use {', '.join(sorted(FIELDS))}.")
+        raise ValueError(f"{place} has unknown fields ({', '.join(sorted(map(str, unknown)))}): use {', '.join(FIELDS)}.")
     for name, value in about.items():
-        if name in TEXTS:
-            _check_text(value, f"{place}: `{name}`")
-        elif name == "datasets":
-            _check_datasets(value, place)
-        elif not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        if name in TEXTS and not isinstance(value, str):
+            raise ValueError(f"{place}: `{name}` is {value!r:.60}; expected a text.")
+        if name in LISTS and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ValueError(f"{place}: `{name}` is {value!r:.60}; expected a list of texts.")
+        if name == "datasets" and not (isinstance(value, list) and all(map(_is_dataset, value))):
+            raise ValueError(
+                f"{place}: `datasets` is {value!r:.60}; expected a list with one entry for each measured file, such as "
+                "`[{name: Flickr8k, id: flickr8k, split: validation}]`, where id and split are optional."
+            )
     if about.keys() & {"license_name", "license_link"} and about.get("license") != "other":
         raise ValueError(f"{place}: `license_name` and `license_link` need `license: other`; add that, or remove them.")
     return about
 
 
-def _check_text(value: Any, what: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {value!r:.60}; expected a text.")
-
-
-def _check_datasets(datasets: Any, place: str) -> None:
-    if not (isinstance(datasets, list) and all(isinstance(one, dict) for one in datasets)):
-        raise ValueError(f"{place}: `datasets` is {datasets!r:.60}; expected a list of mappings, each with a name.")
-    for number, one in enumerate(datasets, 1):
-        if not {"name"} <= one.keys() <= {"name", "id", "split"}:
-            found = ", ".join(map(str, one)) or "nothing"
-            raise ValueError(f"{place}: entry {number} of `datasets` has {found}; expected name, and optionally id and split.")
-        for name, value in one.items():
-            _check_text(value, f"{place}: `{name}` in entry {number} of `datasets`")
+def _is_dataset(value: Any) -> bool:
+    known = isinstance(value, dict) and {"name"} <= value.keys() <= {"name", "id", "split"}
+    return known and all(isinstance(text, str) for text in value.values())
 
 
 def check_count(about: dict[str, Any], sets: int, folder: Path) -> None:
