@@ -180,11 +180,15 @@ def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list
     return {
         name: compare(
             *(
-                [word for photograph in said for word in point_captions(photograph, said[photograph], boxes[photograph], kind)]
+                [
+                    word
+                    for photograph in photographs
+                    for word in point_captions(photograph, photographs[photograph], boxes[photograph], kind)
+                ]
                 for kind in get_args(Kind)
             )
         )
-        for name, said in captions.items()
+        for name, photographs in captions.items()
     }
 
 

@@ -44,8 +44,8 @@ def print_captions(files: list[Path], first: list[dict[str, Any]], second: list[
     for pair in shared_sets(first, second):
         shared = sorted(pair[0]["captions"].keys() & pair[1]["captions"].keys())
         for name in random.Random(SEED).sample(shared, min(EXAMPLES, len(shared))):
-            said = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in pair]
-            print(f"| {name} | {said[0]} | {said[1]} | {pair[0]['references'][name].replace('|', '/')} |")
+            cells = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in pair]
+            print(f"| {name} | {cells[0]} | {cells[1]} | {pair[0]['references'][name].replace('|', '/')} |")
 
 
 def print_differences(files: list[Path], first: list[dict[str, Any]], second: list[dict[str, Any]], references: list[str]) -> None:

@@ -183,7 +183,7 @@ def test_training_run_starts_from_vectors_of_its_captions(parquet, tmp_path, set
     [
         ({}, {"word_vectors": "nowhere.txt"}, "No such file of word vectors: nowhere.txt. `captions` learns them"),
         ({}, {"word_vectors": "{other}"}, "set `word_embed_dim=2` in the config"),
-        ({}, {"word_vectors": "captions", "model_name_or_path": "nowhere"}, "leave one of them out"),
+        ({}, {"word_vectors": "captions", "model_name_or_path": "nowhere"}, "remove one of them"),
         ({"freeze_word_embeddings": True}, {}, "`freeze_word_embeddings` would keep random vectors: give `word_vectors` too"),
         (
             {"tie_word_embeddings": True},
