@@ -1,10 +1,10 @@
-"""What each choice of the model is worth: a run for every row of `ablation.yaml` and seed, scored and compared.
+"""What does each part of the model contribute? Trains, scores and compares a run per row of `ablation.yaml` and seed.
 
     python -m benchmarks.ablation --train_file train.parquet --validation_file validation.parquet \
         --backbone_weights mobilenet_v2.safetensors --runs runs/ablation --results model_card/results/ablation
 
-Runs that were interrupted go on, results that are there are kept: start it again until all rows are done. `--table` prints what
-the results say so far; with `--grammar` also the share of captions that parse, as `grammar.py` has measured it.
+Interrupted runs are resumed and existing results kept, so the command can be repeated until all rows are done. `--table` prints a
+table of the results so far. With `--grammar`, it has a column for the share of captions that parse, from `grammar.py`.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from hf_attncap.training.data.splits import load_data
 from hf_attncap.training.settings import CONFIGS
 
 from hf_attncap import Captioner
+from hf_attncap.atomic import write_json
 from hf_attncap.metrics import CaptionMetrics
 from hf_attncap.metrics.score import CaptionScores
 from hf_attncap.metrics.significance import Comparison, means, paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")
-OF_A_ROW = {"what", "against", "seeds"}  # the rest are settings of its run
+ROW_FIELDS = {"what", "against", "seeds"}  # the other fields of a row are settings of its runs
 SCORES = ("bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words", "vocabulary")
 TIMES_100 = {"bleu_1", "bleu_4", "cider", "bad_endings", "repeated_words", "full_parse"}
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """A row of the table: `settings` are those of its runs, over the base's."""
+    """A row of the table. `settings` are those of the base configuration with the changes of the row."""
 
     name: str
     what: str
@@ -55,7 +56,7 @@ def read_plan() -> list[Row]:
     base = yaml.safe_load((CONFIGS / plan["base"]).read_text(encoding="utf-8"))
     rows = []
     for name, row in plan["rows"].items():
-        own = {key: value for key, value in row.items() if key not in OF_A_ROW}
+        own = {key: value for key, value in row.items() if key not in ROW_FIELDS}
         model = {**base["model_config"], **plan.get("model_config", {}), **row.get("model_config", {})}
         settings = {**base, **plan["settings"], **own, "model_config": model}
         rows.append(Row(name, row["what"], row.get("against"), row.get("seeds", plan["seeds"]), settings))
@@ -63,13 +64,13 @@ def read_plan() -> list[Row]:
 
 
 def runs(rows: list[Row]) -> Iterator[tuple[Row, int]]:
-    """First seeds of all rows first, so that the table is whole early."""
+    """The first seed of all rows, then the second and so on, so that every row has a result early."""
     for place in range(max(len(row.seeds) for row in rows)):
         yield from ((row, row.seeds[place]) for row in rows if place < len(row.seeds))
 
 
 def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train, caption the validation images with the checkpoint, score: what the results file of a run holds."""
+    """Train a run, caption the validation images and score the captions; returns the content of its results file."""
     folder = Path(args.runs) / f"{row.name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "settings.yaml"
@@ -99,13 +100,13 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | None) -> str:
-    """Means over the seeds, their range, and CIDEr against the neighbour with its 95 % interval, as Markdown."""
+    """A Markdown table: mean and range over the seeds, and the CIDEr difference to the row `against` with its 95 % interval."""
     images = load_data(DataArguments(train_file=validation_file)).train
     metrics = CaptionMetrics(dict(zip(images["image_id"], images["captions"])))
     files = {row.name: _files(row, results) for row in rows}
     scores = {name: [metrics.score(json.loads(file.read_text("utf-8"))["captions"]) for file in own] for name, own in files.items()}
     if not any(files.values()):
-        sys.exit(f"error: {results} holds no results of ablation.yaml's rows; leave --table out to train them.")
+        sys.exit(f"error: {results} has no results of the rows of ablation.yaml; train them without --table.")
     names = [*SCORES, "full_parse"] if grammar else SCORES
     parsed = json.loads(grammar.read_text("utf-8"))["results"] if grammar else {}
     lines = [
@@ -118,7 +119,7 @@ def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | 
         values = [_spread(name, [score[name] for score in scores[row.name]]) for name in SCORES]
         if grammar:
             if missing := [file.stem for file in files[row.name] if file.stem not in parsed]:
-                sys.exit(f"{grammar} has no results of {', '.join(missing)}; run grammar.py on all results files")
+                sys.exit(f"error: {grammar} has no results of {', '.join(missing)}; run grammar.py on all results files")
             values.append(_spread("full_parse", [parsed[file.stem]["full_parse"] for file in files[row.name]]))
         difference = ["", ""]
         if row.against and scores[row.against]:
@@ -133,7 +134,7 @@ def table(rows: list[Row], results: Path, validation_file: str, grammar: Path | 
 
 
 def against(first: list[CaptionScores], second: list[CaptionScores]) -> Comparison:
-    """CIDEr of two rows, each image's averaged over the row's seeds, by the paired bootstrap."""
+    """Compare CIDEr of two rows by the paired bootstrap, with each image's CIDEr averaged over the seeds."""
     averaged = [np.mean([score.per_image["cider"] for score in scores], axis=0) for scores in (first, second)]
     return paired_bootstrap(*([means({"cider": cider})] for cider in averaged))["cider"]
 
@@ -154,10 +155,10 @@ def main() -> None:
     parser.add_argument("--train_file")
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--backbone_weights")
-    parser.add_argument("--runs", help="folder for checkpoints and cached maps")
-    parser.add_argument("--results", required=True, type=Path, help="folder for a JSON file a run")
+    parser.add_argument("--runs", help="folder for checkpoints and cached features")
+    parser.add_argument("--results", required=True, type=Path, help="folder with a JSON file per run")
     parser.add_argument("--only", nargs="*", help="rows to run; default: all")
-    parser.add_argument("--table", action="store_true", help="print what the results say; no training")
+    parser.add_argument("--table", action="store_true", help="print the table; do not train")
     parser.add_argument("--grammar", type=Path, help="output of grammar.py, for a column of the table")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -171,7 +172,7 @@ def main() -> None:
         if not file.exists():
             logger.info("%s, seed %d", row.name, seed)
             found = run(row, seed, args)
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_json(file, found)
             logger.info("%s, seed %d: CIDEr %.1f", row.name, seed, 100 * found["scores"]["cider"])
 
 
@@ -179,6 +180,6 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # training has said why
+        sys.exit(error.returncode)  # training printed the error
     except (OSError, SettingError) as error:
         sys.exit(f"error: {error}")

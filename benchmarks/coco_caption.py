@@ -1,4 +1,4 @@
-"""What the benchmarks of scores measure against: pycocoevalcap, run quietly, on the captions of a table."""
+"""pycocoevalcap and test captions for the benchmarks of scores."""
 
 import contextlib
 import io
@@ -17,20 +17,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
 
-Tokens = dict[str, list[str]]  # image id -> captions, the tokens of each joined by spaces
+Tokens = dict[str, list[str]]  # captions by image id, the tokens of each joined by spaces
 
+SEED = 0
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
 
 class Scores(NamedTuple):
-    """pycocoevalcap's scores under our names: of all images together, and (I,) float64 of each."""
+    """pycocoevalcap's scores by our names: of the corpus, and of each image (I,) in float64."""
 
     corpus: dict[str, float]
     per_image: dict[str, np.ndarray]
 
 
 def captions_of(table: str) -> dict[str, list[str]]:
-    """The captions of each row of a Parquet file with a column `captions`, by the row's number as text."""
+    """The captions of each row of a Parquet file with a column `captions`, by the row number as text."""
     if "captions" not in (columns := parquet.read_schema(table).names):
         sys.exit(f"{table} has no column captions, only {', '.join(columns)}.")
     rows = parquet.read_table(table, columns=["captions"]).to_pydict()["captions"]
@@ -38,7 +39,7 @@ def captions_of(table: str) -> dict[str, list[str]]:
 
 
 class CocoCaption:
-    """pycocoevalcap's tokeniser and scorers, as it is used, but saying nothing. Exits where it or Java is missing."""
+    """pycocoevalcap's tokeniser and scorers without their output. Exits if it or Java is missing."""
 
     def __init__(self) -> None:
         try:
@@ -47,13 +48,13 @@ class CocoCaption:
             from pycocoevalcap.rouge.rouge import Rouge  # pyright: ignore[reportMissingImports]
             from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            sys.exit(f"The other side of the comparison is missing ({error}): pip install pycocoevalcap")
+            sys.exit(f"This benchmark needs pycocoevalcap ({error}): pip install pycocoevalcap")
         if not shutil.which("java"):
-            sys.exit("pycocoevalcap's tokeniser needs Java, and there is no program java: install a Java runtime.")
+            sys.exit("pycocoevalcap's tokeniser needs the program java: install a Java runtime.")
         self._tokenizer, self._bleu, self._rouge, self._cider = PTBTokenizer(), Bleu(4), Rouge(), Cider()
 
     def tokenized(self, captions: Mapping[str, Sequence[str]]) -> Tokens:
-        """Each caption's tokens by Stanford's tokeniser: one start of Java."""
+        """Tokenise captions with Stanford's tokeniser. Starts Java once."""
         with _java_quiet() as messages:
             tokens = self._tokenizer.tokenize({id: [{"caption": text} for text in texts] for id, texts in captions.items()})
             if {id: len(texts) for id, texts in captions.items()} != {id: len(texts) for id, texts in tokens.items()}:
@@ -62,7 +63,7 @@ class CocoCaption:
         return tokens
 
     def scored(self, references: Tokens, predictions: Tokens) -> Scores:
-        """BLEU, ROUGE-L and CIDEr of tokens."""
+        """Score tokenised captions with BLEU, ROUGE-L and CIDEr."""
         with contextlib.redirect_stdout(io.StringIO()):
             bleu, bleu_per_image = self._bleu.compute_score(references, predictions)
             rouge, rouge_per_image = self._rouge.compute_score(references, predictions)
@@ -71,16 +72,16 @@ class CocoCaption:
         return Scores(dict(zip(NAMES, map(float, (*bleu, rouge, cider)))), dict(zip(NAMES, per_image)))
 
     def end_to_end(self, references: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> Scores:
-        """The same from strings: two starts of Java."""
+        """Score captions given as strings. Starts Java twice."""
         return self.scored(self.tokenized(references), self.tokenized({id: [caption] for id, caption in predictions.items()}))
 
 
-def surroundings() -> dict[str, Any]:
-    """When, where and with what something was measured; of paths, the names alone."""
+def environment() -> dict[str, Any]:
+    """Date, command (with file names only), CPUs, load and versions."""
     java = subprocess.run(["java", "-version"], capture_output=True, text=True, check=True).stderr.splitlines()[0]
     versions = {"python": platform.python_version(), "java": java}
     for package in ("hf_attncap", "numpy", "pycocoevalcap"):
-        with contextlib.suppress(PackageNotFoundError):  # run from a checkout
+        with contextlib.suppress(PackageNotFoundError):  # not installed, but run from a clone
             versions[package] = version(package)
     arguments = [Path(part).name if os.sep in part else part for part in sys.argv[1:]]
     return {
@@ -94,7 +95,7 @@ def surroundings() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _java_quiet() -> Iterator[Any]:
-    """Sends what a child process writes to standard error to a file, which is given."""
+    """Redirect the standard error of child processes to the yielded file."""
     with tempfile.TemporaryFile() as messages:
         before = os.dup(2)
         os.dup2(messages.fileno(), 2)

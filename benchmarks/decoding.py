@@ -1,13 +1,12 @@
-"""How a captioner's scores depend on how captions are searched for: beams and length penalties, on captioned pictures.
+"""How do beam width and length penalty change the scores of a checkpoint?
 
     python -m benchmarks.decoding runs/best --images validation.parquet --beams 1 3 5 --length_penalties 0.8 1 1.2
 
-The pictures are encoded once. Nothing is changed in the checkpoint: `attncap pack --generation` does that.
+The images are encoded once. The checkpoint is not changed; `attncap pack --generation` stores other settings in a copy of it.
 """
 
 import argparse
 import itertools
-import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from hf_attncap.training.data.splits import load_data
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap import Captioner
+from hf_attncap.atomic import write_json
 from hf_attncap.metrics import CaptionMetrics
 
 SCORES = ("bleu_4", "cider", "mean_length", "vocabulary", "bad_endings")
@@ -27,7 +27,7 @@ SCORES = ("bleu_4", "cider", "mean_length", "vocabulary", "bad_endings")
 
 @torch.no_grad()
 def encode(captioner: Captioner, rows: Any) -> torch.Tensor:
-    """Regions of all pictures, (images, N, C)."""
+    """Regions of all images, (images, N, C)."""
     encoder = captioner.model.model.encoder
     parts = []
     for start in range(0, len(rows), BATCH):
@@ -37,11 +37,11 @@ def encode(captioner: Captioner, rows: Any) -> torch.Tensor:
 
 
 def captions(captioner: Captioner, regions: torch.Tensor, **settings: Any) -> list[str]:
-    """A caption for each row of regions (images, N, C)."""
+    """The captions of regions (images, N, C)."""
     model: Any = captioner.model
     texts: list[str] = []
-    for some in regions.split(BATCH):
-        ids = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=some), **settings)  # (B, T)
+    for batch in regions.split(BATCH):
+        ids = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=batch), **settings)  # (B, T)
         texts += captioner.processor.batch_decode(ids, skip_special_tokens=True)
     return texts
 
@@ -49,10 +49,10 @@ def captions(captioner: Captioner, regions: torch.Tensor, **settings: Any) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--images", required=True, help="captioned pictures, in any format that training reads")
+    parser.add_argument("--images", required=True, help="captioned images, in any format that training reads")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--length_penalties", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="file for the results, as JSON")
     args = parser.parse_args()
     rows: Any = load_data(DataArguments(train_file=args.images)).train
     captioner = Captioner.from_pretrained(args.checkpoint)
@@ -62,7 +62,7 @@ def main() -> None:
     print("| beams | length penalty | " + " | ".join(name.replace("_", " ") for name in SCORES) + " |\n" + "|---" * 7 + "|")
     for beams, penalty in itertools.product(args.beams, args.length_penalties):
         if beams == 1 and penalty != args.length_penalties[0]:
-            continue  # greedy search knows no length penalty
+            continue  # greedy search has no length penalty
         settings = {"num_beams": beams, "length_penalty": penalty}
         scores = metrics.score(dict(zip(rows["image_id"], captions(captioner, regions, **settings))))
         found.append({**settings, **{name: round(float(scores[name]), 5) for name in SCORES}})
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"| {beams} | {penalty:g} | " + " | ".join(shown) + " |", flush=True)
     if args.output:
         results = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), "images": len(rows), "settings": found}
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

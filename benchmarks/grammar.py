@@ -1,14 +1,14 @@
-"""How many captions are grammatical: the share that link-grammar's English grammar parses in full, no word left over.
+"""How many captions are grammatical? The share that link-grammar's English grammar parses completely.
 
     apt-get install link-grammar
     python benchmarks/grammar.py results/*.json --validation_file validation.parquet --output grammar.json
 
-The results are those of `ablation.py`, whose table takes the output as a column. Rows that its plan compares are compared by the
-paired bootstrap. The validation file gives two anchors: what people wrote, and the same captions with their words shuffled.
+The results are those of `ablation.py`, whose table can show the output as a column. Rows that `ablation.yaml` compares are compared
+by the paired bootstrap. The validation file gives two baselines: human captions, and the same captions with shuffled words.
 
-The grammar knows more sentences than people write: of 1,000 images' captions 91 % parse as people wrote them and 10 % shuffled.
-It finds cut captions and missing agreement, but it forgives most doubled words, which `repeated_words` counts, and any single
-noun that could be a verb. People's share is no ceiling: simple sentences parse more often than theirs.
+The grammar accepts more than correct sentences: for 1,000 images, 91 % of the human captions parse and 10 % of the shuffled ones.
+It rejects truncated captions and wrong agreement, but accepts most repeated words (which `repeated_words` counts) and single nouns
+that can be verbs. The share of human captions is not an upper bound, because simple sentences parse more often.
 """
 
 import argparse
@@ -25,34 +25,34 @@ from typing import Any
 
 import numpy as np
 import yaml
-from coco_caption import captions_of
+from coco_caption import SEED, captions_of
 
+from hf_attncap.atomic import write_json
 from hf_attncap.metrics.significance import means, paired_bootstrap
 
 PLAN = Path(__file__).with_name("ablation.yaml")
-SEED = 0
 
-# A caption is grammatical as a sentence, or where a noun phrase can stand ("a dog in the snow" is no sentence). "There may be"
-# takes one and many; "this is a picture of" and "we see" let twice as many errors of agreement pass. The blank before the
-# sentence keeps a leading "!" or "%" from being read as a command or a comment.
+# A caption is grammatical as a sentence or as a noun phrase ("a dog in the snow" is not a sentence). "There may be" accepts
+# singular and plural; "this is a picture of" and "we see" accept twice as many errors of agreement. Without the space before the
+# sentence, link-parser would read a leading "!" or "%" as a command or a comment.
 FORMS = (" {}", "there may be {}")
-# Read from standard input, an answer to each line. Not -batch, which only reports failures: silence, as after a sentence of
-# too many words, would count as a parse. Spelling is not corrected, so that the answer does not hang on installed
-# dictionaries. The timeout is in seconds of processor time.
+# One answer per line of standard input. With -batch, only failures are reported, so a sentence without an answer (such as one with
+# too many words) would count as parsed. Spelling is not corrected, because that depends on the installed dictionaries. The timeout
+# is in seconds of CPU time.
 OPTIONS = ("en", "--quiet", "-verbosity=1", "-echo=1", "-graphics=0", "-null=0", "-panic=0", "-spell=0", "-timeout=5")
-MAX_BYTES = 2000  # link-parser ends at a line of more than 2,046
+MAX_BYTES = 2000  # link-parser exits at a line of more than 2,046
 _FOUND = re.compile(r"Found \d+ linkages? \((\d+) .*had no P\.P\. violations\)")
 
 
 def parse_in_full(captions: Sequence[str]) -> list[bool]:
-    """Whether link-grammar parses each caption in full, by one run of `link-parser`.
+    """Whether link-grammar parses each caption completely, in one run of `link-parser`.
 
-    Captions are read in lower case and without the mark at their end, so that people's and a model's are treated alike. False
-    as well for an empty caption, one over `MAX_BYTES` bytes and one whose parse runs out of time.
+    Captions are converted to lower case, without the mark at their end, so that human and generated captions are treated alike.
+    False for an empty caption, one over `MAX_BYTES` bytes, and one whose parse exceeds the time limit.
 
     Raises:
         SystemExit: `link-parser` is not installed.
-        RuntimeError: it failed, or did not answer for every caption.
+        RuntimeError: it failed, or did not answer every caption.
     """
     texts = [_plain(caption) for caption in captions]
     asked = [text for text in dict.fromkeys(texts) if text and len(text.encode()) <= MAX_BYTES]
@@ -63,14 +63,14 @@ def parse_in_full(captions: Sequence[str]) -> list[bool]:
 
 
 def shuffled(captions: Sequence[str]) -> list[str]:
-    """Each caption's words in another order, the same at every call, without the marks between them."""
+    """Each caption with shuffled words and without punctuation, the same at every call."""
     chance = random.Random(SEED)
     words = [re.findall(r"[\w'-]+", caption) for caption in captions]
     return [" ".join(chance.sample(own, len(own))) for own in words]
 
 
 def compared(files: Mapping[str, Mapping[str, Any]], parsed: Mapping[str, Mapping[str, bool]]) -> list[dict[str, Any]]:
-    """The rows of the plan against their neighbours, each image's answers averaged over the row's seeds."""
+    """Compare each row with the row `against`, with the answers of each image averaged over the seeds."""
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))["rows"]
     rows: dict[str, list[Mapping[str, bool]]] = {}
     for name, content in files.items():
@@ -82,7 +82,7 @@ def compared(files: Mapping[str, Mapping[str, Any]], parsed: Mapping[str, Mappin
             continue
         images = sorted(runs[0])
         if any(sorted(run) != images for run in (*runs, *rows[neighbour])):
-            sys.exit(f"the results of {row} and {neighbour} are of different images; caption the same images in all of them")
+            sys.exit(f"error: {row} and {neighbour} have results of different images; caption the same images in both")
         averaged = [np.mean([[run[id] for id in images] for run in side], axis=0) for side in (rows[neighbour], runs)]
         comparison = paired_bootstrap(*([means({"full_parse": values})] for values in averaged))["full_parse"]
         found.append({"row": row, "against": neighbour, **asdict(comparison)})
@@ -95,9 +95,9 @@ def _plain(caption: str) -> str:
 
 
 def _link_parser(*options: str, given: str = "") -> str:
-    """What link-parser says to `given`."""
+    """The output of link-parser for the input `given`."""
     if not (program := shutil.which("link-parser")):
-        sys.exit("There is no program link-parser; install link-grammar, on Debian and Ubuntu by: apt-get install link-grammar")
+        sys.exit("error: no program link-parser; install link-grammar (Debian and Ubuntu: apt-get install link-grammar)")
     ended = subprocess.run([program, *options], input=given, capture_output=True, encoding="utf-8", errors="replace")
     if ended.returncode:
         raise RuntimeError(f"link-parser ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
@@ -105,7 +105,7 @@ def _link_parser(*options: str, given: str = "") -> str:
 
 
 def _answers(output: str, sentences: Sequence[str]) -> list[bool]:
-    """The answer to each sentence, which follows the sentence itself; none is a no."""
+    """The answer to each sentence, which follows the sentence in the output; no answer means no parse."""
     answers: list[bool] = []
     for line in output.split("\n"):
         if len(answers) < len(sentences) and line == sentences[len(answers)]:
@@ -120,7 +120,7 @@ def _answers(output: str, sentences: Sequence[str]) -> list[bool]:
 def _read(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if missing := {"row", "captions"} - content.keys():
-        sys.exit(f"{file} has no {' and no '.join(sorted(missing))}; give results files of ablation.py")
+        sys.exit(f"error: {file} has no {' and no '.join(sorted(missing))}; give results files of ablation.py")
     return content
 
 
@@ -131,12 +131,12 @@ def _share(answers: Sequence[bool]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results files of ablation.py")
-    parser.add_argument("--validation_file", help="a Parquet file with a column `captions`, several texts a row, for the anchors")
-    parser.add_argument("--output", type=Path, help="a file to write the shares to, as JSON")
+    parser.add_argument("--validation_file", help="Parquet file with a column `captions`, a list of texts, for the baselines")
+    parser.add_argument("--output", type=Path, help="file for the results, as JSON")
     args = parser.parse_args()
     files = {file.stem: _read(file) for file in args.results}
     if len(files) < len(args.results):
-        sys.exit("Two of the results files have the same name; results are told apart by the names of their files.")
+        sys.exit("error: two of the results files have the same name; rename one.")
 
     parsed = {name: dict(zip(found["captions"], parse_in_full([*found["captions"].values()]))) for name, found in files.items()}
     failed = {name: {id: files[name]["captions"][id] for id, good in own.items() if not good} for name, own in parsed.items()}
@@ -156,7 +156,7 @@ def main() -> None:
     if args.output:
         version = _link_parser("--version").splitlines()[0].removeprefix("Version: ")
         content = {"link_grammar": version, "forms": FORMS, "results": results, "anchors": anchors, "compared": comparisons}
-        args.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.output, content)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""How long scores of captions take, against pycocoevalcap: ratios measured in one run.
+"""How fast are the scores, compared with pycocoevalcap?
 
     pip install "hf_attncap[java]" pyarrow        # and a Java runtime
     python benchmarks/metrics.py --references train.parquet
 
-Every comparison's contenders take turns, in an order that changes, and their medians are compared. Predictions are captions of
-other images, shuffled anew for each turn.
+The candidates are timed in turn, in random order, and their medians are compared. Predictions are captions of other images, chosen
+again for each turn.
 """
 
 import argparse
-import json
 import random
 import re
 import statistics
@@ -20,15 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coco_caption import CocoCaption, captions_of, surroundings
+from coco_caption import SEED, CocoCaption, captions_of, environment
 
+from hf_attncap.atomic import write_json
 from hf_attncap.metrics import CaptionMetrics, CiderReward, DocumentFrequencies, ptb, ptb_rules, tokenize
 
 IMAGES, SAMPLES, CALLS = 64, 5, 50  # of the reward
-SEED = 0
 
-# Both read a file of captions, a line each, and write one of tokens. Ours comes in as the program `attncap` does: under that
-# name, the package does not import torch.
+# Both read a file with one caption per line and write one with tokens. Ours runs under the name `attncap`, because the package
+# does not import torch then.
 OURS = """
 import sys
 captions, tokens = sys.argv[1:]
@@ -46,21 +45,21 @@ with open(sys.argv[1], encoding="utf-8") as captions, open(sys.argv[2], "w", enc
 """
 
 Captions = dict[str, list[str]]
-Turn = Callable[[dict[str, str]], object]  # one timed piece of work on predictions
+Turn = Callable[[dict[str, str]], object]  # the timed work on predictions
 
-# What is compared: ours, theirs, how many times faster ours should be.
+# Ours, theirs, and how many times faster ours should be.
 COMPARISONS = [
-    ("score strings, everything cold", "pycocoevalcap, from strings", 3),
-    ("score strings, references prepared, words forgotten", "pycocoevalcap, from strings", 10),
+    ("score strings, empty caches", "pycocoevalcap, from strings", 3),
+    ("score strings, references prepared, empty word cache", "pycocoevalcap, from strings", 10),
     ("score strings, references prepared", "pycocoevalcap, from strings", 10),
     ("score strings, references prepared", "pycocoevalcap, from tokens of both", None),
-    ("tokenise, words forgotten", "pycocoevalcap, tokenise", 1),
+    ("tokenise, empty word cache", "pycocoevalcap, tokenise", 1),
     ("tokenise in a new process", "pycocoevalcap, tokenise in a new process", 1),
 ]
 
 
 def forget() -> None:
-    """Empties what the tokeniser remembers between calls: words, classes of characters and compiled patterns."""
+    """Empty the caches of the tokeniser: words, character classes and compiled patterns."""
     for module in (ptb, ptb_rules):
         for thing in vars(module).values():
             if hasattr(thing, "cache_clear"):
@@ -69,7 +68,7 @@ def forget() -> None:
 
 
 def others(references: Captions, seed: int) -> dict[str, str]:
-    """For each image a caption of another one."""
+    """A caption of another image for each image."""
     chance = random.Random(seed)
     ids = list(references)
     chance.shuffle(ids)
@@ -78,7 +77,7 @@ def others(references: Captions, seed: int) -> dict[str, str]:
 
 
 def turns(coco: CocoCaption, references: Captions, scratch: Path) -> dict[str, Turn]:
-    """Every contender by name."""
+    """The candidates by name."""
     metrics, tokens = CaptionMetrics(references), coco.tokenized(references)
     known = {text: words for id, texts in references.items() for text, words in zip(texts, tokens[id])}
 
@@ -89,7 +88,7 @@ def turns(coco: CocoCaption, references: Captions, scratch: Path) -> dict[str, T
         forget()
         return CaptionMetrics(references).score(predictions)
 
-    def words_forgotten(predictions: dict[str, str]) -> object:
+    def empty_word_cache(predictions: dict[str, str]) -> object:
         forget()
         return metrics.score(predictions)
 
@@ -109,34 +108,34 @@ def turns(coco: CocoCaption, references: Captions, scratch: Path) -> dict[str, T
 
     return {
         "pycocoevalcap, from strings": lambda predictions: coco.end_to_end(references, predictions),
-        "score strings, everything cold": cold,
+        "score strings, empty caches": cold,
         "pycocoevalcap, from tokens of both": from_tokens,
-        "score strings, references prepared, words forgotten": words_forgotten,
+        "score strings, references prepared, empty word cache": empty_word_cache,
         "score strings, references prepared": metrics.score,
         "pycocoevalcap, tokenise": lambda predictions: coco.tokenized(all_of(predictions)),
-        "tokenise, words forgotten": tokenize_all,
+        "tokenise, empty word cache": tokenize_all,
         "tokenise in a new process": lambda predictions: in_a_new_process(OURS, predictions),
         "pycocoevalcap, tokenise in a new process": lambda predictions: in_a_new_process(THEIRS, predictions),
     }
 
 
 def measured(coco: CocoCaption, references: Captions, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each contender's turns."""
+    """Seconds of each candidate's turns."""
     seconds: dict[str, list[float]] = {}
     chance = random.Random(SEED)
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = turns(coco, references, Path(scratch))
+        candidates = turns(coco, references, Path(scratch))
         for repetition in range(repetitions):
             predictions = others(references, SEED + repetition)
-            for name in chance.sample(list(contenders), len(contenders)):
+            for name in chance.sample(list(candidates), len(candidates)):
                 start = time.perf_counter()
-                contenders[name](predictions)
+                candidates[name](predictions)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     return seconds
 
 
 def rewards(references: Captions) -> dict[str, list[float]]:
-    """Milliseconds of calls for rewards, from lists of tokens and from strings; the first calls included."""
+    """Milliseconds per call of the reward, from lists of tokens and from strings, including the first calls."""
     tokens = {id: [tokenize(caption) for caption in captions] for id, captions in references.items()}
     frequencies = DocumentFrequencies.from_references(list(tokens.values()), end_token=True)
     reward = CiderReward(tokens, frequencies)
@@ -158,7 +157,7 @@ def rewards(references: Captions) -> dict[str, list[float]]:
 
 
 def compared(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Medians of what is compared, their ratio, and the lowest and highest ratio of two turns with the same predictions."""
+    """Medians of each comparison, their ratio, and the lowest and highest ratio of two turns with the same predictions."""
     rows = []
     for ours, theirs, goal in COMPARISONS:
         medians = statistics.median(seconds[ours]), statistics.median(seconds[theirs])
@@ -180,15 +179,15 @@ def compared(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", required=True, help="a Parquet file with a column `captions`, a list of texts a row")
-    parser.add_argument("--images", type=int, default=5000, help="how many of its rows (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each contender (default: %(default)s)")
-    parser.add_argument("--output", help="a file to write the results to, as JSON")
+    parser.add_argument("--references", required=True, help="Parquet file with a column `captions`, a list of texts")
+    parser.add_argument("--images", type=int, default=5000, help="number of its rows to use (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns per candidate (default: %(default)s)")
+    parser.add_argument("--output", help="file for the results, as JSON")
     args = parser.parse_args()
-    coco, around = CocoCaption(), surroundings()
+    coco, around = CocoCaption(), environment()
     references = dict(list(captions_of(args.references).items())[: args.images])
     if len(references) < args.images:
-        sys.exit(f"{args.references} has {len(references)} rows, {args.images} were asked for: give a lower number of --images.")
+        sys.exit(f"{args.references} has only {len(references)} of {args.images} rows: lower --images.")
 
     milliseconds = rewards(references)
     seconds = measured(coco, references, args.repetitions)
@@ -217,7 +216,7 @@ def main() -> None:
                 for name, times in milliseconds.items()
             },
         }
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

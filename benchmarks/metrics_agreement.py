@@ -1,4 +1,4 @@
-"""Our scores beside pycocoevalcap's, from the same strings: corpus and each image, on real, ideal and bad predictions.
+"""Do the scores equal pycocoevalcap's? Compares corpora and single images, with generated, human and deliberately bad predictions.
 
 pip install "hf_attncap[java]" pyarrow        # and a Java runtime
 python benchmarks/metrics_agreement.py --references train.parquet --predictions predictions.json
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coco_caption import NAMES, CocoCaption, captions_of, surroundings
+from coco_caption import NAMES, SEED, CocoCaption, captions_of, environment
 
+from hf_attncap.atomic import write_json
 from hf_attncap.metrics import CaptionMetrics, tokenize
 
-SEED = 0
 UNICODE = [
     "Ein Mädchen läuft über die Straße",
     "два человека и собака",
@@ -48,8 +48,8 @@ def from_file(path: str) -> Corpus:
     return corpus
 
 
-def left_out(captions: dict[str, list[str]]) -> Corpus:
-    """One of each image's captions as its prediction: as good as people are."""
+def leave_one_out(captions: dict[str, list[str]]) -> Corpus:
+    """One of each image's captions as its prediction."""
     corpus = Corpus()
     for number, (id, texts) in enumerate(captions.items()):
         place = number % len(texts)
@@ -57,8 +57,8 @@ def left_out(captions: dict[str, list[str]]) -> Corpus:
     return corpus
 
 
-def spoilt(captions: dict[str, list[str]]) -> Corpus:
-    """Predictions of all the ways to be bad, image by image in turn; the references are left as they are."""
+def bad_predictions(captions: dict[str, list[str]]) -> Corpus:
+    """Bad predictions of many kinds, a different kind for each image in turn."""
     chance = random.Random(SEED)
 
     def shuffled(text: str) -> str:
@@ -91,7 +91,7 @@ def spoilt(captions: dict[str, list[str]]) -> Corpus:
 
 
 def agreement(coco: CocoCaption, name: str, corpus: Corpus) -> dict[str, Any]:
-    """Both scores of one corpus, from strings, and how far they are apart."""
+    """Both scores of one corpus, from strings, and their differences."""
     texts = {id: [*references, corpus.predictions[id]] for id, references in corpus.references.items()}
     ours = CaptionMetrics(corpus.references).score(corpus.predictions)
     references, predictions = (
@@ -125,18 +125,18 @@ def agreement(coco: CocoCaption, name: str, corpus: Corpus) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", required=True, help="a Parquet file with a column `captions`, several texts a row")
+    parser.add_argument("--references", required=True, help="Parquet file with a column `captions`, a list of texts")
     parser.add_argument(
         "--predictions", nargs="*", default=[], help="JSON files: lists of objects with image_id, caption and references"
     )
-    parser.add_argument("--output", help="a file to write the results to, as JSON")
+    parser.add_argument("--output", help="file for the results, as JSON")
     args = parser.parse_args()
-    coco, around, captions = CocoCaption(), surroundings(), captions_of(args.references)
+    coco, around, captions = CocoCaption(), environment(), captions_of(args.references)
     corpora = {Path(path).name: from_file(path) for path in args.predictions}
-    corpora |= {"references, one left out": left_out(captions), "references, spoilt": spoilt(captions)}
+    corpora |= {"references, one left out": leave_one_out(captions), "bad predictions": bad_predictions(captions)}
     results = [agreement(coco, name, corpus) for name, corpus in corpora.items()]
 
-    print("| predictions | images | captions cut otherwise | score | ours | pycocoevalcap | difference | largest of an image |")
+    print("| predictions | images | tokenised differently | score | ours | pycocoevalcap | difference | largest of an image |")
     print("|---|---:|---:|---|---:|---:|---:|---:|")
     for result in results:
         for score, values in result["scores"].items():
@@ -146,8 +146,7 @@ def main() -> None:
                 f"| {values['difference']:.1e} | {values['largest_of_an_image']:.1e} |"
             )
     if args.output:
-        content = {**around, "corpora": results}
-        Path(args.output).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.output, {**around, "corpora": results})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Do attention and importance point at what the words name? The pointing game on generated scenes whose objects have known places.
+"""Do attention and importance point at the objects that words name? The pointing game on generated scenes.
 
     python benchmarks/pointing.py --backbone_weights mobilenet_v2.safetensors --runs runs/pointing --output pointing.json
 
-A scene has three or four objects of different shapes and colours in some of the nine cells of a grid. A captioner of each
-`word_attention` learns from scenes and names the objects of others, whose cells were never taken together in training. For each
-shape that it names and that is there, a hit is a step whose map is highest at a region whose centre lies in that object's box:
-the map of attention (`hits`) or of importance (`importance_hits`) (Zhang et al., 2018, "Top-down neural attention by excitation
-backprop"). Chance is the share of all regions whose centres lie in it.
+A scene has three or four objects of different shapes and colours in the nine cells of a grid. A captioner with each
+`word_attention` is trained on scenes and tested on others, with sets of cells that do not occur in training. The score covers the
+shapes that the caption names and the scene contains. A map hits if its highest region has its centre in the box of the object:
+the attention map (`hits`) or the importance map (`importance_hits`) (Zhang et al., 2018, "Top-down neural attention by excitation
+backprop"). Chance is the share of all regions whose centres lie in the box.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
+from hf_attncap.atomic import write_json
+
 ROOT = Path(__file__).parents[1]
 SIDE = 224
 CELL = SIDE // 3
@@ -39,8 +41,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 KINDS = ("none", "score", "channel", "history")
-HALF_AS_WIDE = {"encoder_channels": 256, "hidden_size": 256, "attention_dim": 128}  # two CPU cores need half an hour for a seed
-HELD_OUT = 5  # of that many sets of cells, one is kept for the test
+HALF_WIDTH = {"encoder_channels": 256, "hidden_size": 256, "attention_dim": 128}  # half an hour per seed on two CPU cores
+HELD_OUT = 5  # one of this many sets of cells is for testing
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,13 @@ class Thing(NamedTuple):
 
 
 def layouts(count: int, held_out: bool) -> list[tuple[int, ...]]:
-    """The sets of `count` cells of the nine that are for the test, or for training."""
+    """The sets of `count` of the nine cells for testing (`held_out`) or for training."""
     found = list(combinations(range(9), count))
     return [cells for place, cells in enumerate(found) if (place % HELD_OUT == 0) == held_out]
 
 
 def scene(random: np.random.Generator, held_out: bool) -> tuple[Image.Image, list[Thing]]:
-    """A picture and its objects, no two of one shape or colour."""
+    """An image and its objects, whose shapes and colours are all different."""
     count = int(random.integers(3, 5))
     choices = layouts(count, held_out)
     cells = random.permutation(choices[random.integers(len(choices))])
@@ -96,7 +98,7 @@ def draw(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
 
 
 def captions(random: np.random.Generator, things: list[Thing], count: int = 5) -> list[str]:
-    """The objects named in any order, so that no place in a caption belongs to a place in the picture."""
+    """Captions that name the objects in random order, so that positions in caption and image are independent."""
     found = []
     for _ in range(count):
         names = [f"a {things[i].colour} {things[i].shape}" for i in random.permutation(len(things))]
@@ -121,7 +123,7 @@ def write_scenes(path: Path, count: int, seed: int) -> None:
 
 
 def train(kind: str, seed: int, args: argparse.Namespace, scenes: Path) -> Path:
-    """A captioner for generated scenes; the run goes on where it was interrupted."""
+    """Train a captioner on generated scenes; an interrupted run is resumed."""
     folder = args.runs / f"{kind}-seed{seed}"
     if (folder / "metrics.json").exists():
         return folder
@@ -131,7 +133,7 @@ def train(kind: str, seed: int, args: argparse.Namespace, scenes: Path) -> Path:
         "backbone_weights": args.backbone_weights,
         "feature_cache": args.runs,
         "output_dir": folder,
-        "model_config": json.dumps({**HALF_AS_WIDE, "word_attention": kind, "alpha_c": args.alpha_c, "label_smoothing": 0.0}),
+        "model_config": json.dumps({**HALF_WIDTH, "word_attention": kind, "alpha_c": args.alpha_c, "label_smoothing": 0.0}),
         "min_count": 1,
         "seed": seed,
         "num_train_epochs": args.epochs,
@@ -147,18 +149,18 @@ def train(kind: str, seed: int, args: argparse.Namespace, scenes: Path) -> Path:
 
 
 def point(folder: Path, count: int, seed: int) -> dict[str, float | None]:
-    """The pointing game of a captioner on `count` scenes that it never saw; without hits where it names no shape that is there."""
+    """Play the game with a captioner on `count` test scenes; values are None if it names no shape of a scene."""
     from hf_attncap import Captioner
 
     captioner = Captioner.from_pretrained(folder)
     random = np.random.default_rng(seed)
     scenes = [scene(random, held_out=True) for _ in range(count)]
-    hits, important, chances, named, there, sharpness = [], [], [], 0, 0, []
+    hits, importance_hits, chances, named, total, sharpness = [], [], [], 0, 0, []
     for start in range(0, count, 50):
         part = scenes[start : start + 50]
         for (_, things), result in zip(part, captioner.explain([image for image, _ in part], batch_size=50)):
             places = {thing.shape: thing for thing in things}
-            there += len(things)
+            total += len(things)
             assert result.importance is not None
             pairs = dict(zip(result.words[1:], zip(result.words, result.attention[1:], result.importance[1:])))
             for shape, (colour, weights, falls) in pairs.items():
@@ -167,15 +169,15 @@ def point(folder: Path, count: int, seed: int) -> dict[str, float | None]:
                 named += places[shape].colour == colour
                 inside = within(places[shape].box, weights.shape)
                 hits.append(bool(inside.flat[weights.argmax()]))
-                important.append(bool(inside.flat[falls.argmax()]))
+                importance_hits.append(bool(inside.flat[falls.argmax()]))
                 chances.append(inside.mean())
                 sharpness.append(weights.max() * weights.size)
     return {
         "hits": _mean(hits),
-        "importance_hits": _mean(important),
+        "importance_hits": _mean(importance_hits),
         "chance": _mean(chances),
-        "shapes": len(hits) / there,
-        "shapes_with_colour": named / there,
+        "shapes": len(hits) / total,
+        "shapes_with_colour": named / total,
         "peak_times_even": _mean(sharpness),
     }
 
@@ -185,7 +187,7 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def within(box: Sequence[float], grid: tuple[int, ...]) -> np.ndarray:
-    """Which regions of the grid (H, W) have their centres in a box (left, top, right, bottom), in pixels."""
+    """The regions of the grid (H, W) whose centres lie in a box (left, top, right, bottom) in pixels."""
     y, x = ((np.arange(size) + 0.5) * SIDE / size for size in grid)
     left, top, right, bottom = box
     return ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))[None]
@@ -194,8 +196,8 @@ def within(box: Sequence[float], grid: tuple[int, ...]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone_weights", required=True)
-    parser.add_argument("--runs", required=True, type=Path, help="folder for scenes, cached maps and checkpoints")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--runs", required=True, type=Path, help="folder for scenes, cached features and checkpoints")
+    parser.add_argument("--output", type=Path, help="file for the results, as JSON")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--tests", type=int, default=500)
@@ -215,12 +217,11 @@ def main() -> None:
             found.append({"word_attention": kind, "seed": seed, **scores})
     if args.output:
         settings = {name: getattr(args, name) for name in ("scenes", "tests", "epochs", "alpha_c")}
-        record = {"date": datetime.now(UTC).date().isoformat(), **settings, "runs": found}
-        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, {"date": datetime.now(UTC).date().isoformat(), **settings, "runs": found})
 
 
 if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # training has said why
+        sys.exit(error.returncode)  # training printed the error

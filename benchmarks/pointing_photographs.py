@@ -1,16 +1,17 @@
-"""Do attention and importance point at what the words name? The pointing game on photographs of Flickr8k that were boxed by hand.
+"""Do attention and importance point at the objects that words name? The pointing game on hand-boxed photographs of Flickr8k.
 
     python benchmarks/pointing_photographs.py --images validation.parquet --output pointing_photographs.json
 
-`boxes.json` has ids of photographs of the validation split, and for each what is to be seen: words for it and its boxes (left,
-top, right, bottom) as fractions of width and height. What fills more than half of a photograph is not in it. Two kinds of
-captions are looked at: the model's own, and the references, which it is made to say. Each word has two maps: its attention, and
-its importance (`hf_attncap.importance.word_importance`). A map scores a hit if the centre of its highest region lies in one of
-the word's boxes (Zhang et al., 2018, "Top-down neural attention by excitation backprop"). There are two lower bounds. Chance is
-the share of all regions whose centres lie there. The other is the share of the peaks of words of other photographs that lie
-there, which a model that always looks at the middle would reach as well. Words whose boxes are so small that no region has its
-centre there cannot be hit: they are counted, not scored. How much of a map lies in the boxes is reported for attention only:
-importance may be negative, and its maps have no common sum. Intervals are 95 % paired bootstraps over the photographs.
+`boxes.json` lists photographs of the validation split and the objects in each: words for the object, and its boxes (left, top,
+right, bottom) as fractions of width and height. Objects that fill more than half of a photograph are left out. Two kinds of
+captions are scored: generated ones, and the references, which the model decodes with teacher forcing. Each word has two maps: its
+attention, and its importance (`hf_attncap.importance.word_importance`). A map hits if the centre of its highest region lies in one
+of the word's boxes (Zhang et al., 2018, "Top-down neural attention by excitation backprop").
+
+There are two baselines. Chance is the share of all regions whose centres lie in the boxes. "Other photographs" is the share of
+words of other photographs whose highest region lies there, which also a model that always attends to the centre would reach. Words
+whose boxes contain no centre of a region cannot be hit; they are counted but not scored. `mass_inside` is reported for attention
+only, because importance can be negative and its maps have no common sum. Intervals are 95 % paired bootstraps over photographs.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from PIL import Image
 from pointing import SIDE, within
 
 from hf_attncap import Captioner
+from hf_attncap.atomic import write_json
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
@@ -43,7 +45,7 @@ Caption = tuple[list[str], dict[Kind, np.ndarray]]  # T words and their maps (T,
 
 
 class Pointed(NamedTuple):
-    """A word of a caption: its map's highest region, which regions are hits, and how much of the map lies in the word's boxes."""
+    """A word of a caption: the highest region of its map, the regions that are hits, and how much of the map lies in its boxes."""
 
     photograph: str
     word: str
@@ -54,15 +56,15 @@ class Pointed(NamedTuple):
 
 
 def point(photograph: str, word: str, weights: np.ndarray, boxes: Sequence[Box]) -> Pointed:
-    """Scores a word with a map of weights (H, W). If they sum to 1, an even map has as much mass in the boxes as their area."""
+    """Score a word by a map of weights (H, W). If they sum to 1, the mass of a uniform map equals the area of the boxes."""
     inside = np.any([within([SIDE * edge for edge in box], weights.shape) for box in boxes], axis=0)  # (H, W)
     shares = covered(boxes, weights.shape)  # (H, W)
     return Pointed(photograph, word, int(weights.argmax()), inside.ravel(), float((weights * shares).sum()), float(shares.mean()))
 
 
 def covered(boxes: Sequence[Box], grid: tuple[int, ...]) -> np.ndarray:
-    """How much of each region of the grid (H, W) lies in one of the boxes at least, from 0 to 1."""
-    cuts = [  # between two of which nothing changes
+    """The share of each region of the grid (H, W) that is covered by boxes, from 0 to 1."""
+    cuts = [  # coverage is constant between two of them
         np.unique([*np.linspace(0, 1, size + 1), *(box[k] for box in boxes for k in edges)])
         for size, edges in zip(grid, ((1, 3), (0, 2)))
     ]
@@ -77,7 +79,7 @@ def covered(boxes: Sequence[Box], grid: tuple[int, ...]) -> np.ndarray:
 
 
 def point_captions(photograph: str, captions: Iterable[Caption], things: list[dict[str, Any]], kind: Kind) -> list[Pointed]:
-    """The words of captions that `things` of a photograph are called; all boxes of a word count, whatever thing they are of."""
+    """The words of captions that name one of the `things` of a photograph, with the boxes of all things with this word."""
     found = []
     for words, maps in captions:
         for word, weights in zip(words, maps[kind], strict=True):
@@ -88,7 +90,7 @@ def point_captions(photograph: str, captions: Iterable[Caption], things: list[di
 
 
 def as_generated(captioner: Captioner, references: list[str]) -> torch.Tensor:
-    """References as `generate` would return them, from the start token on: (R, T + 1) on the model's device."""
+    """References as token ids in the form that `generate` returns, with the start token: (R, T + 1) on the model's device."""
     config = captioner.model.config
     labels = captioner.processor(text_target=references, return_tensors="pt")["labels"]  # (R, T)
     ids = labels.masked_fill(labels == IGNORED_LABEL, config.pad_token_id)
@@ -96,36 +98,36 @@ def as_generated(captioner: Captioner, references: list[str]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def read_out(captioner: Captioner, image: Image.Image, references: list[str]) -> list[Caption]:
-    """References with the maps of their words, as if the model had said them."""
+def read_references(captioner: Captioner, image: Image.Image, references: list[str]) -> list[Caption]:
+    """References with the maps of their words, from decoding with teacher forcing."""
     model, processor = captioner.model, captioner.processor
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]  # (1, 3, height, width)
     sequences = as_generated(captioner, references)  # (R, T + 1)
     encoded = model.get_encoder()(pixel_values.to(model.device))  # (1, N, C)
-    weights, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (R, T, H, W)
-    falls = word_importance(model, sequences, encoded)  # (R, T, H, W)
+    attention, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (R, T, H, W)
+    importance = word_importance(model, sequences, encoded)  # (R, T, H, W)
     captions = [CaptionPieces(processor.tokenizer, row) for row in sequences.tolist()]
     return [
-        (pieces.words, {"attention": pieces.merge(looked), "importance": pieces.add_up(fell)})
-        for pieces, looked, fell in zip(captions, weights, falls)
+        (pieces.words, {"attention": pieces.merge(weights), "importance": pieces.add_up(falls)})
+        for pieces, weights, falls in zip(captions, attention, importance)
     ]
 
 
 def scored_words(pointed: list[Pointed]) -> tuple[list[Pointed], list[str], np.ndarray]:
-    """The W words that can be hit, the names of their photographs, and the number of each word's photograph (W,)."""
+    """The W words that can be hit, the names of their photographs, and the index of each word's photograph (W,)."""
     scored = [word for word in pointed if word.inside.any()]
     names = sorted({word.photograph for word in scored})
     return scored, names, np.array([names.index(word.photograph) for word in scored], dtype=int)
 
 
 def summary(pointed: list[Pointed]) -> dict[str, Any]:
-    """The figures of a table's row, and 95 % intervals of what the hits have over each lower bound, photographs drawn anew."""
+    """The values of a table row, with 95 % intervals of the difference between hits and each baseline."""
     scored, names, photograph = scored_words(pointed)
     counts = {"photographs": len(names), "words": len(scored), "too_small": len(pointed) - len(scored)}
     if len(names) < 2:
         return counts
     inside = np.stack([word.inside for word in scored])  # (W, N)
-    reached = inside[:, [word.peak for word in scored]]  # (W, W): does the peak of the column's word hit the row's
+    reached = inside[:, [word.peak for word in scored]]  # (W, W): the highest region of the column's word hits the row's word
     other = photograph[:, None] != photograph  # (W, W)
     values = {
         "hits": reached.diagonal().astype(float),
@@ -142,9 +144,9 @@ def summary(pointed: list[Pointed]) -> dict[str, Any]:
 
 
 def compare(attention: list[Pointed], importance: list[Pointed]) -> dict[str, Any]:
-    """The summaries of two kinds of maps of the same words, and the difference of their hits with its 95 % interval."""
+    """The summaries of attention and importance of the same words, and the difference of their hits with its 95 % interval."""
     found: dict[str, Any] = {"attention": summary(attention), "importance": summary(importance)}
-    found["importance"].pop("mass_inside", None)  # falls may be negative, and their sums differ
+    found["importance"].pop("mass_inside", None)  # importance can be negative, and its sums differ
     first, names, photograph = scored_words(attention)
     second, _, _ = scored_words(importance)
     if len(names) >= 2:
@@ -155,39 +157,43 @@ def compare(attention: list[Pointed], importance: list[Pointed]) -> dict[str, An
 
 
 def _ratio(values: np.ndarray, photograph: np.ndarray) -> Statistics:
-    """The mean of the words' values (W,), each of the photograph with that number, as sums of photographs."""
+    """The mean of the words' values (W,) as sums per photograph, for the bootstrap over photographs."""
     sums = np.stack([np.bincount(photograph, values), np.bincount(photograph)], axis=1)  # (I, 2)
     return Statistics(("share",), sums, lambda totals: totals[..., :1] / totals[..., 1:])
 
 
 def read_photographs(path: str, names: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file whose `image_id` is one of the names: that, `captions` and a decoded `image`."""
+    """The rows of a Parquet file whose `image_id` is one of the names, with `captions` and a decoded `image`."""
     chosen = pyarrow.parquet.read_table(path, columns=["image", "image_id", "captions"], filters=[("image_id", "in", list(names))])
     return [{**row, "image": load_image(row["image"]["bytes"])} for row in chosen.to_pylist()]
 
 
 def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The game with a captioner on rows with `image`, `image_id` and `captions`."""
+    """Play the game with a captioner on rows with `image`, `image_id` and `captions`."""
     captioner = Captioner.from_pretrained(model)
     captions: dict[str, dict[str, list[Caption]]] = {"own": {}, "references": {}}
     for row, result in zip(rows, captioner.explain([row["image"] for row in rows])):
         assert result.importance is not None
         own: Caption = (result.words, {"attention": result.attention, "importance": result.importance})
         captions["own"][row["image_id"]] = [own]
-        captions["references"][row["image_id"]] = read_out(captioner, row["image"], row["captions"])
+        captions["references"][row["image_id"]] = read_references(captioner, row["image"], row["captions"])
     return {
         name: compare(
             *(
-                [word for photograph in said for word in point_captions(photograph, said[photograph], boxes[photograph], kind)]
+                [
+                    word
+                    for photograph in photographs
+                    for word in point_captions(photograph, photographs[photograph], boxes[photograph], kind)
+                ]
                 for kind in get_args(Kind)
             )
         )
-        for name, said in captions.items()
+        for name, photographs in captions.items()
     }
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown, shares in per cent."""
+    """The results as a Markdown table, in per cent."""
 
     def shown(value: Any) -> str:
         if isinstance(value, list):
@@ -206,11 +212,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run_info(model: str | None) -> dict[str, str]:
+    """The date, and the name of the model."""
+    name = Path(model).resolve().name if model else "hf_attncap/checkpoint"
+    return {"date": datetime.now(UTC).date().isoformat(), "model": name}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="Parquet file of Flickr8k's validation split: image, image_id, captions")
-    parser.add_argument("--model", help="a captioner's folder; default: the package's own checkpoint")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--model", help="folder of a captioner (default: the checkpoint in the package)")
+    parser.add_argument("--output", type=Path, help="file for the results, as JSON")
     args = parser.parse_args()
     boxes = json.loads(BOXES.read_text(encoding="utf-8"))
     rows = read_photographs(args.images, boxes)
@@ -220,9 +232,7 @@ def main() -> None:
     found = play(args.model, rows, boxes)
     print(table(found))
     if args.output:
-        model = Path(args.model).resolve().name if args.model else "hf_attncap/checkpoint"
-        record = {"date": datetime.now(UTC).date().isoformat(), "model": model, "captions": found}
-        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, {**run_info(args.model), "captions": found})
 
 
 if __name__ == "__main__":

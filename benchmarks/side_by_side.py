@@ -1,12 +1,12 @@
-"""Two captioners on the same images, as Markdown tables: captions of random images, and differences of the scores.
+"""Compare two captioners on the same images: captions of random images, and differences of the scores.
 
     python benchmarks/side_by_side.py first/results.json second/results.json
     python benchmarks/side_by_side.py first/results.json second/results.json \\
         --references flickr8k/validation.parquet coco/validation.parquet
 
-The first two files are what `attncap card CHECKPOINT --images` leaves in a checkpoint's folder. The images are the same at every
-call. With --references, which takes the files that both were measured on, a second table has the differences of BLEU-4 and
-CIDEr per set, second minus first, with 95 % intervals and p of a paired bootstrap over the images.
+`attncap card CHECKPOINT --eval-data FILE` writes results.json. The images are the same at every call. `--references` takes the
+files on which both were measured; a second table then shows the difference of BLEU-4 and CIDEr per set, second minus first, with
+95 % intervals and p-values of a paired bootstrap over the images.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_attncap.metrics import CaptionMetrics, compare
 
-SEED, SHOWN = 0, 10
+SEED, EXAMPLES = 0, 10
 COMPARED = {"bleu_4": "BLEU-4", "cider": "CIDEr"}
 
 
@@ -27,12 +27,12 @@ def read_sets(file: Path) -> list[dict[str, Any]]:
     """The measured sets of a results file."""
     results = json.loads(file.read_text(encoding="utf-8"))
     if "sets" not in results:
-        sys.exit(f"error: {file} has no measured sets: make it with `attncap card CHECKPOINT --images`")
+        sys.exit(f"error: {file} has no measured sets: write it with `attncap card CHECKPOINT --eval-data FILE`")
     return results["sets"]
 
 
 def shared_sets(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each set of the first with the set of the second that has most of its images, if one has any."""
+    """Pairs of each set of the first with the set of the second that shares most images with it, if any."""
     for own in first:
         other = max(second, key=lambda found: len(own["captions"].keys() & found["captions"].keys()))
         if own["captions"].keys() & other["captions"].keys():
@@ -43,13 +43,13 @@ def print_captions(files: list[Path], first: list[dict[str, Any]], second: list[
     print(f"| image | {files[0].parent.name} | {files[1].parent.name} | a reference |\n|---|---|---|---|")
     for pair in shared_sets(first, second):
         shared = sorted(pair[0]["captions"].keys() & pair[1]["captions"].keys())
-        for name in random.Random(SEED).sample(shared, min(SHOWN, len(shared))):
-            said = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in pair]
-            print(f"| {name} | {said[0]} | {said[1]} | {pair[0]['references'][name].replace('|', '/')} |")
+        for name in random.Random(SEED).sample(shared, min(EXAMPLES, len(shared))):
+            cells = [f"{found['captions'][name]} ({100 * found['cider'][name]:.0f})" for found in pair]
+            print(f"| {name} | {cells[0]} | {cells[1]} | {pair[0]['references'][name].replace('|', '/')} |")
 
 
 def print_differences(files: list[Path], first: list[dict[str, Any]], second: list[dict[str, Any]], references: list[str]) -> None:
-    # Only here, since it loads torch.
+    # This import loads torch.
     from hf_attncap.model_card.measure import captioned_images, name_sets
 
     print(f"\n| images | score | {files[0].parent.name} | {files[1].parent.name} | difference (95 % interval) | p |")
@@ -62,9 +62,7 @@ def print_differences(files: list[Path], first: list[dict[str, Any]], second: li
         for path, sets in zip(files, (first, second)):
             found = [own["captions"] for own in sets if own["captions"].keys() == texts.keys()]
             if not found:
-                sys.exit(
-                    f"error: {path} has no set of the images of {file}: measure both checkpoints on it with `attncap card --images`"
-                )
+                sys.exit(f"error: {path} has no set of the images of {file}: measure both checkpoints on it with `attncap card`")
             scores.append(metrics.score(found[0]))
         comparison = compare(*scores)
         for kind, title in COMPARED.items():

@@ -249,9 +249,9 @@ def _train(arguments: list[str]) -> int:
 def _average(args: argparse.Namespace) -> int:
     _quieten()
     with _packages_for_training():
-        from hf_attncap.training.checkpoints.average import blend
+        from hf_attncap.training.checkpoints.average import average_checkpoints
 
-    print(blend(args.checkpoints, args.output, args.shares))
+    print(average_checkpoints(args.checkpoints, args.output, args.shares))
     return 0
 
 

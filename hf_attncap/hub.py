@@ -31,6 +31,9 @@ NEEDED = {
     "tokenizer.json": "the tokenizer",
     "model*.safetensors": "the weights",
 }
+# Files that the package writes beside model and processor; the card is rendered from them.
+RESULTS, POINTING, RECORD, ABOUT = "results.json", "pointing.json", "training.json", "about.yaml"
+CALIBRATION, CALIBRATION_CHART = "calibration.json", "calibration.jpg"
 COPIED = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -38,13 +41,12 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "README.md",
-    # What its card is made of.
-    "results.json",
-    "pointing.json",
-    "calibration.json",
-    "calibration.jpg",
-    "training.json",
-    "about.yaml",
+    RESULTS,
+    POINTING,
+    CALIBRATION,
+    CALIBRATION_CHART,
+    RECORD,
+    ABOUT,
     "picture_*.jpg",
 )
 # transformers saves, beside a model that came with its code, the files that its own file imports: this makes the pipeline one.

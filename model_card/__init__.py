@@ -1,1 +1,1 @@
-"""The model card of a checkpoint, from a template and files of results."""
+"""Measure a checkpoint, analyse its errors, calibrate its confidence and render its model card."""

@@ -1,15 +1,13 @@
-"""The model card of a checkpoint: `README.md`, rendered from `template.md` and the files in the checkpoint's folder.
-
-No figure is typed by hand, except those in `independent`. The card reads:
+"""Render the model card of a checkpoint: `README.md`, from `template.md` and the files in the checkpoint's folder.
 
 - `config.json` and the headers of the weights
-- `results.json`: what `attncap card --images` measured
-- `calibration.json` and `calibration.jpg`: what `attncap calibrate` measured
-- `pointing.json`: what `benchmarks/pointing_photographs.py` found
-- `training.json`: the stages that training recorded
-- `about.yaml`: your own text; its lines are described in `about.py`
+- `results.json`: scores and errors, from `attncap card --eval-data`
+- `calibration.json` and `calibration.jpg`, from `attncap calibrate`
+- `pointing.json`, from `benchmarks/pointing_photographs.py`
+- `training.json`: the stages of training
+- `about.yaml`: your own text, see `about.py`
 
-Each of them but the first two may be missing.
+All except the first are optional. No number is written by hand, except those of `independent` in `about.yaml`.
 """
 
 import json
@@ -18,102 +16,88 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hf_attncap.training.checkpoints.about import ABOUT, check_count, read_about
+from hf_attncap.training.checkpoints.about import check_count, read_about
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from hf_attncap import __version__
 from hf_attncap.atomic import atomic_write
+from hf_attncap.hub import ABOUT, CALIBRATION, CALIBRATION_CHART, POINTING, RECORD, RESULTS
+from hf_attncap.metrics.significance import FEW_IMAGES
 
 TEMPLATE = Path(__file__).with_name("template.md")
 CARD = "README.md"
 MARK = "Rendered by `attncap card`"
-SHOWN, FAILURES, SEED = 5, 3, 0
-FEW = 100  # images; of fewer the scores vary too much, and the limits count too little
-SCORES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-}
+EXAMPLES, FAILURES, SEED = 5, 3, 0
+SCORES = {**{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}, "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 WORD_ATTENTION = {
-    "none": "over regions",
-    "score": "over regions; the previous word is part of the query",
-    "channel": "over regions and over the components of the previous word",
-    "history": "over regions and over all previous words",
+    "none": "over image regions",
+    "score": "over image regions; the previous word is part of the query",
+    "channel": "over image regions, and over the components of the previous word",
+    "history": "over image regions, and over all previous words",
 }
 CAPTIONS = {"own": "its own captions", "references": "the reference captions"}
 MAPS = ("attention", "importance")
-FROM_HUB = """from transformers import pipeline
-
-captioner = pipeline("image-to-text", model="{name}", trust_remote_code=True)
-print(captioner("photo.jpg"))"""
-FROM_FOLDER = """from hf_attncap import Captioner
-
-result = Captioner.from_pretrained("{name}").explain("photo.jpg")
-print(result.text)
-result.plot_importance("photo_importance.png")"""
 
 
 def build_card(checkpoint: str | Path) -> ModelCard:
-    """The card of a checkpoint; `save` it as `README.md`.
+    """The card of a checkpoint.
 
     Raises:
-        FileNotFoundError: the folder lacks a configuration or weights.
-        ValueError: `about.yaml` is no mapping of the lines above, or a file has another form than this version writes.
+        FileNotFoundError: the folder has no configuration or weights.
+        ValueError: `about.yaml` is not valid, or another file has an unknown format.
     """
     folder = Path(checkpoint)
-    config, about = _config(folder), read_about(folder / ABOUT)
-    results, stages = _results(folder / "results.json"), _read(folder / "training.json") or []
-    sets = _name_sets(about, results.get("sets", []), str(folder / ABOUT))
-    name = about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
+    config, about = _config(folder), read_about(folder)
+    results, stages = _read(folder / RESULTS) or {}, _read(folder / RECORD) or []
+    if not isinstance(results, dict):
+        raise ValueError(f"{folder / RESULTS} was not written by `attncap card`: move it away.")
+    sets = _name_sets(about, results.get("sets", []), folder)
     title = about.get("title") or folder.resolve().name
-    code = FROM_HUB if "auto_map" in config else FROM_FOLDER
     parts = {
         "mark": MARK,
+        "version": __version__,
         "title": title,
-        "summary": about.get("summary") or "An image captioner that shows which image regions it used for each word.",
-        "snippet": code.format(name=name),
+        "about": about,
+        "path": about.get("repository") or (folder.resolve().name if folder.is_absolute() else folder.as_posix()),
+        "remote_code": "auto_map" in config,
         "model": list(_model(folder, config).items()),
-        **_training(stages),
+        "training": _training(stages),
         "license": {kind: about.get(f"license{kind}") for kind in ("", "_name", "_link")},
-        "origins": about.get("origins", []),
         "pictures": results.get("pictures", []),
         "results": results if sets else None,
-        "sets": [_measured(own) for own in sets],
-        "few": FEW,
-        "independent": about.get("independent", []),
-        "pointing": _pointing(folder / "pointing.json"),
+        "sets": [_set(own) for own in sets],
+        "few": FEW_IMAGES,
+        "pointing": _pointing(folder / POINTING),
         "confidence": _confidence(folder, config, {own["data"]["file"]: own["label"] for own in sets}),
     }
     return ModelCard.from_template(_metadata(title, about, sets, results), template_path=str(TEMPLATE), **parts)
 
 
 def check_card(checkpoint: str | Path, measured: int = 0) -> None:
-    """Raises what `write_card` would raise, before anything that takes long.
+    """Raise the errors of `write_card` before the checkpoint is measured.
 
     Args:
-        measured: number of files that the checkpoint is to be measured on, anew. Default: `results.json` stays as it is.
+        measured: the number of files on which the checkpoint will be measured. Default: `results.json` stays unchanged.
     """
     folder = Path(checkpoint)
-    _check_ours(folder)
+    _refuse_handwritten(folder)
     if measured:
         _config(folder)
-        check_count(read_about(folder / ABOUT), measured, str(folder / ABOUT))
+        check_count(read_about(folder), measured, folder)
     else:
         build_card(folder)
 
 
 def write_card(checkpoint: str | Path) -> Path:
-    """`README.md` of a checkpoint, whole or not at all.
+    """Render the card of a checkpoint to its `README.md`.
 
     Raises:
-        FileExistsError: there is one that a person wrote.
+        FileExistsError: `README.md` was written by hand.
         FileNotFoundError, ValueError: as `build_card`.
     """
     file = Path(checkpoint) / CARD
-    _check_ours(checkpoint)
+    _refuse_handwritten(checkpoint)
     card = str(build_card(checkpoint))
     with atomic_write(file) as stream:
         stream.write(card)
@@ -121,46 +105,34 @@ def write_card(checkpoint: str | Path) -> Path:
 
 
 def is_ours(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint's card may be written: there is none, or one that was rendered."""
+    """Whether `README.md` may be replaced: it does not exist, or was rendered."""
     file = Path(checkpoint) / CARD
     return not file.exists() or MARK in file.read_text(encoding="utf-8")
 
 
-def _check_ours(checkpoint: str | Path) -> None:
+def _refuse_handwritten(checkpoint: str | Path) -> None:
     if not is_ours(checkpoint):
-        file = Path(checkpoint) / CARD
-        raise FileExistsError(f"{file} was written by hand: move it away, and put the text that is to stay in {ABOUT}.")
+        raise FileExistsError(f"{Path(checkpoint) / CARD} was written by hand: move it away, and put your text in {ABOUT}.")
 
 
 def _config(folder: Path) -> dict[str, Any]:
     config = _read(folder / "config.json")
     if config is None or not any(folder.glob("model*.safetensors")):
-        raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: name the folder of a saved captioner.")
+        raise FileNotFoundError(f"'{folder}' has no config.json or no model.safetensors: give the folder of a saved captioner.")
     return config
-
-
-def _results(path: Path) -> dict[str, Any]:
-    results = _read(path)
-    if results is None:
-        return {}
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} was not written by `attncap card`: move it away.")
-    if "captions" in results:
-        raise ValueError(f"{path} has the form of an earlier version: measure again with `attncap card --images`.")
-    return results
 
 
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise ValueError(f"{path} was not written by hf_attncap, it holds no JSON ({error}): move it away.") from error
+        raise ValueError(f"{path} was not written by hf_attncap (not valid JSON: {error}): move it away.") from error
 
 
-def _name_sets(about: dict[str, Any], sets: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
-    """The measured sets with the `name`, `type` and `split` that the metadata and the tables have for them."""
+def _name_sets(about: dict[str, Any], sets: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The measured sets with `name`, `type` and `split` for the metadata, and `label` for the tables."""
     if sets:
-        check_count(about, len(sets), place)
+        check_count(about, len(sets), folder)
     datasets = about.get("datasets") or [{"name": own["data"]["file"]} for own in sets]
     named = []
     for own, dataset in zip(sets, datasets):
@@ -168,7 +140,7 @@ def _name_sets(about: dict[str, Any], sets: list[dict[str, Any]], place: str) ->
         label = dataset["name"] + (f", {split}" if split else "")
         named.append({**own, "name": dataset["name"], "type": dataset.get("id") or dataset["name"], "split": split, "label": label})
     if len({(own["type"], own["split"]) for own in named}) < len(named):
-        raise ValueError(f"{place}: two of `datasets` have the same id (or name) and split; the Hub could not tell them apart.")
+        raise ValueError(f"{folder / ABOUT}: two of `datasets` have the same id (or name) and split; the Hub needs them to differ.")
     return named
 
 
@@ -208,15 +180,14 @@ def _metadata(title: str, about: dict[str, Any], sets: list[dict[str, Any]], res
 
 
 def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The rows of the model table."""
     files = sorted(folder.glob("model*.safetensors"))
     parameters = 0
     for file in files:
         with safe_open(file, "np") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-        # What batch norm counts is no parameter.
-        counted = {name: shape for name, shape in shapes.items() if not name.endswith(("running_mean", "running_var", "_tracked"))}
-        for shape in counted.values():
-            parameters += math.prod(shape)
+        buffers = ("running_mean", "running_var", "_tracked")  # of batch norm
+        parameters += sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(buffers))
     grid = config.get("grid_size")
     return {
         "encoder": f"{config['backbone']}, {config['encoder_channels']} output channels" + (f", grid {grid}" if grid else ""),
@@ -228,13 +199,13 @@ def _model(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _measured(own: dict[str, Any]) -> dict[str, Any]:
-    """What the template says of a measured set."""
-    limits = own["limits"]
+def _set(own: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of a measured set."""
+    errors = own["limits"]
     ids = sorted(own["captions"], key=lambda name: (own["cider"][name], name))
     worst = ids[: max(len(ids) // 10, 1)]
     chosen = random.Random(SEED)
-    examples = chosen.sample(sorted(ids), min(SHOWN, len(ids)))
+    examples = chosen.sample(sorted(ids), min(EXAMPLES, len(ids)))
     failures = chosen.sample(worst, min(FAILURES, len(worst)))
     return {
         "label": own["label"],
@@ -243,11 +214,11 @@ def _measured(own: dict[str, Any]) -> dict[str, Any]:
         "scores": [_score(own, kind) for kind in SCORES],
         "examples": [_example(own, name) for name in examples],
         "failures": [_example(own, name) for name in failures],
-        "numbers": limits["numbers"],
-        "genders": limits["genders"],
-        "doubles": limits["doubles"],
-        "writing": {**limits["writing"], "cider": f"{100 * limits['writing']['cider']:.1f}"},
-        "fifths": [f"{100 * value:.1f}" for value in limits["unusual"]["cider_by_fifth"]],
+        "numbers": errors["numbers"],
+        "genders": errors["genders"],
+        "doubles": errors["doubles"],
+        "writing": {**errors["writing"], "cider": f"{100 * errors['writing']['cider']:.1f}"},
+        "fifths": [f"{100 * value:.1f}" for value in errors["unusual"]["cider_by_fifth"]],
     }
 
 
@@ -261,32 +232,31 @@ def _score(own: dict[str, Any], kind: str) -> str:
 
 
 def _confidence(folder: Path, config: dict[str, Any], labels: dict[str, str]) -> dict[str, Any] | None:
-    """What the template says of a calibration: of the one that the configuration holds, or nothing.
+    """What the template shows of the calibration in the configuration, or None.
 
-    Sets that the scores are of too have the `labels` that they have there.
+    Args:
+        labels: names for the sets that are also in the table of scores, by file.
     """
-    report, own = _read(folder / "calibration.json"), config.get("confidence")
-    if report is None or own is None or report["calibration"] != own:
+    report, calibration = _read(folder / CALIBRATION), config.get("confidence")
+    if report is None or calibration is None or report["calibration"] != calibration:
         return None
     sets = []
     for name, found in report["sets"].items():
         if found["images"] and found["auroc"][0] is not None:
             areas = {kind: "{:.3f} ({:.3f} to {:.3f})".format(*found[kind]) for kind in ("auroc", "auroc_of_score")}
-            halves = {str(half["coverage"]): f"{100 * half['cider']:.1f}" for half in found["coverage"]}
-            shares = {str(half["coverage"]): f"{100 - 100 * half['risk']:.0f}" for half in found["coverage"]}
+            cider = {str(part["coverage"]): f"{100 * part['cider']:.1f}" for part in found["coverage"]}
+            good = {str(part["coverage"]): f"{100 - 100 * part['risk']:.0f}" for part in found["coverage"]}
             own = {"name": labels.get(name, name), "images": found["images"], "brier": f"{found['brier']:.3f}"}
-            sets.append({**own, **areas, "cider": halves, "good": shares})
-    chart = "calibration.jpg" if (folder / "calibration.jpg").is_file() else None
-    return {**report["calibration"], "sets": sets, "chart": chart}
+            sets.append({**own, **areas, "cider": cider, "good": good})
+    chart = CALIBRATION_CHART if (folder / CALIBRATION_CHART).is_file() else None
+    return {**calibration, "sets": sets, "chart": chart}
 
 
 def _pointing(path: Path) -> dict[str, list[dict[str, Any]]] | None:
-    """Rows of the pointing game, one for each kind of captions and map, and for each kind which map is better, if one is."""
-    lines, verdicts = [], []
+    """Rows of the pointing game, one per kind of captions and map, and for each kind of captions the better map, if any."""
+    rows, verdicts = [], []
     for kind, found in (_read(path) or {"captions": {}})["captions"].items():
-        if not found.keys() >= set(MAPS):
-            raise ValueError(f"{path} has the form of an earlier version: make it again with benchmarks/pointing_photographs.py.")
-        if "importance_minus_attention" not in found:  # there are no figures of fewer than two photographs
+        if "importance_minus_attention" not in found:  # fewer than two photographs
             continue
         difference = found["importance_minus_attention"]
         for name in MAPS:
@@ -295,14 +265,14 @@ def _pointing(path: Path) -> dict[str, list[dict[str, Any]]] | None:
             more = _signed(figures["hits_minus_other_photographs"])
             gain = _signed(difference) if name == "importance" else ""
             counts = {count: figures[count] for count in ("photographs", "words")}
-            lines.append({"captions": CAPTIONS[kind], "map": name, "more": more, "gain": gain, **shares, **counts})
+            rows.append({"captions": CAPTIONS[kind], "map": name, "more": more, "gain": gain, **shares, **counts})
         better = "importance" if difference[1] > 0 else "attention" if difference[2] < 0 else None
         verdicts.append({"captions": CAPTIONS[kind], "better": better})
-    return {"lines": lines, "verdicts": verdicts} if lines else None
+    return {"rows": rows, "verdicts": verdicts} if rows else None
 
 
 def _signed(interval: list[float]) -> str:
-    """A difference of shares in per cent, with its 95 % interval."""
+    """A difference in per cent, with its 95 % interval."""
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in interval))
 
 
@@ -313,43 +283,46 @@ def _example(own: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def _training(record: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs that `training.json` tells of, each once, and how the weights came of them if they are a mean."""
-    runs: list[dict[str, Any]] = []
+    """The runs of a training record, each once, with the weights from which it started; and the average, if the last step is one.
 
-    def path(stages: list[dict[str, Any]]) -> str:
-        steps = []
+    An average (`blend` in the record) lists the `stages` that led to each of its checkpoints, after those before the average.
+    """
+    runs: list[tuple[dict[str, Any], str]] = []
+
+    def follow(stages: list[dict[str, Any]], weights: str) -> str:
+        """The name of the weights after `stages`, when training starts from `weights`."""
         for stage in stages:
             if "blend" in stage:
-                parts = [f"{path(part['stages']) or 'as it was'} (share {part['share']:g})" for part in stage["blend"]]
-                steps.append(f"mean of [{'; '.join(parts)}]")
-                continue
-            if stage not in runs:
-                runs.append(stage)
-            steps.append(str(runs.index(stage) + 1))
-        return " → ".join(steps)
+                parts = [(follow(part["stages"], weights), part["share"]) for part in stage["blend"]]
+                weights = "mean of " + ", ".join(
+                    f"{f'({name})' if ',' in name else name} (weight {weight:g})" for name, weight in parts
+                )
+            else:
+                if (stage, weights) not in runs:
+                    runs.append((stage, weights))
+                weights = f"run {runs.index((stage, weights)) + 1}"
+        return weights
 
-    whole = path(record)
-    return {
-        "stages": [_stage(number, run) for number, run in enumerate(runs, 1)],
-        "lineage": whole if any("blend" in stage for stage in record) else None,
-    }
+    pretrained = bool(record) and "backbone_weights" in record[0].get("settings", {})
+    final = follow(record, "the pretrained backbone" if pretrained else "not recorded")
+    rows = [{"number": number, "start": start, **_stage(stage)} for number, (stage, start) in enumerate(runs, 1)]
+    return {"runs": rows, "average": final if final.startswith("mean") else None}
 
 
-def _stage(number: int, stage: dict[str, Any]) -> dict[str, Any]:
+def _stage(stage: dict[str, Any]) -> dict[str, Any]:
     settings = stage["settings"]
-    learned = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
-    name = "self-critical" if settings.get("self_critical") else "cross-entropy"
-    if share := settings.get("cross_entropy_weight"):
-        name += f" (weight {1 - share:g}) and cross-entropy ({share:g})"
+    trained = "decoder" if stage["frozen_backbone"] else "encoder and decoder"
+    loss = "self-critical" if settings.get("self_critical") else "cross-entropy"
+    if weight := settings.get("cross_entropy_weight"):
+        loss += f" (weight {1 - weight:g}) and cross-entropy ({weight:g})"
     rates = [settings.get("learning_rate"), settings.get("encoder_learning_rate")]
     return {
-        "number": number,
-        "name": f"{learned}, {name}",
+        "name": f"{trained}, {loss}",
         "learning_rate": ", encoder ".join(f"{rate:g}" for rate in rates if rate is not None),
         "images": "a stream" if stage["images"] is None else f"{stage['images']:,}",
         "epochs": f"{stage['epochs']:g}",
         "steps": f"{stage['steps']:,}",
-        "best_step": stage["best_step"] or "the last",
+        "best_step": f"{stage['best_step']:,}" if stage["best_step"] else "last",
         "time": f"{stage['seconds'] / 60:.0f} min",
         "hardware": stage["hardware"],
     }

@@ -1,6 +1,6 @@
-"""Where captions go wrong, measured against the references: numbers, men and women, doubles, writing, unusual pictures.
+"""Counts frequent errors of captions: wrong numbers, wrong genders, repetitions, missed writing, rare words.
 
-Captions are lists of tokens as `hf_attncap.metrics.tokenize` gives them; the words are English.
+What an image shows is taken from its references. Captions are lists of tokens from `hf_attncap.metrics.tokenize`, in English.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ import numpy as np
 
 Tokens = Sequence[str]
 
-AGREE = 3  # references of five that must say a thing before it counts as said of the picture
+AGREE = 3  # references that must mention something before it counts as shown
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 MEN = frozenset({"man", "men", "boy", "boys", "guy", "guys", "gentleman", "gentlemen", "male", "males", "he", "him", "his"})
 WOMEN = frozenset({"woman", "women", "girl", "girls", "lady", "ladies", "female", "females", "she", "her"})
@@ -21,10 +21,10 @@ WRITING = SIGNS | {"word", "words", "writing", "written", "read", "reads", "says
 PARTS = 5
 
 
-def limits(
+def analyse_errors(
     captions: Mapping[str, Tokens], references: Mapping[str, Sequence[Tokens]], cider: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """All measures of this file.
+    """The results of all functions below, by name.
 
     Args:
         captions: by image id.
@@ -41,25 +41,22 @@ def limits(
 
 
 def numbers(captions: Mapping[str, Tokens], references: Mapping[str, Sequence[Tokens]]) -> dict[str, Any]:
-    """Of the images to which at least 3 references give the same number from two to six: captions with that number, another, none.
+    """Counts captions that give the right number, another number or none.
 
-    A caption with several numbers counts by its first.
+    Covers images for which at least 3 references agree on one number from two to six. The first number of a caption counts.
     """
     found: Counter[str] = Counter()
     for name, caption in captions.items():
-        said = Counter(
-            number for reference in references[name] for number in {NUMBERS[word] for word in reference if word in NUMBERS}
-        )
-        agreed = [number for number, times in said.items() if times >= AGREE]
-        if len(agreed) != 1:
-            continue
-        own = next(iter(_numbers(caption)), None)
-        found["same" if own == agreed[0] else "none" if own is None else "other"] += 1
+        votes = Counter(number for reference in references[name] for number in set(_numbers(reference)))
+        agreed = [number for number, times in votes.items() if times >= AGREE]
+        if len(agreed) == 1:
+            own = next(iter(_numbers(caption)), None)
+            found["same" if own == agreed[0] else "none" if own is None else "other"] += 1
     return {"images": found.total(), **{kind: found[kind] for kind in ("same", "other", "none")}}
 
 
 def doubles(captions: Mapping[str, Tokens]) -> dict[str, int]:
-    """Captions in which the same two words stand on both sides of "and", as in "a man and a man"."""
+    """Counts captions with the same two words before and after "and", such as "a man and a man"."""
     doubled = sum(
         any(
             word == "and" and place >= 2 and caption[place - 2 : place] == caption[place + 1 : place + 3]
@@ -71,19 +68,20 @@ def doubles(captions: Mapping[str, Tokens]) -> dict[str, int]:
 
 
 def genders(captions: Mapping[str, Tokens], references: Mapping[str, Sequence[Tokens]]) -> dict[str, dict[str, int]]:
-    """What captions say of images where at least 3 references speak of men or boys and none of women or girls, and the reverse.
+    """Counts captions that mention the right gender, the other one, both or neither.
+
+    Covers images for which at least 3 references mention men or boys and none mentions women or girls, and the reverse.
 
     Returns:
-        For `men` and `women`, the number of `images` and of captions that speak of the `same`, of the `other`, of `both` or of
-        `neither`.
+        For `men` and `women`, the number of `images` and of captions that mention the `same`, the `other`, `both` or `neither`.
     """
     table = {gender: Counter() for gender in GENDERS}
     for name, caption in captions.items():
-        said = {gender: sum(_speaks(words, reference) for reference in references[name]) for gender, words in GENDERS.items()}
+        votes = {gender: sum(_mentions(words, reference) for reference in references[name]) for gender, words in GENDERS.items()}
         for gender, other in (("men", "women"), ("women", "men")):
-            if said[gender] >= AGREE and not said[other]:
-                own, wrong = _speaks(GENDERS[gender], caption), _speaks(GENDERS[other], caption)
-                table[gender]["both" if own and wrong else "same" if own else "other" if wrong else "neither"] += 1
+            if votes[gender] >= AGREE and not votes[other]:
+                right, wrong = _mentions(GENDERS[gender], caption), _mentions(GENDERS[other], caption)
+                table[gender]["both" if right and wrong else "same" if right else "other" if wrong else "neither"] += 1
     kinds = ("same", "other", "both", "neither")
     return {gender: {"images": found.total(), **{kind: found[kind] for kind in kinds}} for gender, found in table.items()}
 
@@ -91,19 +89,20 @@ def genders(captions: Mapping[str, Tokens], references: Mapping[str, Sequence[To
 def writing(
     captions: Mapping[str, Tokens], references: Mapping[str, Sequence[Tokens]], cider: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The images of whose writing (signs, letters, numbers) a reference speaks: captions that do too, and mean CIDEr there."""
-    names = [name for name in captions if any(_speaks(WRITING, reference) for reference in references[name])]
+    """Counts images whose writing (signs, letters, numbers) a reference mentions, and captions that mention it; mean CIDEr."""
+    names = [name for name in captions if any(_mentions(WRITING, reference) for reference in references[name])]
     return {
         "images": len(names),
-        "mentioned": sum(_speaks(WRITING, captions[name]) for name in names),
+        "mentioned": sum(_mentions(WRITING, captions[name]) for name in names),
         "cider": _mean([cider[name] for name in names]),
     }
 
 
 def unusual(references: Mapping[str, Sequence[Tokens]], cider: Mapping[str, float]) -> dict[str, Any]:
-    """Mean CIDEr in fifths of the images, from those whose references use the most common words to those with the rarest.
+    """Mean CIDEr per fifth of the images, from common to rare words in the references.
 
-    Common is a word by the number of images whose references have it; an image goes by the mean over the logarithms of its words.
+    The frequency of a word is the number of images with it in a reference. Images are sorted by the mean log frequency of their
+    words.
     """
     words = {name: {word for reference in own for word in reference} for name, own in references.items()}
     images = Counter(word for own in words.values() for word in own)
@@ -114,11 +113,11 @@ def unusual(references: Mapping[str, Sequence[Tokens]], cider: Mapping[str, floa
 
 
 def _numbers(caption: Tokens) -> list[int]:
-    """The different numbers of a caption, in order."""
-    return list(dict.fromkeys(NUMBERS[word] for word in caption if word in NUMBERS))
+    """The numbers of a caption, in order."""
+    return [NUMBERS[word] for word in caption if word in NUMBERS]
 
 
-def _speaks(words: frozenset[str], caption: Tokens) -> bool:
+def _mentions(words: frozenset[str], caption: Tokens) -> bool:
     return not words.isdisjoint(caption)
 
 

@@ -1,4 +1,4 @@
-"""`results.json`: how good a finished captioner is, on sets of captioned images, for its card and for comparisons."""
+"""`results.json`: the scores and errors of a checkpoint on sets of captioned images, for its card and for comparisons."""
 
 import json
 import os
@@ -18,42 +18,63 @@ from hf_attncap.training.data.splits import load_data
 from tqdm.auto import tqdm
 
 from hf_attncap import Captioner
-from hf_attncap.atomic import atomic_write
+from hf_attncap.atomic import write_json
+from hf_attncap.hub import RESULTS
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
 from hf_attncap.visualize import is_strip, save_strip
 
-from .error_analysis import limits
+from .error_analysis import analyse_errors
 
-RESULTS = "results.json"
 BATCH = 32
-TIMED = 20  # pictures, one by one
-WARM_UP = 3
+TIMED, WARM_UP = 20, 3  # images, one at a time
 INTERVALS = ("bleu_4", "cider")
 DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 
 
-def measure(checkpoint: str | Path, files: Sequence[str], split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
-    """Captions sets of images with a checkpoint's own decoding settings, scores the captions and takes the time.
+def update_results(
+    checkpoint: str | Path, files: Sequence[str], split: str | None, image_dir: str | None, pictures: Sequence[str]
+) -> None:
+    """Measure a checkpoint on `files`, plot `pictures`, and update its `results.json`.
 
-    Images that cannot be read are left out, with a warning that names them.
-
-    Args:
-        checkpoint: folder of a captioner.
-        files: sets of captioned images, each in any format that training reads.
-        split: of files that hold several.
-        image_dir: where paths of images begin; default: the folder of the file.
-
-    Returns:
-        What `results.json` holds beside `pictures`: `sets` as `measure_set` gives them, in the order of the files, `decoding`,
-        `tokenizer`, `speed` (on images of the first file), and what made them (`commit` of the code or None, `versions`, `date`).
+    Plots of an earlier call that the card no longer shows are removed.
 
     Raises:
-        SettingError: for data that cannot be read, or a file that is given twice.
-        OSError: for a checkpoint that cannot be loaded.
+        SettingError, OSError, hf_attncap.images.ImageError: as `measure` and `plot_pictures`; `results.json` is then unchanged.
+    """
+    folder = Path(checkpoint)
+    results = _read_results(folder / RESULTS, measured_again=bool(files))
+    earlier = _own_plots(folder, results)
+    plots = _plot_files(folder, pictures)
+    captioner = Captioner.from_pretrained(folder)
+    if pictures:
+        results["pictures"] = plot_pictures(captioner, pictures, plots)
+    if files:
+        results |= measure(captioner, files, split, image_dir)
+    write_json(folder / RESULTS, results)
+    for name in earlier - {picture["file"] for picture in results.get("pictures", [])}:
+        (folder / name).unlink()
+
+
+def measure(captioner: Captioner, files: Sequence[str], split: str | None = None, image_dir: str | None = None) -> dict[str, Any]:
+    """Caption sets of images with the checkpoint's own generation settings, score the captions and measure the time.
+
+    Unreadable images are skipped, with a warning that names them.
+
+    Args:
+        captioner: the captioner to measure.
+        files: sets of captioned images, each in any format that training reads.
+        split: of files with several splits.
+        image_dir: base folder of relative image paths. Default: the folder of the file.
+
+    Returns:
+        The content of `results.json`, except `pictures`: `sets` as in `measure_set`, in the order of the files, `decoding`,
+        `tokenizer`, `speed` (on images of the first file), `commit` of the code or None, `versions` and `date`.
+
+    Raises:
+        SettingError: data cannot be read, or a file is given twice.
     """
     names = name_sets(files)
     rows = [captioned_images(file, split, image_dir) for file in files]
-    captioner = Captioner.from_pretrained(checkpoint)
     return {
         "decoding": _decoding(captioner),
         "tokenizer": "PTB, as pycocoevalcap",
@@ -66,11 +87,11 @@ def measure(checkpoint: str | Path, files: Sequence[str], split: str | None = No
 
 
 def measure_set(captioner: Captioner, name: str, split: str | None, rows: Any) -> dict[str, Any]:
-    """What `results.json` holds of one set of rows with `image`, `image_id` and `captions`.
+    """Measure one set of rows with `image`, `image_id` and `captions`.
 
     Returns:
-        `data`, `scores` and the 95 % bootstrap `intervals` of some of them, `limits`, and by image id the `captions`, the first
-        of the `references` and the `cider`.
+        `data`, `scores`, 95 % bootstrap `intervals` of some of them, `limits` (the error analysis), and by image id the `captions`,
+        the first of the `references`, and the `cider`.
     """
     references = dict(zip(rows["image_id"], rows["captions"]))
     captions, scores, _ = caption(captioner, rows)
@@ -81,7 +102,7 @@ def measure_set(captioner: Captioner, name: str, split: str | None, rows: Any) -
         "data": {"file": name, "split": split, "images": len(rows), "references": sum(map(len, references.values()))},
         "scores": {kind: float(value) for kind, value in scores.items()},
         "intervals": {kind: list(intervals[kind]) for kind in INTERVALS},
-        "limits": limits({id: tokenize(text) for id, text in captions.items()}, tokens, cider),
+        "limits": analyse_errors({id: tokenize(text) for id, text in captions.items()}, tokens, cider),
         "captions": captions,
         "references": {id: own[0] for id, own in references.items()},
         "cider": {id: round(value, 4) for id, value in cider.items()},
@@ -89,24 +110,24 @@ def measure_set(captioner: Captioner, name: str, split: str | None, rows: Any) -
 
 
 def name_sets(files: Sequence[str]) -> list[str]:
-    """A name for each file: its own with its folder's, or the paths as they were given where two of these are the same.
+    """A name for each file: file name and folder, or the path as given if two of these are equal.
 
     Raises:
         SettingError: a file is given twice.
     """
     if len({Path(file).resolve() for file in files}) < len(files):
-        raise SettingError(f"`images` names a file twice: {', '.join(files)}. Give each once.")
-    short = [Path(*Path(file).parts[-2:]).as_posix() for file in files]  # reports are shared: they hold no more of a path
+        raise SettingError(f"A file of captioned images is given twice ({', '.join(files)}): give each file once.")
+    short = [Path(*Path(file).parts[-2:]).as_posix() for file in files]  # results are shared, so they hold no full paths
     return short if len(set(short)) == len(files) else list(files)
 
 
 def _decoding(captioner: Captioner) -> dict[str, Any]:
-    """The settings of generation that matter for scores; of repeatable tokens the words."""
+    """The generation settings that matter for scores, with the words of repeatable tokens."""
     settings = captioner.model.generation_config.to_dict()
-    said = {name: settings[name] for name in DECODING if settings.get(name) is not None}
+    decoding = {name: settings[name] for name in DECODING if settings.get(name) is not None}
     if (tokens := settings.get("repeatable_token_ids")) is not None:
-        said["repeatable_words"] = " ".join(captioner.processor.tokenizer.convert_ids_to_tokens(tokens))
-    return said
+        decoding["repeatable_words"] = " ".join(captioner.processor.tokenizer.convert_ids_to_tokens(tokens))
+    return decoding
 
 
 def captioned_images(file: str, split: str | None = None, image_dir: str | None = None) -> Any:
@@ -115,7 +136,7 @@ def captioned_images(file: str, split: str | None = None, image_dir: str | None 
 
 
 def caption(captioner: Captioner, rows: Any) -> tuple[dict[str, str], CaptionScores, list[dict[str, float]]]:
-    """Captions of rows with `image`, `image_id` and `captions`, with the captioner's own settings; their scores and `signals`."""
+    """Captions of rows with `image`, `image_id` and `captions`, with the model's own generation settings; scores and `signals`."""
     captions: dict[str, str] = {}
     signals: list[dict[str, float]] = []
     for start in tqdm(range(0, len(rows), BATCH), desc="captions", unit="batches", mininterval=10):
@@ -127,7 +148,7 @@ def caption(captioner: Captioner, rows: Any) -> tuple[dict[str, str], CaptionSco
 
 
 def speed(captioner: Captioner, rows: Any) -> dict[str, Any]:
-    """Milliseconds from a decoded picture to its caption and attention, one picture at a time: median of up to 20."""
+    """Median milliseconds from a decoded image to its caption and attention, for up to 20 images, one at a time."""
     times = []
     for image in rows[: WARM_UP + TIMED]["image"]:
         start = time.perf_counter()
@@ -137,7 +158,7 @@ def speed(captioner: Captioner, rows: Any) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, with `-dirty` behind it where files differ; None outside its repository, also in another's."""
+    """The commit of this code, with `-dirty` if files differ; None if this file is not part of a repository."""
     try:
         if not _git("ls-files", Path(__file__).name):
             return None
@@ -147,79 +168,54 @@ def commit() -> str | None:
 
 
 def _git(*command: str) -> str:
-    """What git says in the folder of this file, nothing where it fails."""
+    """The output of a git command in the folder of this file; empty if it fails."""
     return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-def draw_pictures(checkpoint: str | Path, pictures: Sequence[str]) -> list[dict[str, str]]:
-    """Film strips of attention and importance, one for each picture, as JPEG in the checkpoint's folder.
-
-    Args:
-        checkpoint: folder of a captioner.
-        pictures: files.
-
-    Returns:
-        `file` (its name) and `caption` of each.
+def plot_pictures(captioner: Captioner, pictures: Sequence[str], plots: Sequence[Path]) -> list[dict[str, str]]:
+    """Plot attention and importance of each picture to one of the JPEG files `plots`; returns its `file` name and `caption`.
 
     Raises:
         hf_attncap.images.ImageError: a picture cannot be read.
-        SettingError: two of them would have the same name, or another file in the folder has it.
     """
-    names = [f"picture_{Path(picture).stem}.jpg" for picture in pictures]
-    if len(set(names)) < len(names):
-        raise SettingError(f"Pictures of one name would replace each other: {', '.join(sorted(names))}. Rename one of them.")
-    places = [Path(checkpoint) / name for name in names]
-    for place in places:
-        if os.path.lexists(place) and not is_strip(place):
-            raise SettingError(f"{place} was not drawn by `attncap card`, which would replace it: move it away.")
-    results = Captioner.from_pretrained(checkpoint).explain(list(pictures))
-    for place, result in zip(places, results):
-        save_strip(result.plot_importance(), place)
-    return [{"file": name, "caption": result.text} for name, result in zip(names, results)]
+    results = captioner.explain(list(pictures))
+    for plot, result in zip(plots, results):
+        save_strip(result.plot_importance(), plot)
+    return [{"file": plot.name, "caption": result.text} for plot, result in zip(plots, results)]
 
 
-def update_results(
-    checkpoint: str | Path, files: Sequence[str], split: str | None, image_dir: str | None, pictures: Sequence[str]
-) -> None:
-    """Measures a checkpoint on `files`, draws `pictures`, and puts what was asked for in the place of what its `results.json` says.
-
-    Film strips that an earlier call drew and that no picture of the card replaces are removed.
+def _plot_files(folder: Path, pictures: Sequence[str]) -> list[Path]:
+    """The files for the plots of pictures in a checkpoint's folder.
 
     Raises:
-        SettingError, OSError, hf_attncap.images.ImageError: as `measure` and `draw_pictures`; the results stay as they were.
+        SettingError: two pictures have the same name, or one of the files exists and is not a plot.
     """
-    folder = Path(checkpoint)
-    results = _read_results(folder / RESULTS, measured_anew=bool(files))
-    earlier = _drawn(folder, results)
-    if pictures:
-        results["pictures"] = draw_pictures(checkpoint, pictures)
-    if files:
-        results |= measure(checkpoint, files, split, image_dir)
-    with atomic_write(folder / RESULTS) as stream:
-        stream.write(json.dumps(results, indent=1) + "\n")
-    for name in earlier - {picture["file"] for picture in results.get("pictures", [])}:
-        (folder / name).unlink()
+    plots = [folder / f"picture_{Path(picture).stem}.jpg" for picture in pictures]
+    if len(set(plots)) < len(plots):
+        names = ", ".join(sorted(plot.name for plot in plots))
+        raise SettingError(f"Plots of pictures with the same name would replace each other ({names}): rename one picture.")
+    for plot in plots:
+        if os.path.lexists(plot) and not is_strip(plot):
+            raise SettingError(f"{plot} was not written by `attncap card`, which would replace it: move it away.")
+    return plots
 
 
-def _read_results(place: Path, measured_anew: bool) -> dict[str, Any]:
-    """What an earlier `attncap card` found; nothing if there was none.
-
-    Of results that are to be measured anew only the pictures are kept.
-    """
-    if not place.exists():
+def _read_results(file: Path, measured_again: bool) -> dict[str, Any]:
+    """The results of an earlier `attncap card`, or only their pictures if the checkpoint is measured again."""
+    if not file.exists():
         return {}
     try:
-        results = json.loads(place.read_text(encoding="utf-8"))
+        results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         results = None
-    if not isinstance(results, dict) or not results.keys() & {"pictures", "captions", "sets"}:
-        raise SettingError(f"{place} was not written by `attncap card`, which would replace it: move it away.")
-    if measured_anew:
+    if not isinstance(results, dict) or not results.keys() & {"pictures", "sets"}:
+        raise SettingError(f"{file} was not written by `attncap card`, which would replace it: move it away.")
+    if measured_again:
         return {"pictures": results["pictures"]} if "pictures" in results else {}
     return results
 
 
-def _drawn(folder: Path, results: dict[str, Any]) -> set[str]:
-    """The names of the film strips that an earlier `attncap card` drew in the folder."""
+def _own_plots(folder: Path, results: dict[str, Any]) -> set[str]:
+    """The names of the plots that an earlier `attncap card` wrote to the folder."""
     names = {picture["file"] for picture in results.get("pictures", [])}
     return {name for name in names if Path(name).name == name and is_strip(folder / name)}

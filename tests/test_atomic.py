@@ -1,4 +1,4 @@
-"""Writers leave a whole file or none, and no file of others is replaced."""
+"""Files and folders appear complete or not at all, and no other file is replaced."""
 
 import errno
 import os
@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.average import average_checkpoints
 from hf_attncap.training.checkpoints.pack import pack
 
-from hf_attncap.atomic import atomic_folder, atomic_write, flush_to_disk
+from hf_attncap.atomic import atomic_files, atomic_folder, atomic_write, replace_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "a dög"), ("wb", b"\0\xff")])
-def test_a_file_appears_when_it_is_whole(tmp_path, mode, content):
+def test_a_file_appears_when_it_is_complete(tmp_path, mode, content):
     path = tmp_path / ("n" * 250 + ".json")
     with atomic_write(path, mode) as file:
         file.write(content)
@@ -33,7 +33,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path, mode, content):
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), ValueError("wrong"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_file_as_it_was_and_nothing_else(tmp_path, failure):
+def test_an_error_leaves_the_file_unchanged_and_no_other_file(tmp_path, failure):
     path = tmp_path / "scores.json"
     path.write_text("before")
     with pytest.raises(type(failure)) as caught, atomic_write(path) as file:
@@ -68,8 +68,8 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
         assert subprocess.run([sys.executable, "-c", write], cwd=ROOT, capture_output=True, check=True).stdout == b"a"
 
 
-def test_it_can_work_on_windows(tmp_path, monkeypatch):
-    """There, only a file that is open for writing can be flushed, and only a closed one renamed."""
+def test_open_files_are_not_renamed_and_read_only_files_not_flushed(tmp_path, monkeypatch):
+    """Windows flushes only files that are open for writing, and renames only closed ones."""
     fcntl = pytest.importorskip("fcntl")
     flushed, replace = [], os.replace
 
@@ -94,12 +94,13 @@ def test_it_can_work_on_windows(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with atomic_folder(tmp_path / "empty") as folder:
         (folder / "b").write_text("b")
-    flush_to_disk(tmp_path / "a")
-    assert len(flushed) == 3 and (tmp_path / "empty" / "b").read_text() == "b"
+    with atomic_files(tmp_path) as folder:
+        (folder / "c").write_text("c")
+    assert len(flushed) == 3 and (tmp_path / "empty" / "b").read_text() == "b" and (tmp_path / "c").read_text() == "c"
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_folder_appears_when_it_is_whole(tmp_path, there):
+def test_a_folder_appears_when_it_is_complete(tmp_path, there):
     target = tmp_path / "runs" / "mine"
     if there:
         target.mkdir(parents=True)
@@ -112,20 +113,43 @@ def test_a_folder_appears_when_it_is_whole(tmp_path, there):
     assert names(target) == ["whole"] and names(target.parent) == ["mine"]
     (tmp_path / "plain").mkdir()
     assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with pytest.raises(FileExistsError, match="mine' is there already and is not an empty folder"), atomic_folder(target):
+    with pytest.raises(FileExistsError, match="mine' exists and is not an empty folder"), atomic_folder(target):
         pytest.fail("occupied")
 
 
-def test_packs_and_blends_replace_nothing(tiny_checkpoint, tmp_path):
+def test_files_take_their_places_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(ValueError, match="wrong"), atomic_files(tmp_path) as folder:
+        (folder / "a").write_text("half")
+        raise ValueError("wrong")
+    assert (tmp_path / "a").read_text() == "before" and names(tmp_path) == ["a"]
+    with atomic_files(tmp_path) as folder:
+        (folder / "a").write_text("after")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("b")
+        assert (tmp_path / "a").read_text() == "before"
+    assert (tmp_path / "a").read_text() == "after" and names(tmp_path) == ["a", "sub"]
+    assert names(tmp_path / "sub") == ["b"]
+
+
+def test_a_complete_folder_replaces_another_one(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert names(tmp_path / "old") == ["new"]
+
+
+def test_packing_and_averaging_replace_nothing(tiny_checkpoint, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "model.safetensors").write_text("years of work")
     before = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
     for out in (tiny_checkpoint, taken, taken / "model.safetensors"):
-        for write in (lambda out: pack(tiny_checkpoint, out), lambda out: blend([tiny_checkpoint] * 2, out)):
-            with pytest.raises(FileExistsError, match="is there already and is not an empty folder"):
+        for write in (lambda out: pack(tiny_checkpoint, out), lambda out: average_checkpoints([tiny_checkpoint] * 2, out)):
+            with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
                 write(out)
     assert {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()} == before
     assert (taken / "model.safetensors").read_text() == "years of work"
-    blend([tiny_checkpoint] * 2, tmp_path / "mean")
+    average_checkpoints([tiny_checkpoint] * 2, tmp_path / "mean")
     assert "config.json" in names(tmp_path / "mean") and names(tmp_path) == ["mean", "taken"]

@@ -1,4 +1,4 @@
-"""The benchmarks run, on tables too small to say anything."""
+"""The benchmarks run on tiny tables."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def table(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_benchmarks_explain_themselves(script, monkeypatch, capsys):
+def test_benchmarks_have_help(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
@@ -69,15 +69,15 @@ def test_scores_agree(table, tmp_path):
         assert max(score["largest_of_an_image"] for score in corpus["scores"].values()) < 1e-9
 
 
-def test_references_that_agree_are_perfect_judges_and_others_are_none(monkeypatch, tmp_path):
+def test_references_that_agree_predict_the_label_and_others_do_not(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import confidence_limit
 
     things = ["dog", "cat", "man", "woman", "child", "bus", "train", "boat", "horse", "sheep", "car", "bike"]
     agree = {thing: [f"the {thing} is near a {thing} number {n}" for n in range(5)] for thing in things}
     captions = {thing: agree[thing][0] if n % 2 else "people stand and talk" for n, thing in enumerate(things)}
-    assert confidence_limit.judge(agree, captions, confidence_limit.good_by_split(agree, captions)) == [1.0] * 10
+    assert confidence_limit.auroc_of_references(agree, captions, confidence_limit.good_by_split(agree, captions)) == [1.0] * 10
     # The first three people see one thing, the last two another one: only splits with both kinds in each part tell something.
     differ = {name: [*own[:3], "nothing to be seen here", "nothing to be seen here"] for name, own in agree.items()}
-    values = confidence_limit.judge(differ, captions, confidence_limit.good_by_split(differ, captions))
+    values = confidence_limit.auroc_of_references(differ, captions, confidence_limit.good_by_split(differ, captions))
     assert min(values) == 0.5 < max(values)

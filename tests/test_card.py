@@ -1,4 +1,4 @@
-"""The card of a checkpoint: what is measured, what is recorded of training, what the card says of both."""
+"""The model card: measurements, error analysis, training record, rendering."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset
 from hf_attncap.model_card import measure
 from hf_attncap.model_card.build_card import build_card, write_card
-from hf_attncap.model_card.error_analysis import doubles, genders, limits, numbers, unusual, writing
+from hf_attncap.model_card.error_analysis import analyse_errors, doubles, genders, numbers, unusual, writing
 from hf_attncap.training.arguments import SettingError
 from hf_attncap.training.checkpoints.pack import pack
 from hf_attncap.training.checkpoints.record import earlier_stages, elapsed, provenance
@@ -65,7 +65,7 @@ def captioned(tmp_path_factory, pictures) -> Path:
     return path
 
 
-def test_card_says_which_map_to_believe(checkpoint):
+def test_card_names_the_more_accurate_map(checkpoint):
     figures = {"photographs": 12, "words": 34, "too_small": 1, "hits": 0.625, "chance": 0.25, "other_photographs": 0.375}
     figures |= {"hits_minus_chance": [0.375, 0.2, 0.5], "hits_minus_other_photographs": [0.25, -0.125, 0.5]}
     importance = figures | {"photographs": 14, "hits": 0.75}
@@ -83,32 +83,36 @@ def test_card_says_which_map_to_believe(checkpoint):
     assert "- For its own captions: the importance." in card
     assert "- For its own captions: the attention." in text([-0.1, -0.2, -0.05], {"attention": few, "importance": few})
     both = text([0.1, -0.1, 0.2], {"attention": figures, "importance": figures, "importance_minus_attention": [0.3, 0.2, 0.4]})
-    assert "- For its own captions: there is no measurable difference" in both
+    assert "- For its own captions: no measurable difference" in both
     assert "- For the reference captions: the importance." in both
-    (checkpoint / "pointing.json").write_text(json.dumps({"captions": {"own": figures}}))
-    with pytest.raises(ValueError, match="pointing.json has the form of an earlier version"):
-        build_card(checkpoint)
     (checkpoint / "pointing.json").unlink()
     assert "Attention and importance" not in str(build_card(checkpoint))
 
 
-def test_card_says_how_blended_weights_came_to_be(checkpoint):
+def test_card_lists_the_runs_of_averaged_weights_with_their_starts(checkpoint):
     critical = {**STAGE, "settings": {**STAGE["settings"], "self_critical": True}}
     longer = {**STAGE, "steps": 77}
-    parts = [{"share": 1, "stages": []}, {"share": 2, "stages": [critical]}, {"share": 0.5, "stages": [longer, critical]}]
+    inner = {"blend": [{"share": 1, "stages": []}, {"share": 2, "stages": [critical]}]}
+    parts = [{"share": 1, "stages": []}, {"share": 0.5, "stages": [longer, inner, critical]}, {"share": 2, "stages": [inner]}]
     (checkpoint / "training.json").write_text(json.dumps([STAGE, {"blend": parts}]))
     card = str(build_card(checkpoint))
-    assert "1 → mean of [as it was (share 1); 2 (share 2); 3 → 2 (share 0.5)]." in card
-    assert [
-        re.search(rf"^\| {row} \| .*decoder, {what} \|", card, re.MULTILINE) is not None
-        for row, what in ((1, "cross-entropy"), (2, "self-critical"), (3, "cross-entropy"))
-    ] == [True] * 3
-    assert card.count("an abacus |") == 3
-    (checkpoint / "training.json").write_text(json.dumps([STAGE]))
-    assert "How the runs were combined" not in str(build_card(checkpoint))
+    rows = re.findall(r"^\| (\d) \| encoder and decoder, ([\w-]+) \| ([^|]*) \|", card, re.MULTILINE)
+    assert rows == [
+        ("1", "cross-entropy", "not recorded"),
+        ("2", "cross-entropy", "run 1"),
+        ("3", "self-critical", "run 2"),
+        ("4", "self-critical", "mean of run 2 (weight 1), run 3 (weight 2)"),
+        ("5", "self-critical", "run 1"),
+    ]
+    final = "mean of run 1 (weight 1), run 4 (weight 0.5), (mean of run 1 (weight 1), run 5 (weight 2)) (weight 2)"
+    assert f"The weights of this model are the {final}." in card
+    new = {**STAGE, "settings": {**STAGE["settings"], "backbone_weights": "lite.pth"}}
+    (checkpoint / "training.json").write_text(json.dumps([new]))
+    card = str(build_card(checkpoint))
+    assert "The weights of this model" not in card and "| the pretrained backbone |" in card
 
 
-def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
+def test_card_names_trained_part_and_loss_of_each_run(checkpoint):
     critical = {**STAGE["settings"], "self_critical": True, "cross_entropy_weight": 0.25}
     (checkpoint / "training.json").write_text(
         json.dumps([{**STAGE, "frozen_backbone": True}, {**STAGE, "settings": critical, "frozen_backbone": False}])
@@ -120,7 +124,7 @@ def test_card_says_what_learned_in_each_stage_and_of_what(checkpoint):
     )
 
 
-def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
+def test_card_shows_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
     settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"_from_model_config": False}
@@ -153,14 +157,15 @@ def test_card_holds_what_was_measured(checkpoint, captioned, pictures, capsys):
     assert "- Colours test split: CIDEr 12.3" in text and "12.3" not in str(card.data)
     low, high = (f"{100 * bound:.1f}" for bound in scores.intervals()["cider"])
     assert re.search(rf"^\| Colours \| 4 \| 8 \|.*\| {100 * scores['cider']:.1f} \({low} to {high}\) \|$", text, re.MULTILINE)
-    assert "| encoder and decoder, cross-entropy | 6,000 | 0.0005, encoder 1e-05 | 3 | 1,125 | 750 | 90 min | an abacus |" in text
+    assert "| 1 | encoder and decoder, cross-entropy | not recorded | 6,000 | 0.0005, encoder 1e-05 | 3 | 1,125 | 750 |" in text
+    assert "| 90 min | an abacus |" in text
     assert "Captions: our own." in text
     for name, caption in captions.items():
         assert f"| {name} | {caption} |" in text
     picture = re.search(r"!\[(.*)\]\((picture_.*jpg)\)", text)
     assert picture and picture[1] == captioner.caption(pictures[0]).text
     assert "{{" not in text and "None" not in text
-    assert "Sets of fewer than 100 images" in text and "Images with writing" not in text
+    assert "sets with fewer than 100 images" in text and "Images with writing" not in text
     save_strip(captioner.explain(pictures[0]).plot_importance(), checkpoint.parent / "both_maps.jpg")
     assert (checkpoint / picture[2]).read_bytes() == (checkpoint.parent / "both_maps.jpg").read_bytes()
 
@@ -178,7 +183,7 @@ def test_each_of_several_sets_has_its_scores(checkpoint, captioned, tmp_path, ca
     files = ["--images", str(captioned), str(second)]
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     assert main(["card", str(checkpoint), *files]) == 1  # before anything is measured
-    assert "`--images` has 2 files, but `datasets` lists 1" in capsys.readouterr().err
+    assert "`datasets` lists 1, but 2 files are measured" in capsys.readouterr().err
     assert not (checkpoint / "results.json").exists()
 
     datasets = [*ABOUT["datasets"], {"name": "Other", "id": "someone/other", "split": "validation"}]
@@ -198,15 +203,15 @@ def test_each_of_several_sets_has_its_scores(checkpoint, captioned, tmp_path, ca
     assert [len(re.findall(rf"^\| image-{number} \|", card.text, re.MULTILINE)) for number in range(4)] == [2, 2, 2, 1]
 
     assert main(["card", str(checkpoint), "--images", str(captioned), str(captioned)]) == 1
-    assert "names a file twice" in capsys.readouterr().err
+    assert "is given twice" in capsys.readouterr().err
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT | {"datasets": [{"name": "Colours"}] * 2}))
     assert main(["card", str(checkpoint)]) == 1
-    assert "the Hub could not tell them apart" in capsys.readouterr().err
+    assert "the Hub needs them to differ" in capsys.readouterr().err
     (checkpoint / "about.yaml").unlink()
     assert f"| {captioned.parent.name}/four.parquet | 4 |" in str(build_card(checkpoint))
 
 
-def test_sets_of_many_images_have_their_limits_in_one_table(checkpoint):
+def test_sets_of_many_images_have_their_errors_in_one_table(checkpoint):
     def measured(name: str, images: int, men: int) -> dict:
         ids = [f"{name}-{number}" for number in range(images)]
         captions = {id: tokens(*["a man and a man"] * (place < men) or ["two signs"])[0] for place, id in enumerate(ids)}
@@ -217,7 +222,7 @@ def test_sets_of_many_images_have_their_limits_in_one_table(checkpoint):
             "data": {"file": name, "split": None, "images": images, "references": 5 * images},
             "scores": scores,
             "intervals": {"bleu_4": [0.4, 0.6], "cider": [0.3, 0.7]},
-            "limits": limits(captions, references, cider),
+            "limits": analyse_errors(captions, references, cider),
             "captions": {id: " ".join(caption) for id, caption in captions.items()},
             "references": dict.fromkeys(ids, "a man"),
             "cider": cider,
@@ -232,18 +237,10 @@ def test_sets_of_many_images_have_their_limits_in_one_table(checkpoint):
     assert "| Images of men, not women | 1200 | 100 |" in text
     assert "| - the caption mentions men / women / both / neither | 7 / 0 / 0 / 1193 | 5 / 0 / 0 / 95 |" in text
     assert '| Captions that repeat words around "and", such as "a man and a man" | 7 of 1,200 | 5 of 100 |' in text
-    assert "| - mean CIDEr of these captions |  |  |" in text and "Sets of fewer than 100 images" in text
+    assert "| - mean CIDEr of these captions |  |  |" in text and "sets with fewer than 100 images" in text
     assert "| small | 20 | 100 | 50.0 | 50.0 | 50.0 | 50.0 (40.0 to 60.0) | 50.0 | 50.0 (30.0 to 70.0) |" in text
+    assert "- big: for 0 of 0 images of women, the caption mentions only men. For 0 of 1200 images of men," in text
     assert text.count("| lowest tenth: small-") == 2 and text.count("| lowest tenth: big-") == 3
-
-
-def test_results_of_an_earlier_version_are_measured_anew(checkpoint, captioned, capsys):
-    earlier = {"pictures": [], "data": {"file": "a"}, "scores": {"cider": 1.0}, "captions": {"a": "b"}}
-    (checkpoint / "results.json").write_text(json.dumps(earlier))
-    assert main(["card", str(checkpoint)]) == 1
-    assert "results.json has the form of an earlier version: measure again" in capsys.readouterr().err
-    assert main(["card", str(checkpoint), "--images", str(captioned)]) == 0
-    assert not json.loads((checkpoint / "results.json").read_text()).keys() & {"data", "scores", "captions"}
 
 
 def test_card_of_an_earlier_version_is_replaced(checkpoint):
@@ -253,16 +250,17 @@ def test_card_of_an_earlier_version_is_replaced(checkpoint):
     assert "## Model" in write_card(checkpoint).read_text()
 
 
-def test_card_of_a_bare_checkpoint_leaves_out_what_nobody_knows(checkpoint):
+def test_card_of_a_checkpoint_without_other_files_has_only_its_model(checkpoint):
     card = build_card(checkpoint)
     assert card.data.eval_results is None and card.data.model_name is None
-    assert "## Model" in card.text and not re.search("## (Scores|Measured|Examples|Limits|Training|Data)|None", card.text)
+    assert "## Model" in card.text
+    assert not re.search("## (Scores|Independent|Intended|Examples|Limitations|Bias|Training|Data)|None", card.text)
     model = AttnCapForConditionalGeneration.from_pretrained(checkpoint)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"| parameters | {count / 1e6:.1f} million |" in card.text
 
 
-def test_card_of_pictures_alone(checkpoint, pictures):
+def test_card_of_pictures_only(checkpoint, pictures):
     for _ in range(2):
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     text = (checkpoint / "README.md").read_text()
@@ -270,7 +268,7 @@ def test_card_of_pictures_alone(checkpoint, pictures):
 
 
 def test_first_snippet_runs(checkpoint, pictures, remote_code, monkeypatch, capsys):
-    """Of a checkpoint with this package, and of what is exported with transformers alone."""
+    """With this package for a checkpoint, and with transformers only for an exported folder."""
     assert main(["export-hub", str(checkpoint), str(checkpoint.parent / "exported")]) == 0
     write_card(checkpoint)
     Image.open(pictures[0]).convert("RGB").save(checkpoint.parent / "photo.jpg")
@@ -284,7 +282,7 @@ def test_first_snippet_runs(checkpoint, pictures, remote_code, monkeypatch, caps
         assert text in capsys.readouterr().out
 
 
-def test_export_takes_along_what_the_card_is_made_of(checkpoint, pictures):
+def test_export_copies_the_files_of_the_card(checkpoint, pictures):
     assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
@@ -298,7 +296,7 @@ def test_export_takes_along_what_the_card_is_made_of(checkpoint, pictures):
     assert "an abacus" in text and 'model="someone/tiny"' in text
 
 
-def test_words_of_a_person_are_not_replaced(checkpoint, captioned, capsys):
+def test_handwritten_card_is_not_replaced(checkpoint, captioned, capsys):
     (checkpoint / "README.md").write_text("# Mine\n")
     assert main(["card", str(checkpoint), "--images", str(captioned)]) == 1
     assert "was written by hand: move it away" in capsys.readouterr().err
@@ -310,32 +308,31 @@ def test_words_of_a_person_are_not_replaced(checkpoint, captioned, capsys):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ("titel: x\n", "about.yaml has titel: it may have only base_model"),
-        ("just words\n", "no mapping"),
-        ("a: [", "cannot be read as YAML"),
+        ("titel: x\n", "about.yaml has unknown fields (titel): use base_model"),
+        ("just words\n", "is not a mapping"),
+        ("a: [", "is not valid YAML"),
         ("title: 5\n", "`title` is 5; expected a text"),
         ("summary: [a]\n", "`summary` is ['a']; expected a text"),
         ("license:\n", "`license` is None; expected a text"),
         ("repository: {a: b}\n", "`repository` is {'a': 'b'}; expected a text"),
         ("base_model: 1.5\n", "`base_model` is 1.5; expected a text"),
-        ("dataset: {name: a}\n", "replace `dataset` by `datasets`, a list with one entry for each measured file"),
-        ("datasets: Flickr8k\n", "`datasets` is 'Flickr8k'; expected a list of mappings, each with a name"),
-        ("datasets: {name: a}\n", "expected a list of mappings, each with a name"),
-        ("datasets: [{name: a}, {id: flickr8k}]\n", "entry 2 of `datasets` has id; expected name"),
-        ("datasets: [{name: 8}]\n", "`name` in entry 1 of `datasets` is 8; expected a text"),
+        ("datasets: Flickr8k\n", "`datasets` is 'Flickr8k'; expected a list with one entry"),
+        ("datasets: {name: a}\n", "expected a list with one entry for each measured file"),
+        ("datasets: [{name: a}, {id: flickr8k}]\n", "expected a list with one entry"),
+        ("datasets: [{name: 8}]\n", "`datasets` is [{'name': 8}]; expected a list"),
         ("independent: CIDEr 66\n", "`independent` is 'CIDEr 66'; expected a list of texts"),
-        ("license: mit\nlicense_name: a\n", "`license_name` and `license_link` describe `license: other`"),
-        ("license_link: a\n", "`license_name` and `license_link` describe `license: other`"),
+        ("license: mit\nlicense_name: a\n", "`license_name` and `license_link` need `license: other`"),
+        ("license_link: a\n", "`license_name` and `license_link` need `license: other`"),
         ("origins: one sentence\n", "`origins` is 'one sentence'; expected a list of texts"),
         ("origins: [1]\n", "`origins` is [1]; expected a list of texts"),
-        ("1: 2\na: 3\n", "about.yaml has 1, a: it may have only"),
+        ("1: 2\na: 3\n", "about.yaml has unknown fields (1, a): use"),
     ],
 )
-def test_strange_lines_about_a_checkpoint_are_named(checkpoint, capsys, about, message):
+def test_invalid_about_yaml_is_explained(checkpoint, capsys, about, message):
     (checkpoint / "about.yaml").write_text(about)
     assert main(["card", str(checkpoint)]) == 1
     assert message in capsys.readouterr().err
-    with pytest.raises(SettingError) as error:  # of a run that goes on from there
+    with pytest.raises(SettingError) as error:  # of a run that fine-tunes the checkpoint
         provenance(str(checkpoint))
     assert message.removeprefix("about.yaml") in str(error.value) and "about.yaml" in str(error.value)
 
@@ -345,14 +342,14 @@ def test_folder_without_captioner_is_refused_before_anything_is_measured(tmp_pat
     assert "has no config.json or no model.safetensors" in capsys.readouterr().err
 
 
-def test_pictures_of_one_name_are_refused(checkpoint, pictures, tmp_path, capsys):
+def test_pictures_with_the_same_name_are_refused(checkpoint, pictures, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     twin = shutil.copy(pictures[0], tmp_path / "other")
     assert main(["card", str(checkpoint), "--pictures", str(pictures[0]), str(twin)]) == 1
-    assert "Rename one" in capsys.readouterr().err and not (checkpoint / "results.json").exists()
+    assert "rename one picture" in capsys.readouterr().err and not (checkpoint / "results.json").exists()
 
 
-def test_files_of_others_in_the_folder_are_not_replaced(checkpoint, pictures, capsys):
+def test_other_files_in_the_folder_are_not_replaced(checkpoint, pictures, capsys):
     strip, results = checkpoint / f"picture_{pictures[0].stem}.jpg", checkpoint / "results.json"
     with Image.open(pictures[0]) as image:
         image.convert("RGB").save(strip, comment=b"my own")
@@ -361,13 +358,13 @@ def test_files_of_others_in_the_folder_are_not_replaced(checkpoint, pictures, ca
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 1
         assert f"{file} was not " in capsys.readouterr().err and file.read_bytes() == content
         file.unlink()
-    for _ in range(2):  # its own it replaces
+    for _ in range(2):  # it replaces its own plot
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     assert Image.open(strip).width > 300
 
 
-def test_pictures_of_the_card_are_small_and_sharp_on_the_hub(checkpoint, tmp_path):
-    """Three photographs with long captions take less than a megabyte, at twice the width of the Hub's column."""
+def test_plots_of_the_card_are_small_and_wide_enough_for_the_hub(checkpoint, tmp_path):
+    """Three plots of long captions take less than a megabyte, at twice the width of the Hub's column."""
     random = np.random.default_rng(0)
     files = [tmp_path / f"{number}.png" for number in range(3)]
     for file in files:
@@ -382,8 +379,8 @@ def test_pictures_of_the_card_are_small_and_sharp_on_the_hub(checkpoint, tmp_pat
             assert image.format == "JPEG" and image.width == pytest.approx(1600, abs=2)
 
 
-def test_a_new_card_removes_pictures_of_an_earlier_one(checkpoint, pictures):
-    """Those that its results name and that carry the mark; PNG is what earlier versions drew."""
+def test_a_new_card_removes_the_plots_of_an_earlier_one(checkpoint, pictures):
+    """Only those that its results name and that carry the mark; earlier versions wrote PNG."""
     result = Captioner.from_pretrained(checkpoint).caption(pictures[0])
     names = ["picture_old.png", "picture_replaced_by_hand.png", "picture_mine.png"]
     for name in names:
@@ -396,7 +393,7 @@ def test_a_new_card_removes_pictures_of_an_earlier_one(checkpoint, pictures):
     assert left == sorted([f"picture_{pictures[0].stem}.jpg", *names[1:]])
 
 
-def test_a_results_file_leads_to_no_file_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
+def test_a_results_file_cannot_name_files_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
     precious = tmp_path / "picture_precious.png"
     save_strip(Captioner.from_pretrained(checkpoint).caption(pictures[0]).plot_attention(), precious)
     (checkpoint / "results.json").write_text(json.dumps({"pictures": [{"file": "../picture_precious.png", "caption": "a"}]}))
@@ -404,11 +401,11 @@ def test_a_results_file_leads_to_no_file_outside_the_folder(checkpoint, pictures
     assert precious.exists()
 
 
-def test_pictures_that_cannot_be_read_are_left_out_of_what_is_measured(checkpoint, pictures, tmp_path, caplog):
+def test_unreadable_images_are_skipped(checkpoint, pictures, tmp_path, caplog):
     lines = [{"image": str(picture), "captions": REFERENCES[0]} for picture in pictures]
     (tmp_path / "broken.jpg").write_bytes(pictures[0].read_bytes()[:300])
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"image": "broken.jpg", "captions": ["a dog"]}, *lines])))
-    (found,) = measure.measure(checkpoint, [str(tmp_path / "data.jsonl")])["sets"]
+    (found,) = measure.measure(Captioner.from_pretrained(checkpoint), [str(tmp_path / "data.jsonl")])["sets"]
     assert len(found["captions"]) == len(pictures) == found["data"]["images"]
     assert "1 broken pictures are left out" in caplog.text and "broken.jpg" in caplog.text
 
@@ -441,19 +438,19 @@ def test_genders_count_where_references_agree_and_none_differs():
     assert found["women"] == {"images": 2, "same": 0, "other": 1, "both": 1, "neither": 0}
 
 
-def test_doubles_are_the_same_words_around_and():
+def test_doubles_repeat_words_around_and():
     doubled = ["a man and a man run", "two dogs and two dogs"]
     found = doubles(by_id(*doubled, "a man and a dog", "and a man", "man and man", "a man and a"))
     assert found == {"images": 6, "doubled": 2}
 
 
-def test_writing_counts_where_any_reference_speaks_of_it():
+def test_writing_counts_where_any_reference_mentions_it():
     references = {"a": tokens("a sign", "a dog"), "b": tokens("the shirt says no"), "c": tokens("a dog")}
     found = writing(by_id("a dog by a sign", "a man", "a sign"), references, {"a": 1.0, "b": 0.5, "c": 9.0})
     assert found == {"images": 2, "mentioned": 1, "cider": 0.75}
 
 
-def test_fifths_go_from_usual_to_unusual_words():
+def test_fifths_are_ordered_from_common_to_rare_words():
     references = {
         str(number): tokens("a dog" if number < 8 else "odd", f"word{number}" if number == 9 else "dog") for number in range(10)
     }
@@ -462,7 +459,7 @@ def test_fifths_go_from_usual_to_unusual_words():
     assert found["images"] == 10 and found["cider_by_fifth"][-1] == 8.5 and len(found["cider_by_fifth"]) == 5
 
 
-def test_seconds_of_an_interrupted_run_are_those_until_its_last_entry():
+def test_elapsed_seconds_end_at_the_last_log_entry():
     assert elapsed([]) == 0
     assert elapsed([{"loss": 1.0, "elapsed": 3.5}, {"elapsed": 7.0}, {"loss": 2.0}]) == 7
 
@@ -473,15 +470,15 @@ def test_checkpoints_without_record_have_no_earlier_stages(checkpoint):
     assert earlier_stages(str(checkpoint)) == [STAGE]
 
 
-def test_provenance_is_read_or_its_file_named(checkpoint):
+def test_unreadable_provenance_names_its_file(checkpoint):
     assert provenance(None) is None and provenance(str(checkpoint)) is None
     (checkpoint / "about.yaml").write_text("origins: [")
-    with pytest.raises(SettingError, match="about.yaml of .* cannot be read as YAML"):
+    with pytest.raises(SettingError, match="about.yaml of .* is not valid YAML"):
         provenance(str(checkpoint))
 
 
-def test_commit_is_the_one_of_this_code_alone(tmp_path, monkeypatch):
-    """Not of a repository that an installed package happens to lie in."""
+def test_commit_is_that_of_the_repository_of_this_code(tmp_path, monkeypatch):
+    """It is None if the package is installed inside another repository."""
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "measure.py").touch()

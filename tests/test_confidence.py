@@ -1,4 +1,4 @@
-"""Confidence: fitted on one half of captioned images, measured on the other, kept with the weights it was fitted to."""
+"""Confidence: fitted on half of the images, evaluated on the others, removed when weights or decoding change."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from datasets import Dataset
 from hf_attncap.model_card.build_card import build_card
 from hf_attncap.model_card.calibration import auroc, fit_logistic, reliability
 from hf_attncap.training.arguments import ModelArguments
-from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.average import average_checkpoints
 from hf_attncap.training.checkpoints.pack import pack
 from hf_attncap.training.model import build_captioner
 from huggingface_hub.errors import StrictDataclassError
@@ -69,14 +69,14 @@ def sixty(tmp_path_factory, tiny_checkpoint) -> Path:
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
-def test_auroc_is_the_select_share_pairs_in_the_right_order(rows):
+def test_auroc_is_the_share_of_correctly_ordered_pairs(rows):
     values, good = np.array([value for value, _ in rows], float), np.array([kind for _, kind in rows])
     pairs = [1.0 if g > b else 0.5 if g == b else 0.0 for g in values[good] for b in values[~good]]
     found = auroc(values, good)
     assert math.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
 
 
-def test_the_fit_finds_the_weights_that_made_the_data():
+def test_fit_recovers_the_weights_of_generated_data():
     random = np.random.default_rng(0)
     features = random.normal([-0.8, -2.0, 2.0], [0.2, 0.8, 0.5], (20_000, 3))
     logits = features @ [4.0, 0.5, -1.0] + 5
@@ -84,7 +84,7 @@ def test_the_fit_finds_the_weights_that_made_the_data():
     assert weights == pytest.approx([4.0, 0.5, -1.0], abs=0.25) and bias == pytest.approx(5, abs=0.4)
 
 
-def test_the_fit_is_the_minimum_of_the_penalised_loss():
+def test_fit_minimises_the_penalised_loss():
     random = np.random.default_rng(1)
     features, good = random.normal(size=(60, 2)), random.random(60) < 0.4
     found = torch.tensor([*fit_logistic(features, good)[0], fit_logistic(features, good)[1]], requires_grad=True)
@@ -96,14 +96,14 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss():
 
 
 @pytest.mark.parametrize("features", [np.repeat([[-1e3], [1e3]], 20, axis=0), np.ones((40, 1))], ids=["separable", "constant"])
-def test_the_fit_of_extreme_data_is_finite(features):
+def test_fit_of_extreme_data_is_finite(features):
     good = np.arange(40) >= 20
     weights, bias = fit_logistic(features, good)
     p = estimate_confidence({"weights": {"score": weights[0]}, "bias": bias}, {"score": features[:, 0]})
     assert np.isfinite(p).all() and p.mean() == pytest.approx(0.5) and (p[20:] >= p[:20]).all()
 
 
-def test_bins_hold_every_image_once():
+def test_bins_contain_every_image_once():
     random = np.random.default_rng(2)
     p = random.random(57)
     bins = reliability(p, random.random(57) < p)
@@ -166,7 +166,7 @@ def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
 
 def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
     faster = pack(packable, tmp_path / "faster", {"num_beams": 2})
-    mean = blend([packable, packable], tmp_path / "mean")
+    mean = average_checkpoints([packable, packable], tmp_path / "mean")
     tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable), model_config={}), [["two red dogs"]], tmp_path)
     configs = [AttnCapConfig.from_pretrained(faster), AttnCapConfig.from_pretrained(mean), tuned.config]
     assert [config.confidence for config in configs] == [None] * 3
@@ -182,7 +182,7 @@ def test_a_calibration_that_cannot_be_applied_is_refused(wrong):
         AttnCapConfig(confidence=wrong)
 
 
-def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
+def test_calibration_is_used_by_caption_and_shown_on_the_card(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     assert main(["calibrate", str(folder), "--images", str(sixty)]) == 0
     out, err = capsys.readouterr()
@@ -209,7 +209,7 @@ def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, 
     assert "## Confidence" not in str(build_card(folder))
 
 
-def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty, tmp_path, capsys, monkeypatch):
+def test_calibrate_reports_errors_and_writes_nothing(tiny_checkpoint, sixty, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     rows = Dataset.from_parquet(str(sixty))
@@ -218,12 +218,12 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
     rows.remove_columns("captions").add_column("captions", wrong).to_parquet(str(tmp_path / "bad.parquet"))
     rows.remove_columns("captions").to_parquet(str(tmp_path / "bare.parquet"))
     for arguments, sentence in [
-        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: name the folder"),
+        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: give the folder"),
         ([str(folder), "--images", str(tmp_path / "few.parquet")], "give more images"),
-        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "0 have a good caption"),
+        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "images for fitting have a good caption"),
         ([str(folder), "--images", str(tmp_path / "bare.parquet")], "captions"),
         ([str(folder), "--images", str(tmp_path / "missing.parquet")], "missing.parquet"),
-        ([str(folder), "--images", str(sixty), str(sixty)], "names a file twice"),
+        ([str(folder), "--images", str(sixty), str(sixty)], "is given twice"),
     ]:
         assert main(["calibrate", *arguments]) == 1
         assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Deletion and insertion curves: against a plain reference, on a model whose best order is known, and from the command line."""
+"""Deletion and insertion curves: against a plain loop, on a model whose best order is known, and from the command line."""
 
 import importlib
 import json
@@ -51,7 +51,7 @@ def plain_log_p(model, ids: list[int], position: int, regions: torch.Tensor, hid
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_curves_are_those_of_a_plain_loop(deletion, make_checkpoint, kind, monkeypatch):
+def test_curves_equal_a_plain_loop(deletion, make_checkpoint, kind, monkeypatch):
     captioner = Captioner.from_pretrained(make_checkpoint(word_attention=kind), device="cpu")
     model, count = captioner.model.double(), 12
     regions, fill = torch.randn(count + 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).split([count, 1])
@@ -163,11 +163,11 @@ def test_summary_worked_by_hand(deletion):
     change = math.log(0.2) * 3 / 4, (math.log(0.5) * 3 / 4 - math.log(0.5) / 4) / 2
     expected = [(change[0] + 2 * change[1]) / 3, *change]
     assert areas["deletion"]["log_probability"]["importance_minus_attention"] == pytest.approx(expected)
-    with pytest.raises(ValueError, match="are in 1 of 2 images: give more images"):
+    with pytest.raises(ValueError, match="Only 1 of 2 images have words .*: give more images"):
         deletion.summarize([one, nothing], np.array([0, 0.5, 1]))
 
 
-def test_the_mean_region_is_that_of_all_images(deletion, tiny_checkpoint, pictures, monkeypatch):
+def test_mean_region_of_all_images(deletion, tiny_checkpoint, pictures, monkeypatch):
     captioner = Captioner.from_pretrained(tiny_checkpoint, device="cpu")
     rows = [{"image": {"bytes": path.read_bytes()}} for path in pictures]
     pixels = captioner.processor(images=[Image.open(path) for path in pictures], return_tensors="pt").pixel_values
@@ -175,9 +175,9 @@ def test_the_mean_region_is_that_of_all_images(deletion, tiny_checkpoint, pictur
         expected = captioner.model.get_encoder()(pixels).last_hidden_state.flatten(0, 1).mean(dim=0)
     for batch in (2, 16):
         monkeypatch.setattr(deletion, "BATCH", batch)
-        assert torch.allclose(deletion.mean_region(captioner, rows), expected, atol=1e-4)
+        assert torch.allclose(deletion.encode(captioner, rows)[1], expected, atol=1e-4)
     with pytest.raises(ValueError, match="There is no image"):
-        deletion.mean_region(captioner, [])
+        deletion.encode(captioner, [])
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def table(tiny_checkpoint, pictures, tmp_path) -> Path:
 
 
 @torch.no_grad()
-def test_words_are_traced_by_the_maps_of_explain_with_both_fills(deletion, tiny_checkpoint, pictures, monkeypatch):
+def test_words_are_traced_with_the_maps_of_explain_and_both_fills(deletion, tiny_checkpoint, pictures, monkeypatch):
     captioner = Captioner.from_pretrained(tiny_checkpoint, device="cpu")
     rows = [{"image": {"bytes": path.read_bytes()}} for path in pictures]
     mean, given = torch.full((16,), 0.5), []
@@ -202,7 +202,7 @@ def test_words_are_traced_by_the_maps_of_explain_with_both_fills(deletion, tiny_
 
     plain_trace = deletion.trace
     monkeypatch.setattr(deletion, "trace", trace)
-    traced, at = deletion.trace_images(captioner, rows, mean, False)
+    traced, at = deletion.trace_images(captioner, deletion.encode(captioner, rows)[0], mean)
     assert {fill: len(images) for fill, images in traced.items()} == {"image": 3, "set": 3} and len(given) == 6
     assert at == pytest.approx(np.arange(7) / 6)  # of the 2 x 3 regions
     for number, result in enumerate(captioner.explain(pictures)):
@@ -238,7 +238,7 @@ def test_the_command_measures_own_captions_and_references(
     for fill in ("image", "set"):
         figures = own["fills"][fill]
         assert 2 <= figures["images_scored"] <= 3 and 0 < figures["words_scored"] < own["words"]
-        assert any(line.startswith(f"{fill}: {figures['words_scored']} of {own['words']} words") for line in shown)
+        assert any(line.startswith(f"{fill}: {figures['words_scored']} of {own['words']} words in") for line in shown)
         for unit, start in (("probability", 1), ("log_probability", 0)):
             deleted, inserted = (figures["curves"][curve][unit] for curve in ("deletion", "insertion"))
             for order in ("importance", "attention", "random"):
@@ -260,14 +260,14 @@ def test_the_command_measures_own_captions_and_references(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--limit", "1"], "of 1 images: give more images"),
+        (["--limit", "1"], "of 1 images have words .*: give more images"),
         (["--limit", "0"], "There is no image"),
-        (["--references"], "table.parquet has no column captions, but: image"),
+        (["--references"], "table.parquet has no column captions, only image"),
         (["--images", "nowhere.parquet"], "nowhere.parquet"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_what_cannot_be_measured_is_an_error_of_one_line(table, tiny_checkpoint, monkeypatch, arguments, message):
+def test_unusable_data_end_in_one_line(table, tiny_checkpoint, monkeypatch, arguments, message):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     Dataset.from_parquet(str(table)).remove_columns("captions").to_parquet(str(table))
     monkeypatch.setattr(sys, "argv", ["deletion", "--images", str(table), "--model", str(tiny_checkpoint), *arguments])

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
-from hf_attncap import AttnCapConfig
+from hf_attncap import AttnCapConfig, Captioner
 from hf_attncap.metrics import CaptionMetrics, compare
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +210,8 @@ def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script,
     command(script("decoding"), monkeypatch, tiny_checkpoint, "--images", table, *settings, "--output", output)
     found = json.loads(output.read_text())["settings"]
     assert [(each["num_beams"], each["length_penalty"]) for each in found] == [(1, 0.7), (3, 0.7), (3, 2)]
-    own = measure(tiny_checkpoint, [str(table)])["sets"][0]["scores"]  # three beams and 0.7 are the checkpoint's own
+    # The checkpoint's own settings are three beams and 0.7.
+    own = measure(Captioner.from_pretrained(tiny_checkpoint), [str(table)])["sets"][0]["scores"]
     scores = found[1].keys() & own.keys()
     assert len(scores) == 5 and {name: found[1][name] for name in scores} == pytest.approx(
         {name: own[name] for name in scores}, abs=1e-5

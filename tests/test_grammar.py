@@ -205,7 +205,7 @@ def test_results_that_do_not_fit_are_named(grammar, stand_in, monkeypatch, tmp_p
     with pytest.raises(SystemExit, match="same name"):
         command(grammar, monkeypatch, *same)
     other = write(tmp_path, "history-seed1", "history", {"2": "it parses"})
-    with pytest.raises(SystemExit, match="none and history are of different images"):
+    with pytest.raises(SystemExit, match="none and history have results of different images"):
         command(grammar, monkeypatch, same[0], other)
 
 

@@ -1,4 +1,4 @@
-"""The pointing game on photographs: sound boxes, right scores, and a run on pictures too small to say anything."""
+"""The pointing game on photographs: valid boxes, scores by hand and by brute force, and a run on tiny images."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ def game():
         yield importlib.import_module("pointing_photographs")
 
 
-def test_boxes_are_sound(game):
+def test_boxes_are_valid(game):
     photographs = json.loads((ROOT / "benchmarks" / "boxes.json").read_text(encoding="utf-8"), object_pairs_hook=list)
     names = [name for name, _ in photographs]
     assert len(names) == len(set(names)) >= 24
@@ -76,7 +76,7 @@ def test_chance_and_cover_against_brute_force(game, fifteenths, height, width):
     assert word.mass == pytest.approx(word.area) == pytest.approx(pixels.mean())
 
 
-def test_words_are_looked_up_and_all_their_boxes_count(game):
+def test_a_word_has_the_boxes_of_all_objects_that_it_names(game):
     left, right, dot = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.4, 0.4, 0.6, 0.6]
     things = [
         {"words": ["dog", "animal"], "boxes": [left]},
@@ -157,7 +157,7 @@ def command(game, monkeypatch, *arguments: object) -> None:
     game.main()
 
 
-def test_read_out_captions_score_as_when_they_were_generated(game, boxed, tiny_checkpoint, monkeypatch, tmp_path, capsys):
+def test_references_equal_to_generated_captions_have_the_same_scores(game, boxed, tiny_checkpoint, monkeypatch, tmp_path, capsys):
     command(game, monkeypatch, "--images", boxed, "--model", tiny_checkpoint, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     own, references = found["captions"]["own"], found["captions"]["references"]
@@ -183,7 +183,7 @@ def test_both_maps_are_those_of_explain(game, boxed, tiny_checkpoint, pictures):
     captioner = Captioner.from_pretrained(tiny_checkpoint)
     for picture in pictures:
         result = captioner.explain(picture)
-        [(words, maps)] = game.read_out(captioner, result.image, [result.text])
+        [(words, maps)] = game.read_references(captioner, result.image, [result.text])
         assert words == result.words
         assert maps["attention"] == pytest.approx(result.attention, abs=1e-5)
         assert maps["importance"] == pytest.approx(result.importance, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Several processes and other precisions: what they train and measure is what one process in float32 does."""
+"""Several processes, half precision and gradient checkpointing give the results of one process in float32."""
 
 import io
 import json
@@ -19,8 +19,7 @@ from hf_attncap.training.data.splits import load_data
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, new_images, policy
-from hf_attncap.training.trainers.dropout import silence
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, draw
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, disable_dropout, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +31,7 @@ from hf_attncap.backbone_attncap import build_trunk
 
 ROOT = Path(__file__).parent.parent
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 220), (240, 240, 240), (10, 10, 10), (230, 220, 30), (150, 30, 160)]
-# Two captions an image, from one word to ten: batches of the same images differ in their words.
+# Two captions per image, of one to ten words, so that batches differ in the number of words.
 CAPTIONS = [
     ["red", "a red one"],
     ["a green square that lies all alone on the floor", "the green square lies on the floor"],
@@ -57,7 +56,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory) -> Path:
-    """Seven images: neither the batches nor the processes divide them."""
+    """Seven images, a number that no batch size and no number of processes divides."""
     pictures = []
     for index, colour in enumerate(COLOURS):
         image = Image.new("RGB", (64, 64), colour)
@@ -95,13 +94,13 @@ def load(folder) -> Any:
 
 
 def history(folder, *names: str) -> list[dict[str, float]]:
-    """What was logged of each training step."""
+    """The logged values of each training step."""
     entries = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
     return [{name: entry[name] for name in names} for entry in entries if "loss" in entry]
 
 
 def metrics(folder) -> dict[str, float]:
-    """What the evaluation at the end said, without times."""
+    """The metrics of the last evaluation, without times."""
     found = json.loads((Path(folder) / "metrics.json").read_text())
     times = ("runtime", "per_second", "preparation_time")
     return {name: value for name, value in found.items() if name.startswith("eval_") and not name.endswith(times)}
@@ -109,7 +108,7 @@ def metrics(folder) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory) -> dict[str, Any]:
-    """Settings of a new captioner, whose random backbone is normalised, so that it tells pictures apart."""
+    """Settings of a new captioner whose random backbone is normalised, so that its features differ between images."""
     torch.manual_seed(0)
     trunk = build_trunk(MODEL["backbone"]).train()
     for module in trunk.modules():
@@ -125,7 +124,7 @@ def new(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def warm(new, parquet, tmp_path_factory) -> Path:
-    """A captioner that says different things of different images."""
+    """A captioner with different captions for different images."""
     output = tmp_path_factory.mktemp("warm")
     more = {"feature_cache": output / "cache", "per_device_train_batch_size": 7, "num_train_epochs": 30, "learning_rate": 0.01}
     assert main(options(parquet, output, **new, **more, logging_steps=30)) == 0
@@ -136,14 +135,14 @@ def warm(new, parquet, tmp_path_factory) -> Path:
 
 # --- steps ---
 
-# Plain gradient descent: Adam would divide a wrong factor out again, and so would clipping, but for the loss and the norm of the
-# gradients from before it, which are logged.
+# Plain gradient descent, because Adam would hide a wrong factor of the gradients. Clipping hides it too, but the loss and the
+# gradient norm before clipping are logged.
 STEPS = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "num_train_epochs": 2, "max_grad_norm": 3.0}
-# Processes, images of each in a batch, accumulated batches.
+# Processes, images per batch and process, accumulated batches.
 WAYS = {"one": (1, 4, 1), "one, accumulated": (1, 2, 2), "two": (2, 2, 1), "two, accumulated": (2, 1, 2)}
 
-# Main of several command lines on the same processes. Self-critical samples are the same however images are spread: the i-th of
-# an image says the i-th likeliest word at each step.
+# Runs several command lines in the same processes. Self-critical samples do not depend on the process of an image: the i-th sample
+# takes the i-th most likely word at each step.
 RUN = """
 import json
 import sys
@@ -182,7 +181,7 @@ NOISY = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_
 
 @pytest.fixture(scope="module")
 def pair(new, warm, parquet, tmp_path_factory) -> Path:
-    """Folders of runs on two processes, all in one start, as it takes longer than the runs."""
+    """Output folders of runs on two processes, which are started once because starting takes longer than the runs."""
     folder = tmp_path_factory.mktemp("pair")
     noisy = {**STEPS, "model_name_or_path": warm, "model_config": '{"dropout": 0.5}', **NOISY}
     del noisy["num_train_epochs"]
@@ -202,7 +201,7 @@ def pair(new, warm, parquet, tmp_path_factory) -> Path:
 
 
 def launch(command: list) -> None:
-    """`python -m` a launcher, from the repository's root."""
+    """Run `python -m` with a launcher in the root of the repository."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", *map(str, command)]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
@@ -211,8 +210,8 @@ def launch(command: list) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["decoder", "encoder", "checkpointed", "self-critical"])
-def test_two_processes_train_and_measure_as_one(stage, pair, new, warm, parquet, tmp_path, monkeypatch):
-    """Losses, norms of gradients, weights, scores and the loss of evaluations, of each way to make batches of four images.
+def test_two_processes_train_and_evaluate_like_one(stage, pair, new, warm, parquet, tmp_path, monkeypatch):
+    """Compares losses, gradient norms, weights, scores and evaluation losses, for each way to make batches of four images.
 
     Each process divides by the words of all and multiplies by their number, which the mean of gradients takes out again. Were
     each to take the mean over its own words, words of a process that has few would count for more; a factor left out would change
@@ -246,19 +245,19 @@ def test_two_processes_train_and_measure_as_one(stage, pair, new, warm, parquet,
 
 
 def moved(start, folder) -> dict[str, torch.Tensor]:
-    """How far a run moved each weight."""
+    """The change of each weight in a run."""
     before = load(start).state_dict()
     return {name: weight - before[name] for name, weight in load(folder).state_dict().items()}
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Of two sets of tensors, as a share of the second."""
+    """The relative distance of two sets of tensors."""
     difference = sum((found[name] - expected[name]).double().square().sum() for name in expected)
     return float((difference / sum(value.double().square().sum() for value in expected.values())) ** 0.5)
 
 
 @pytest.mark.slow
-def test_processes_draw_noise_of_their_own_and_take_it_up_again(pair):
+def test_processes_have_different_random_numbers_and_restore_them(pair):
     states = [torch.load(pair / "whole" / "checkpoint-2" / f"rng_state_{rank}.pth", weights_only=False) for rank in (0, 1)]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
     assert history(pair / "whole", "loss")[2:] == history(pair / "resumed", "loss")[2:]
@@ -272,14 +271,14 @@ def test_accelerate_starts_two_processes(warm, parquet, tmp_path):
     argv = options(parquet, tmp_path / "run", **more)
     start = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch([*start, "-m", "hf_attncap.training.train", *argv])
-    assert len(history(tmp_path / "run", "loss")) == 4, "seven images are two batches of four an epoch"
+    assert len(history(tmp_path / "run", "loss")) == 4, "seven images make two batches of four per epoch"
 
 
-# --- the mathematics of it, in one process ---
+# --- the formulas, in one process ---
 
 
-def test_shares_of_processes_add_up_to_the_whole_batch(warm, parquet, tmp_path, monkeypatch):
-    """Gradients of two unequal shares, as two processes would average them, and what the mean of their own means would be."""
+def test_gradients_of_processes_average_to_those_of_the_whole_batch(warm, parquet, tmp_path, monkeypatch):
+    """With parts of different numbers of words; the mean of the means per part would be wrong."""
     trainer, rows = trainer_of(warm, parquet, tmp_path)
     model = trainer.model.double()
     shares = [trainer.data_collator([rows[i] for i in part]) for part in ((0, 3), (1, 4))]  # short captions, long ones
@@ -299,13 +298,13 @@ def test_shares_of_processes_add_up_to_the_whole_batch(warm, parquet, tmp_path, 
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     shared = [gradients(share, sum(words)) for share in shares]
     mean = {name: (shared[0][name] + shared[1][name]) / 2 for name in whole}
-    assert distance(mean, whole) < 1e-6  # pictures of the whole batch come in float32
+    assert distance(mean, whole) < 1e-6  # the images of the whole batch are float32
     assert distance({name: (naive[0][name] + naive[1][name]) / 2 for name in whole}, whole) > 0.1
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(2, 4))
-def test_each_image_counts_once_an_epoch(images, size, processes):
-    """Against the batches that Accelerate hands out."""
+def test_each_image_counts_once_per_epoch(images, size, processes):
+    """Compared with the batches of Accelerate."""
     counted = []
     for rank in range(processes):
         *batches, last = BatchSamplerShard(BatchSampler(range(images), size, False), processes, rank)
@@ -315,8 +314,8 @@ def test_each_image_counts_once_an_epoch(images, size, processes):
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_loss_of_an_evaluation_is_that_of_all_words(warm, parquet, tmp_path, size):
-    """However many rows go into a batch: short captions are with long ones, or not."""
+def test_evaluation_loss_is_the_mean_over_all_words(warm, parquet, tmp_path, size):
+    """For any batch size, whether or not it mixes short and long captions."""
     trainer, rows = trainer_of(warm, parquet, tmp_path, per_device_eval_batch_size=size)
     total, words = 0.0, 0
     model = load(warm).eval()
@@ -328,22 +327,22 @@ def test_loss_of_an_evaluation_is_that_of_all_words(warm, parquet, tmp_path, siz
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / words, rel=1e-5)
 
 
-def test_images_that_fill_up_the_last_batch_earn_nothing(warm, parquet, tmp_path, monkeypatch):
+def test_repeated_images_of_the_last_batch_have_no_reward(warm, parquet, tmp_path, monkeypatch):
     trainer, rows = trainer_of(warm, parquet, tmp_path, SelfCriticalTrainer)
     batch = trainer.data_collator([rows[i] for i in range(3)])
     with torch.no_grad():
-        samples = draw(trainer.model.train(), trainer._encode(batch).last_hidden_state, 5)
-    monkeypatch.setattr(self_critical, "draw", lambda captioner, regions, k: samples[: 5 * len(regions)])
+        samples = sample(trainer.model.train(), trainer._encode(batch).last_hidden_state, 5)
+    monkeypatch.setattr(self_critical, "sample", lambda captioner, regions, k: samples[: 5 * len(regions)])
     trainer._samples = 15
 
     def loss(pictures: int, ids: int) -> float:
-        trainer._tally.zero_()
+        trainer._sums.zero_()
         inputs = {"pixel_values": batch["pixel_values"][:pictures], "image_ids": batch["image_ids"][:ids], "labels": None}
         return float(trainer.compute_loss(trainer.model, inputs).detach())
 
     for new in (1, 2):
-        assert loss(3, new) == pytest.approx(loss(new, new), rel=1e-4) and trainer._tally[0] == 5 * new
-    assert loss(3, 3) != pytest.approx(loss(2, 2), rel=1e-2) and loss(3, 0) == 0 and trainer._tally[0] == 0
+        assert loss(3, new) == pytest.approx(loss(new, new), rel=1e-4) and trainer._sums[0] == 5 * new
+    assert loss(3, 3) != pytest.approx(loss(2, 2), rel=1e-2) and loss(3, 0) == 0 and trainer._sums[0] == 0
 
 
 def trainer_of(warm, parquet, output, trainer_class=CaptionTrainer, **settings) -> tuple[CaptionTrainer, Any]:
@@ -374,7 +373,7 @@ def trainer_of(warm, parquet, output, trainer_class=CaptionTrainer, **settings) 
 # --- precisions and memory ---
 
 
-def test_gradient_checkpointing_changes_no_step(new, warm, parquet, tmp_path):
+def test_gradient_checkpointing_does_not_change_the_steps(new, warm, parquet, tmp_path):
     more = {**stages(new, warm, tmp_path / "cache")["encoder"], "num_train_epochs": 1}
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         assert main(argv_of(parquet, tmp_path / name, "one", {**more, "gradient_checkpointing": checkpointing})) == 0
@@ -395,7 +394,7 @@ def test_bfloat16_trains_close_to_float32(new, warm, parquet, tmp_path):
     saved = load_file(tmp_path / "True" / "model.safetensors")
     assert {weight.dtype for weight in saved.values() if weight.is_floating_point()} == {torch.float32}
     fine = [weight for weight in saved.values() if weight.is_floating_point()]
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in fine), "small steps would be lost"
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in fine), "bfloat16 would lose small steps"
 
 
 def test_float16_needs_a_gpu(warm, parquet, tmp_path, capsys):
@@ -404,14 +403,14 @@ def test_float16_needs_a_gpu(warm, parquet, tmp_path, capsys):
     assert "`fp16` needs a GPU" in capsys.readouterr().err
 
 
-def test_half_precision_scores_samples_as_it_drew_them(warm, parquet, tmp_path):
-    """log p of each word of the loop that samples and of the one that learns, both under autocast."""
+def test_half_precision_sampling_and_loss_use_the_same_probabilities(warm, parquet, tmp_path):
+    """Compares log p of each word in sampling and in the loss, both with autocast."""
     trainer, rows = trainer_of(warm, parquet, tmp_path, SelfCriticalTrainer, bf16=True)
     model, end = trainer.model, trainer.model.config.decoder_start_token_id
-    silence(model)
+    disable_dropout(model)
     with torch.no_grad(), trainer.accelerator.autocast():
         regions = trainer._encode(trainer.data_collator([rows[i] for i in range(7)])).last_hidden_state
-        samples = draw(model, regions, 5)  # (R, T)
+        samples = sample(model, regions, 5)  # (R, T)
         learnt = policy(model, model(encoder_outputs=(regions,), labels=samples).logits).log_softmax(-1)  # (R, T, V)
         state, drawn, words = None, [], torch.full((len(samples), 1), end)
         for t in range(samples.shape[1]):

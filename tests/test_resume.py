@@ -1,4 +1,4 @@
-"""Runs that are killed, run into a full disk, into a loss that is no number or into a broken picture, and go on afterwards."""
+"""Runs that are killed or that meet a full disk, a loss that is not finite or an unreadable image, and resume afterwards."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from hf_attncap.training.data.checks import Decoding
 from hf_attncap.training.data.collator import CaptionCollator
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
-from hf_attncap.training.trainers.checkpoint_files import UNFINISHED
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_attncap import AttnCapProcessor
+from hf_attncap.atomic import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "green", "blue", "white", "black"]
@@ -53,7 +53,7 @@ def captions(colour: str) -> list[str]:
 
 
 def write_data(folder: Path, split: str = "train") -> Path:
-    """Five images of four captions each, as files beside a table that names them: three batches of two an epoch."""
+    """Five image files with four captions each and a table with their paths: three batches of two per epoch."""
     folder.mkdir()
     lines = []
     for seed, colour in enumerate(COLOURS):
@@ -99,7 +99,7 @@ def options(table: Path, output: Path, **more: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def warm(table, tmp_path_factory) -> Path:
-    """A captioner that was trained a little, on features."""
+    """A captioner after a short training on cached features."""
     output = tmp_path_factory.mktemp("warm")
     assert main(options(table, output, save_strategy="no", num_train_epochs=6, feature_cache=output / "cache")) == 0
     return output
@@ -136,7 +136,7 @@ class Interruption(Exception):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """`interrupted(at)`: runs end without warning before step `at + 1`, until `interrupted(None)`."""
+    """`interrupted(at)` makes runs end suddenly before step `at + 1`, until `interrupted(None)`."""
     last: list[int | None] = [None]
     step = CaptionTrainer.training_step
 
@@ -157,17 +157,17 @@ def interrupted(monkeypatch):
     ("stage", "at", "more"),
     [
         ("decoder", 5, {}),
-        # Two steps an epoch.
+        # Two steps per epoch.
         pytest.param("decoder", 3, {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "save_steps": 1}, marks=pytest.mark.slow),
         ("encoder", 2, {}),
         pytest.param("encoder", 5, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, marks=pytest.mark.slow),
         ("self-critical", 5, {"ema_decay": 0.8}),
-        # From the end of an epoch, whose evaluation the run that goes on does not make again.
+        # At the end of an epoch, whose evaluation the resumed run does not repeat.
         ("decoder", 3, {"eval_strategy": "epoch", "save_steps": 1}),
     ],
     ids=["decoder", "accumulation and average", "encoder", "encoder, workers", "self-critical", "evaluation"],
 )
-def test_interrupted_run_ends_as_if_it_was_not(stages, table, validation, tmp_path, interrupted, stage, at, more):
+def test_interrupted_run_ends_like_an_uninterrupted_one(stages, table, validation, tmp_path, interrupted, stage, at, more):
     settings = {**stages[stage], **more, **(validation if "eval_strategy" in more else {})}
     whole, output = tmp_path / "whole", tmp_path / "broken"
     assert main(options(table, whole, **settings)) == 0
@@ -182,7 +182,7 @@ def test_interrupted_run_ends_as_if_it_was_not(stages, table, validation, tmp_pa
     assert json.loads((whole / f"checkpoint-{kept[-1]}" / "config.json").read_text())["use_cache"] is True
 
 
-def test_run_whose_last_checkpoint_was_its_end_makes_no_step_more(stages, table, tmp_path):
+def test_resuming_a_finished_run_makes_no_step(stages, table, tmp_path):
     output, settings = tmp_path / "run", {**stages["decoder"], "max_steps": 4}
     assert main(options(table, output, **settings)) == 0
     expected = weights(output)
@@ -192,7 +192,7 @@ def test_run_whose_last_checkpoint_was_its_end_makes_no_step_more(stages, table,
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(output).items())
 
 
-def test_evaluating_changes_nothing(stages, table, validation, tmp_path):
+def test_evaluation_does_not_change_training(stages, table, validation, tmp_path):
     settings = {**stages["decoder"], **validation}
     assert main(options(table, tmp_path / "without", **settings)) == 0
     assert main(options(table, tmp_path / "with", **settings, eval_strategy="steps", eval_steps=1)) == 0
@@ -200,17 +200,17 @@ def test_evaluating_changes_nothing(stages, table, validation, tmp_path):
 
 
 def test_every_evaluation_has_the_same_captions(stages, table, validation, tmp_path):
-    """Two of four captions: with a learning rate of zero the loss of each epoch is that of the first."""
+    """Two of four captions are sampled. With a learning rate of zero, the evaluation loss is the same in each epoch."""
     settings = {**stages["decoder"], **validation, "learning_rate": 0.0, "eval_strategy": "epoch", "save_strategy": "no"}
     assert main(options(table, tmp_path, **settings)) == 0
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert len(losses) == 4 and len(set(losses)) == 1
-    assert len({entry["loss"] for entry in history if "loss" in entry}) > 3  # training has others each time
+    assert len({entry["loss"] for entry in history if "loss" in entry}) > 3  # training samples other captions each time
 
 
-def test_patience_is_not_forgotten(stages, table, validation, tmp_path, interrupted):
-    """A learning rate of zero gets no better: with a patience of three the fourth evaluation ends the run, resumed or not."""
+def test_early_stopping_continues_after_resuming(stages, table, validation, tmp_path, interrupted):
+    """With a learning rate of zero nothing improves, so with a patience of three the fourth evaluation ends the run."""
     settings = {**stages["decoder"], **validation, "learning_rate": 0.0, "num_train_epochs": 8}
     settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss", "captions_per_image": 4}
     patient = {**settings, "early_stopping_patience": 3}
@@ -226,20 +226,20 @@ def test_patience_is_not_forgotten(stages, table, validation, tmp_path, interrup
     interrupted(None)
     assert main(options(table, tmp_path / "broken", resume_from_checkpoint="last", **patient)) == 0
     assert epochs(tmp_path / "broken") == 4
-    # Its end was in a checkpoint: nothing is trained any more. Who becomes more patient goes on.
+    # The checkpoint has the end of the run, so resuming trains nothing. With a higher patience it continues.
     assert main(options(table, tmp_path / "broken", resume_from_checkpoint="last", **patient)) == 0
     assert epochs(tmp_path / "broken") == 4
     more = {**settings, "early_stopping_patience": 4}
     assert main(options(table, tmp_path / "broken", resume_from_checkpoint="last", **more)) == 0
     assert epochs(tmp_path / "broken") == 5
-    # A checkpoint of a run without patience counts from then on.
+    # From a checkpoint of a run without early stopping, counting starts at zero.
     assert main(options(table, tmp_path / "other", **{**settings, "num_train_epochs": 1})) == 0
     assert main(options(table, tmp_path / "other", resume_from_checkpoint="last", **{**patient, "num_train_epochs": 2})) == 0
     assert epochs(tmp_path / "other") == 2
 
 
 def test_best_and_newest_checkpoints_are_kept(stages, table, validation, tmp_path):
-    """A learning rate that spoils the captioner: the best checkpoint is not always the newest; it alone remains at the end."""
+    """With this learning rate the captioner gets worse: the best checkpoint is not always the newest, and only it remains."""
     output = tmp_path / "run"
     each = {**validation, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
     best = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "learning_rate": 0.5, "save_total_limit": 1}
@@ -260,7 +260,7 @@ def test_best_and_newest_checkpoints_are_kept(stages, table, validation, tmp_pat
         assert main(options(table, output, **stages["decoder"], **each, **best)) == 0
     state = json.loads((output / "trainer_state.json").read_text())
     evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    losses = dict(enumerate(evaluated[:4], 1))  # behind them, that of the best one at the end
+    losses = dict(enumerate(evaluated[:4], 1))  # the last entry is the evaluation of the best checkpoint
     best_then = [min(list(losses)[:step], key=lambda step: losses[step]) for step in range(1, 5)]
     assert kept == [sorted({best, step}) for step, best in enumerate(best_then, 1)] and any(len(steps) == 2 for steps in kept)
     assert steps_of(output) == best_then[-1:] and not (output / UNFINISHED).exists()
@@ -268,7 +268,7 @@ def test_best_and_newest_checkpoints_are_kept(stages, table, validation, tmp_pat
     assert_same(output / f"checkpoint-{best_then[-1]}", output)
 
 
-def test_checkpoints_of_weights_alone(stages, table, tmp_path):
+def test_checkpoints_without_optimizer(stages, table, tmp_path):
     assert main(options(table, tmp_path, **stages["decoder"], save_only_model=True)) == 0
     assert steps_of(tmp_path) == [2, 4, 6, 8, 9]
     assert not list(tmp_path.glob("checkpoint-*/optimizer.pt")) and not (tmp_path / UNFINISHED).exists()
@@ -325,8 +325,8 @@ def test_epochs_draw_other_captions_and_crops_whoever_reads(warm, workers):
     )
 
 
-# Kills itself at the `sys.argv[2]`-th training step, file that torch saves (half of it is there), or file of the end that takes its
-# place.
+# Kills itself at the `sys.argv[2]`-th training step, file saved by torch (after a part of it), or final file that is
+# moved to its place.
 RUN = """
 import os, pathlib, signal, sys
 import torch
@@ -360,11 +360,11 @@ def killed(where: str, at: int, argv: list[str]) -> None:
 
 
 def test_killed_while_a_checkpoint_is_written(stages, table, tmp_path):
-    """Half a checkpoint never has a name that a resumed run finds, and is gone once that has started."""
+    """A resumed run does not find an unfinished checkpoint, and removes it when it starts."""
     settings, output = {**stages["decoder"], "max_steps": 5}, tmp_path / "killed"
     whole = tmp_path / "whole"
     assert main(options(table, whole, **settings)) == 0
-    killed("save", 6, options(table, output, **settings))  # a checkpoint has four files of torch's
+    killed("save", 6, options(table, output, **settings))  # torch saves four files per checkpoint
     assert steps_of(output) == [2] and (output / UNFINISHED / "checkpoint-4" / "model.safetensors").exists()
     assert main(options(table, output, resume_from_checkpoint="last", **settings)) == 0
     assert_same(whole, output)
@@ -377,8 +377,8 @@ def test_killed_while_a_checkpoint_is_written(stages, table, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{"ema_decay": 0.8}, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}])
 @pytest.mark.parametrize("stage", ["decoder", "encoder", "self-critical"])
-def test_killed_runs_end_as_if_they_were_not(stages, table, tmp_path, stage, more):
-    """Killed in a step, in a checkpoint and at the end, each time going on from the checkpoint before."""
+def test_killed_runs_end_like_an_uninterrupted_one(stages, table, tmp_path, stage, more):
+    """Killed in a step, in a checkpoint and at the end, and resumed each time."""
     settings = {**stages[stage], **more, "save_steps": 1, "save_total_limit": 2}
     whole, output = tmp_path / "whole", tmp_path / "killed"
     assert main(options(table, whole, **settings)) == 0
@@ -407,7 +407,7 @@ def assert_finite(output: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.8}])
-def test_loss_that_is_no_number_ends_the_run(stages, table, tmp_path, capsys, more):
+def test_loss_that_is_not_finite_ends_the_run(stages, table, tmp_path, capsys, more):
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "save_steps": 1}
     assert main(options(table, tmp_path, **stages["decoder"], **wild, **more)) == 2
     ways = ("lower `learning_rate` (now 1e+30)", "set `max_grad_norm` (now 0)", str(tmp_path / "checkpoint-1"))
@@ -416,18 +416,18 @@ def test_loss_that_is_no_number_ends_the_run(stages, table, tmp_path, capsys, mo
     assert_finite(tmp_path)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(stages, table, tmp_path, capsys):
-    """The loss was fine, the step was not, and a checkpoint or the end comes before the next loss."""
+def test_weights_that_are_not_finite_are_not_saved(stages, table, tmp_path, capsys):
+    """The loss is finite, but not the weights after the step, and they are saved before the next loss."""
     wild = {"learning_rate": 1e39, "max_grad_norm": 0}
     for more in ({"save_steps": 1}, {"save_strategy": "no", "max_steps": 1}):
         assert main(options(table, tmp_path, **{**stages["decoder"], **wild, **more})) == 2
-        assert_ends_in_one_sentence(capsys, "Step 1 made weights that are not finite", "there is no checkpoint yet")
+        assert_ends_in_one_sentence(capsys, "The weights of step 1 are not finite", "there is no checkpoint to resume from yet")
         assert steps_of(tmp_path) == [] and not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`at_step(step, action)`: what happens before a training step."""
+    """`at_step(step, action)` runs an action before a training step."""
     actions: dict[int, Any] = {}
     real = CaptionTrainer.training_step
 
@@ -441,7 +441,7 @@ def at_step(monkeypatch):
 
 @pytest.mark.parametrize("full", ["weights", "optimizer", "end"])
 def test_full_disk_ends_the_run_and_the_earlier_checkpoint_stays(stages, table, tmp_path, capsys, at_step, full):
-    """Files larger than a limit cannot be written: those of the weights, or those of the optimizer, twice as large."""
+    """A limit of the file size prevents writing the weights, or the optimizer state, which is twice as large."""
     settings = {**stages["encoder"], "max_steps": 5, **({"save_strategy": "no"} if full == "end" else {})}
     output, whole = tmp_path / "full", tmp_path / "whole"
     assert main(options(table, whole, **settings)) == 0
@@ -464,7 +464,7 @@ def test_full_disk_ends_the_run_and_the_earlier_checkpoint_stays(stages, table, 
 
 
 @pytest.mark.parametrize(("fault", "workers"), [("vanished", 0), pytest.param("broken", 2, marks=pytest.mark.slow)])
-def test_broken_picture_ends_the_run_which_goes_on_when_it_is_mended(stages, tmp_path, capsys, at_step, fault, workers):
+def test_unreadable_image_ends_the_run_which_resumes_after_repair(stages, tmp_path, capsys, at_step, fault, workers):
     table, output = write_data(tmp_path / "pictures"), tmp_path / "run"
     settings = {**stages["encoder"], "dataloader_num_workers": workers}
     assert main(options(table, tmp_path / "whole", **settings)) == 0

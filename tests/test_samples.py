@@ -1,4 +1,4 @@
-"""Captions of validation images while training goes on: in files, in the log and where a run reports to."""
+"""Captions of validation images during training: in files, in the log and in trackers."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.ema import LIVE_WEIGHTS_FILE
-from hf_attncap.training.trainers.samples import SampleCaptions
+from hf_attncap.training.trainers.sample_captions import SampleCaptions
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,7 +35,7 @@ TINY = {
 
 
 def picture(colour: str) -> bytes:
-    """Four by four blocks around the colour."""
+    """Four by four random blocks, tinted with the colour."""
     random = np.random.default_rng(list(colour.encode()))
     blocks = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     blocks = Image.blend(blocks, Image.new("RGB", blocks.size, COLOURS[colour]), 0.3)
@@ -50,7 +50,7 @@ def references(colour: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder of train.parquet and validation.parquet, with the same pictures under other names."""
+    """A folder with train.parquet and validation.parquet, which have the same images under different ids."""
     folder = tmp_path_factory.mktemp("data")
     for split in ("train", "validation"):
         rows = {
@@ -91,7 +91,7 @@ def options(data: Path, output: Path, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """A captioner that knows what it sees, and says it by chance."""
+    """A trained captioner whose generation settings are random sampling."""
     folder = tmp_path_factory.mktemp("trained")
     assert main(options(data, folder, max_steps=25, eval_strategy="no", num_logged_images=0)) == 0
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -118,7 +118,7 @@ def said_by(checkpoint: Path, live: bool = False) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_every_evaluation_leaves_captions_and_pictures(data, tmp_path, caplog):
+def test_every_evaluation_writes_captions_and_plots(data, tmp_path, caplog):
     assert main(options(data, tmp_path)) == 0
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step-000002", "final"}
     for folder in (tmp_path / "samples").iterdir():
@@ -135,7 +135,7 @@ def test_every_evaluation_leaves_captions_and_pictures(data, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"feature_cache": "maps"}, {"streaming": True}], ids=["pictures", "cached maps", "stream"])
-def test_captions_are_the_captioner_s_own_whatever_is_read(more, tiny_checkpoint, data, tmp_path, quick_drawing, monkeypatch):
+def test_captions_equal_those_of_the_saved_captioner(more, tiny_checkpoint, data, tmp_path, quick_drawing, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = {**more, "model_name_or_path": tiny_checkpoint, "max_steps": 1, "eval_strategy": "no", "learning_rate": 1e-9}
     assert main(options(data, tmp_path / "run", **more)) == 0
@@ -144,9 +144,9 @@ def test_captions_are_the_captioner_s_own_whatever_is_read(more, tiny_checkpoint
 
 
 @pytest.mark.slow
-def test_averaged_weights_are_what_speaks(data, tmp_path, quick_drawing):
+def test_captions_come_from_the_ema_weights(data, tmp_path, quick_drawing):
     more = {"ema_decay": 0.999, "save_strategy": "steps", "save_steps": 12, "eval_steps": 12, "max_steps": 12}
-    more["learning_rate"] = 0.2  # so that the average lags behind enough to say something else
+    more["learning_rate"] = 0.2  # large enough for different captions of average and live weights
     assert main(options(data, tmp_path, **more)) == 0
     checkpoint = tmp_path / "checkpoint-12"
     said = captions_of(tmp_path / "samples" / "step-000012")
@@ -155,8 +155,8 @@ def test_averaged_weights_are_what_speaks(data, tmp_path, quick_drawing):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("self_critical", [False, True], ids=["cross-entropy", "self-critical"])
-def test_samples_leave_the_run_as_it_is(self_critical, trained, data, tmp_path, quick_drawing):
-    """Captions that are drawn at random, between steps with dropout, drawn captions and drawn samples."""
+def test_sampling_captions_does_not_change_the_run(self_critical, trained, data, tmp_path, quick_drawing):
+    """With random captions between steps that use dropout, sampled references and self-critical samples."""
     more = {"model_name_or_path": trained, "max_steps": 4, "eval_steps": 1, "self_critical": self_critical}
     for name, images in (("without", 0), ("with", 3)):
         assert main(options(data, tmp_path / name, num_logged_images=images, **more)) == 0
@@ -166,7 +166,7 @@ def test_samples_leave_the_run_as_it_is(self_critical, trained, data, tmp_path, 
     assert whole == other != (trained / "model.safetensors").read_bytes()
 
 
-def test_what_cannot_be_written_is_a_warning_and_the_run_goes_on(data, tmp_path, caplog):
+def test_unwritable_samples_are_a_warning_and_training_continues(data, tmp_path, caplog):
     (tmp_path / "samples").write_text("in the way")
     assert main(options(data, tmp_path)) == 0
     assert (tmp_path / "metrics.json").exists()
@@ -180,7 +180,7 @@ def test_negative_number_is_refused(data, tmp_path, capsys):
 
 
 def evaluate(checkpoint: Path, output: Path, ids: list[str], *, main_process: bool = True, report_to: Any = (), change=None) -> Any:
-    """An evaluation at step 7, after which the callback is asked to sample; returns the model."""
+    """Call the callback after an evaluation at step 7; returns the model."""
     model, processor = AttnCapForConditionalGeneration.from_pretrained(checkpoint), AttnCapProcessor.from_pretrained(checkpoint)
     if change:
         change(model)
@@ -195,7 +195,7 @@ def evaluate(checkpoint: Path, output: Path, ids: list[str], *, main_process: bo
     return model
 
 
-def test_any_image_id_gives_a_file_of_its_own_in_the_folder(tiny_checkpoint, tmp_path, quick_drawing):
+def test_any_image_id_gives_a_separate_file_in_the_folder(tiny_checkpoint, tmp_path, quick_drawing):
     ids = ["../a/dog.jpg", "../b/dog.jpg", "https://x.org/p?q=1&r=../..", "", "狗" * 300, "nul\0name"]
     evaluate(tiny_checkpoint, tmp_path, ids)
     folder = tmp_path / "samples" / "step-000007"
@@ -203,7 +203,7 @@ def test_any_image_id_gives_a_file_of_its_own_in_the_folder(tiny_checkpoint, tmp
     assert len(list(folder.glob("*.jpg"))) == len(ids) and len(list(tmp_path.rglob("*"))) == len(ids) + 3
 
 
-def test_caption_without_words_has_a_picture_too(tiny_checkpoint, tmp_path, caplog):
+def test_caption_without_words_has_a_plot(tiny_checkpoint, tmp_path, caplog):
     def say_nothing(model) -> None:
         with torch.no_grad():
             model.lm_head.bias[model.config.eos_token_id] = 1e4
@@ -214,17 +214,17 @@ def test_caption_without_words_has_a_picture_too(tiny_checkpoint, tmp_path, capl
     assert not [message for message in caplog.messages if message.startswith("samples:")]
 
 
-def test_only_the_main_process_samples(tiny_checkpoint, tmp_path):
+def test_only_the_main_process_writes_samples(tiny_checkpoint, tmp_path):
     evaluate(tiny_checkpoint, tmp_path, ["1"], main_process=False)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_tracker_gets_pictures_with_captions_under_the_step(package, tiny_checkpoint, tmp_path, quick_drawing, monkeypatch):
+def test_tracker_gets_plots_and_captions_with_the_step(package, tiny_checkpoint, tmp_path, quick_drawing, monkeypatch):
     logged = []
 
     def draw_and_log(entries):
-        logged.append((entries, random.random(), np.random.random()))  # names of files are drawn
+        logged.append((entries, random.random(), np.random.random()))  # trackers choose file names at random
 
     tracker = SimpleNamespace(Image=lambda path, caption: (Image.open(path).size, caption), log=draw_and_log)
     monkeypatch.setitem(sys.modules, package, tracker)
@@ -238,7 +238,7 @@ def test_tracker_gets_pictures_with_captions_under_the_step(package, tiny_checkp
 
 
 @pytest.mark.parametrize("self_critical", [False, True], ids=["cross-entropy", "self-critical"])
-def test_tensorboard_has_curves_captions_and_pictures(self_critical, trained, data, tmp_path, quick_drawing):
+def test_tensorboard_has_curves_captions_and_plots(self_critical, trained, data, tmp_path, quick_drawing):
     reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     more = {"report_to": "tensorboard", "predict_with_generate": True, "model_name_or_path": trained}
     assert main(options(data, tmp_path, self_critical=self_critical, **more)) == 0
@@ -259,7 +259,7 @@ def test_tensorboard_has_curves_captions_and_pictures(self_critical, trained, da
 
 
 @pytest.mark.parametrize(("tracker", "message"), [("wandb", "pip install wandb"), ("wandbb", "wandbb is not supported")])
-def test_tracker_that_is_not_there_is_named_before_data_are_read(tracker, message, tmp_path, capsys, monkeypatch):
+def test_missing_tracker_is_reported_before_data_are_read(tracker, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     assert main(["--train_file", "nowhere.parquet", "--report_to", tracker, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err

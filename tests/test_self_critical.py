@@ -1,4 +1,4 @@
-"""Self-critical training against plain mathematics; averaged weights, early stopping."""
+"""Self-critical training compared with plain formulas; EMA of the weights, early stopping."""
 
 import io
 import json
@@ -18,8 +18,7 @@ from hf_attncap.training.data.vocabulary import build_tokenizer
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, policy
-from hf_attncap.training.trainers.dropout import silence
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, draw
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, disable_dropout, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,7 +37,7 @@ CHANNELS = 576  # of the smallest backbone's map
 
 
 def rows() -> list[dict]:
-    """Four images as maps of a backbone, (D, 1, 2), with three captions each."""
+    """Four images as feature maps of a backbone, (D, 1, 2), with three captions each."""
     maps = np.random.default_rng(0).normal(size=(len(WORDS), CHANNELS, 1, 2)).astype(np.float32)
     return [
         {"backbone_features": features, "captions": captions, "image_id": name}
@@ -59,7 +58,7 @@ def captioner(processor, **config) -> AttnCapForConditionalGeneration:
     model = AttnCapForConditionalGeneration(
         AttnCapConfig(backbone="mobilenet_v3_small", encoder_channels=24, vocab_size=len(processor.tokenizer), **settings)
     )
-    # As trained checkpoints have them; samples are drawn without their repetition rule.
+    # As in trained checkpoints; sampling ignores their repetition rule.
     model.generation_config.update(max_new_tokens=9, num_beams=3, no_repeat_ngram_size=2)
     return model
 
@@ -94,7 +93,7 @@ def trainer_of(model, processor, output: Path, trainer_class=SelfCriticalTrainer
 
 @pytest.fixture(scope="module")
 def warm(processor, tmp_path_factory) -> Path:
-    """A captioner after a short training on the captions themselves."""
+    """A captioner after a short training on the captions."""
     folder = tmp_path_factory.mktemp("warm")
     model = captioner(processor)
     trainer_of(model, processor, folder, CaptionTrainer, max_steps=25).train()
@@ -116,7 +115,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def loss_of(trainer, batches: list[dict]) -> torch.Tensor:
-    """The sum of the losses of accumulated batches, their gradients added up: what the Trainer's loop does before a step."""
+    """The sum of the losses of accumulated batches; adds their gradients, as the Trainer does before a step."""
     trainer.model.zero_grad()
     taken, words = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(taken)
@@ -124,7 +123,7 @@ def loss_of(trainer, batches: list[dict]) -> torch.Tensor:
 
 
 @given(st.integers(2, 6), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_baseline_is_the_mean_of_the_images_other_samples(k, images, random):
+def test_baseline_is_the_mean_of_the_other_samples_of_the_image(k, images, random):
     rewards = [random.uniform(0, 10) for _ in range(k * images)]
     expected = []
     for place, reward in enumerate(rewards):
@@ -135,13 +134,13 @@ def test_baseline_is_the_mean_of_the_images_other_samples(k, images, random):
 
 
 def plain_loss(model, features, samples, advantage) -> torch.Tensor:
-    """-sum advantage * log p, word by word, each caption alone: no batch, no padding, no shared encoding."""
+    """-sum advantage * log p, word by word and caption by caption: no batch, no padding, no shared encoding."""
     never = model.generation_config.suppress_tokens
     total = torch.zeros((), dtype=torch.float64)
     per_image = len(samples) // len(features)
-    for row, (sample, gain) in enumerate(zip(samples, advantage)):
+    for row, (tokens, gain) in enumerate(zip(samples, advantage)):
         words = [model.config.decoder_start_token_id]
-        for word in sample:
+        for word in tokens:
             ids = torch.tensor([words])
             picture = features[row // per_image][None]
             logits = model(backbone_features=picture, decoder_input_ids=ids, use_cache=False).logits[0, -1]
@@ -152,15 +151,15 @@ def plain_loss(model, features, samples, advantage) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["none", "history"])
-def test_loss_and_gradients_equal_plain_float64_mathematics(processor, tmp_path, monkeypatch, kind):
+def test_loss_and_gradients_equal_plain_float64_formulas(processor, tmp_path, monkeypatch, kind):
     model = captioner(processor, word_attention=kind).double()
     never, end = model.generation_config.suppress_tokens, model.config.eos_token_id
     words = [v for v in range(len(processor.tokenizer)) if v not in never and v != end]
-    # Ended, empty, unfinished and repeated samples; two for each of the four images.
+    # Ended, empty, unfinished and repeated samples, two per image.
     samples = [[*words[:3], end], [end], words[3:12], [*words[:2], end], [*words[4:8], end], words[5:6] * 4, [words[0], end], [end]]
     longest = max(map(len, samples))
     padded = torch.tensor([row + [-100] * (longest - len(row)) for row in samples])
-    monkeypatch.setattr(self_critical, "draw", lambda *_: padded)
+    monkeypatch.setattr(self_critical, "sample", lambda *_: padded)
     trainer = trainer_of(model, processor, tmp_path, samples_per_image=2)
     batch = batch_of(processor)
     batch["backbone_features"] = batch["backbone_features"].double()
@@ -184,13 +183,13 @@ def test_loss_and_gradients_equal_plain_float64_mathematics(processor, tmp_path,
         torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_probabilities_of_the_step_are_those_that_samples_were_drawn_from(warm, processor):
-    """Frequencies of many first words agree with what the scoring pass says, and no forbidden word is ever drawn."""
+def test_sampling_and_loss_use_the_same_probabilities(warm, processor):
+    """Frequencies of sampled first words equal the probabilities of the loss, and suppressed words are never sampled."""
     model = load(warm)
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=batch_of(processor)["backbone_features"]).last_hidden_state
     torch.manual_seed(1)
-    samples = draw(model, regions, 500)
+    samples = sample(model, regions, 500)
     first = samples[:, :1]
     p = policy(model, model(encoder_outputs=(regions,), labels=first).logits[:, 0]).softmax(-1).unflatten(0, (4, 500))[:, 0]
     counts = torch.stack([torch.bincount(row, minlength=p.shape[-1]) for row in first.flatten().unflatten(0, (4, 500))])
@@ -203,7 +202,7 @@ def test_probabilities_of_the_step_are_those_that_samples_were_drawn_from(warm, 
 
 
 def ending_with(warm, ends: Any) -> Any:
-    """The captioner with these `eos_token_id`s, where the checkpoint names one."""
+    """The captioner with these `eos_token_id`s in place of one."""
     config = load(warm).config
     config.eos_token_id = ends
     model = AttnCapForConditionalGeneration(config)
@@ -215,20 +214,20 @@ def ending_with(warm, ends: Any) -> Any:
 def test_each_of_several_end_tokens_ends_a_sample(warm, processor, tmp_path):
     also = processor.tokenizer.convert_tokens_to_ids("square")
     model = ending_with(warm, [2, also])
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=batch_of(processor)["backbone_features"]).last_hidden_state
     torch.manual_seed(1)
-    samples = draw(model, regions, 100)  # (R, T)
+    samples = sample(model, regions, 100)  # (R, T)
     is_end = (samples == 2) | (samples == also)
     assert torch.equal(is_end.cumsum(1) - is_end.long() > 0, samples == -100)
     assert (samples == 2).any() and (samples == also).any()
     trainer = trainer_of(model, processor, tmp_path)
-    trainer._judge(samples, list(WORDS))
-    assert trainer._tally[4] == is_end.any(dim=1).sum(), "of samples that ended"
+    trainer._advantage(samples, list(WORDS))
+    assert trainer._sums[4] == is_end.any(dim=1).sum(), "of samples that ended"
 
 
-def test_scoring_again_gives_the_same_logits_and_batch_norm_stays(processor, tmp_path):
-    """No dropout in the self-critical part, also with a backbone that learns, whose batch norm must not move."""
+def test_self_critical_loss_has_no_dropout_and_fixed_batch_norm(processor, tmp_path):
+    """Also with a trainable backbone."""
     model = captioner(processor, freeze_backbone=False, dropout=0.9)
     pictures = torch.randn(4, 3, 32, 64)
     batch = {**batch_of(processor), "pixel_values": pictures}
@@ -244,26 +243,26 @@ def test_scoring_again_gives_the_same_logits_and_batch_norm_stays(processor, tmp
     assert any("backbone" in name and gradient.abs().sum() > 0 for name, gradient in gradients(model).items())
 
 
-def test_accumulated_batches_give_the_gradients_of_one(warm, processor, tmp_path, monkeypatch):
+def test_accumulated_batches_have_the_gradients_of_one_batch(warm, processor, tmp_path, monkeypatch):
     model = load(warm)
     trainer = trainer_of(model, processor, tmp_path)
     whole = batch_of(processor)
-    silence(model)
+    disable_dropout(model)
     regions = model.base_model.encoder(backbone_features=whole["backbone_features"]).last_hidden_state
-    fixed = draw(model, regions, 5)
-    monkeypatch.setattr(self_critical, "draw", lambda *_: fixed)
+    fixed = sample(model, regions, 5)
+    monkeypatch.setattr(self_critical, "sample", lambda *_: fixed)
     one = loss_of(trainer, [whole])
     expected = gradients(model)
     halves = iter([fixed[:10], fixed[10:]])
-    monkeypatch.setattr(self_critical, "draw", lambda *_: next(halves))
+    monkeypatch.setattr(self_critical, "sample", lambda *_: next(halves))
     two = loss_of(trainer, [batch_of(processor, rows()[:2]), batch_of(processor, rows()[2:])])
     assert float(two) == pytest.approx(float(one), rel=1e-4)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_weight_one_is_plain_training(warm, processor, tmp_path):
-    """Dropout and the regulariser of attention included; a half is the mean of both parts."""
+def test_weight_one_is_cross_entropy_training(warm, processor, tmp_path):
+    """With dropout and the attention regulariser; with weight 0.5, the loss is the mean of both parts."""
     critical, plain = load(warm), load(warm)
     batch = batch_of(processor)
     losses = {}
@@ -274,8 +273,9 @@ def test_weight_one_is_plain_training(warm, processor, tmp_path):
         losses[weight] = float(loss_of(trainer, [dict(batch)]))
     trainer = trainer_of(plain, processor, tmp_path, CaptionTrainer)
     torch.manual_seed(4)
-    silence(plain)
-    draw(plain, plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state, 5)  # moves the seed on
+    disable_dropout(plain)
+    regions = plain.base_model.encoder(backbone_features=batch["backbone_features"]).last_hidden_state
+    sample(plain, regions, 5)  # takes the same random numbers as the losses above
     expected = float(loss_of(trainer, [{name: x for name, x in batch.items() if name != "image_ids"}]))
     assert losses[1.0] == pytest.approx(expected, rel=1e-6)
     assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
@@ -283,16 +283,16 @@ def test_weight_one_is_plain_training(warm, processor, tmp_path):
         torch.testing.assert_close(gradients(critical)[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_unfinished_sample_earns_less(warm, processor, tmp_path):
+def test_unfinished_sample_has_a_lower_reward(warm, processor, tmp_path):
     model = load(warm)
     trainer = trainer_of(model, processor, tmp_path)
     words = processor(text_target=["a red square on the table"], return_tensors="pt")["labels"][0].tolist()
     samples = torch.tensor([words, [*words[:-1], -100]])
-    ended, cut = trainer._judge(samples, ["red"]).tolist()
+    ended, cut = trainer._advantage(samples, ["red"]).tolist()
     assert ended > 0.1 and cut == pytest.approx(-ended)
 
 
-def test_reward_rises(warm, processor, tmp_path):
+def test_reward_increases_in_training(warm, processor, tmp_path):
     trainer = trainer_of(load(warm), processor, tmp_path, max_steps=60, learning_rate=0.005, logging_steps=10)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -303,7 +303,7 @@ def test_reward_rises(warm, processor, tmp_path):
         assert 0 < entry["sample_length"] <= 9 and 0 < entry["sample_ended"] <= 1 and 0.2 <= entry["sample_distinct"] <= 1
 
 
-def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_them(warm, processor, tmp_path, monkeypatch):
+def test_document_frequencies_come_from_training_captions_and_are_reused_when_resuming(warm, processor, tmp_path, monkeypatch):
     trainer = trainer_of(load(warm), processor, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     tokens = {name: [tokenize(caption) for caption in captions] for name, captions in WORDS.items()}
@@ -314,19 +314,19 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
     assert saved.reward(["red"], sample, [True]) == by_hand.reward(["red"], sample, [True])
 
     def counted(*args, **kwargs):
-        raise AssertionError("counted again")
+        raise AssertionError("computed again")
 
     monkeypatch.setattr(DocumentFrequencies, "from_references", counted)
     checkpoint = str(tmp_path / "checkpoint-1")
     resumed = trainer_of(load(warm), processor, tmp_path, max_steps=3, resume_from_checkpoint=checkpoint)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert resumed.state.global_step == 3
-    with pytest.raises(AssertionError, match="counted again"):
+    with pytest.raises(AssertionError, match="computed again"):
         trainer_of(load(warm), processor, tmp_path)
 
     monkeypatch.undo()
     DocumentFrequencies.from_references([[["a"]]], end_token=True).save(tmp_path / "document_frequencies.npz")
-    with pytest.raises(SettingError, match="of 1 images, but there are 4"):
+    with pytest.raises(SettingError, match="on 1 images, but there are 4"):
         trainer_of(load(warm), processor, tmp_path, resume_from_checkpoint=checkpoint)
 
 
@@ -345,12 +345,12 @@ def test_frequencies_are_those_of_the_training_captions_and_a_resumed_run_reads_
         ({"early_stopping_patience": 0, "metric_for_best_model": "loss", "eval_strategy": "epoch"}, "at least 1"),
     ],
 )
-def test_wrong_settings_are_named(settings, message, tmp_path):
+def test_invalid_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(SettingError, match=message):
         CaptionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
-def test_checkpoint_without_a_longest_caption_is_refused(processor, tmp_path):
+def test_checkpoint_without_max_new_tokens_is_refused(processor, tmp_path):
     model = captioner(processor)
     model.generation_config.max_new_tokens = None
     with pytest.raises(SettingError, match="`max_new_tokens`"):
@@ -365,7 +365,7 @@ def averaged_by_hand(path: list[dict[str, torch.Tensor]], decay: float) -> dict[
     return average
 
 
-def test_dropped_inputs_are_a_select_share_regions_and_words_and_only_of_training(warm, processor, tmp_path):
+def test_input_dropout_affects_regions_and_words_in_training_only(warm, processor, tmp_path):
     model, plain = load(warm), load(warm)
     trainer_of(model, processor, tmp_path, CaptionTrainer, input_dropout=0.25)
     ids = torch.arange(4, 12).repeat(50, 1)
@@ -380,14 +380,14 @@ def test_dropped_inputs_are_a_select_share_regions_and_words_and_only_of_trainin
         four_errors = 4 * (0.25 * 0.75 / found.numel()) ** 0.5
         assert abs(1 - kept.double().mean() - 0.25) < four_errors
         assert torch.allclose(found[kept], whole[kept] / 0.75)
-    for quiet in (torch.nn.Module.eval, silence):
+    for quiet in (torch.nn.Module.eval, disable_dropout):
         quiet(model)
         assert all(torch.equal(found, whole) for found, whole in zip(inputs_of(model), wanted))
 
 
 @pytest.mark.parametrize("trainer_class", [CaptionTrainer, SelfCriticalTrainer])
-def test_averaged_weights_are_evaluated_saved_and_resumed(warm, processor, tmp_path, trainer_class):
-    decay, path = 0.22, []  # less than 3 / 12, which is reached on the way
+def test_ema_weights_are_evaluated_saved_and_resumed(warm, processor, tmp_path, trainer_class):
+    decay, path = 0.22, []  # below 3 / 12, so the warm-up of the decay ends within the run
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -418,10 +418,10 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(warm, processor, tmp_p
         torch.testing.assert_close(again.model.get_parameter(name), model.get_parameter(name), msg=f"averaged {name}")
 
 
-def test_best_of_averaged_checkpoints_is_loaded_at_the_end(warm, processor, tmp_path):
+def test_best_ema_checkpoint_is_loaded_at_the_end(warm, processor, tmp_path):
     more = {"ema_decay": 0.5, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     model = load(warm)
-    # A learning rate that spoils the model: the first checkpoint is the best.
+    # With this learning rate the model gets worse, so the first checkpoint is the best.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5}
     trainer = trainer_of(model, processor, tmp_path, CaptionTrainer, **more, **best)
     trainer.train()
@@ -432,7 +432,7 @@ def test_best_of_averaged_checkpoints_is_loaded_at_the_end(warm, processor, tmp_
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory) -> Path:
-    """The four images as pictures of noise."""
+    """The four images as noise."""
     pictures = []
     for seed in range(len(WORDS)):
         noise = np.random.default_rng(seed).integers(0, 256, (32, 64, 3), dtype=np.uint8)
@@ -463,8 +463,8 @@ def options(warm, parquet, output, **more) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def test_run_from_the_command_line_stops_early_and_keeps_the_best(warm, parquet, tmp_path):
-    """Evaluations with beams choose the checkpoint; a learning rate of zero gets no better, so one more evaluation ends it."""
+def test_command_line_run_stops_early_and_keeps_the_best_checkpoint(warm, parquet, tmp_path):
+    """Evaluations use beam search. With a learning rate of zero nothing improves, so the second evaluation ends the run."""
     config = Path(main.__code__.co_filename).parent / "configs" / "flickr8k_mobilenet_v2_self_critical.yaml"
     more = {"feature_cache": tmp_path / "cache", "validation_file": parquet, "eval_strategy": "epoch", "save_strategy": "epoch"}
     more |= {"learning_rate": 0, "encoder_learning_rate": 0}
@@ -476,14 +476,14 @@ def test_run_from_the_command_line_stops_early_and_keeps_the_best(warm, parquet,
     assert len([entry for entry in state["log_history"] if "reward" in entry]) == 2
 
 
-def test_a_captioner_has_to_be_trained_before(parquet, tmp_path, capsys):
+def test_self_critical_training_needs_a_trained_checkpoint(parquet, tmp_path, capsys):
     argv = options("", parquet, tmp_path)
     assert main(argv[2:]) == 2
     assert "give `--model_name_or_path`" in capsys.readouterr().err
 
 
-# Samples that are the same however images are spread: the i-th of an image says the i-th likeliest word at each step. A mark is
-# left wherever document frequencies are counted.
+# Deterministic samples that do not depend on the process of an image: the i-th sample takes the i-th most likely word at each step.
+# Each process that computes document frequencies leaves a file.
 RUN = """
 import sys
 import torch
@@ -504,7 +504,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_step_of_one(warm, parquet, tmp_path):
+def test_two_processes_make_the_same_step_as_one(warm, parquet, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -1,4 +1,4 @@
-"""`--push_to_hub`, against a server on this machine that keeps what it is sent."""
+"""`--push_to_hub`, with a local server in place of the Hub."""
 
 import base64
 import json
@@ -26,17 +26,17 @@ make_pipeline: Any = pipeline  # its overloads know only the library's own tasks
 
 @dataclass
 class Hub:
-    """What the Hub was asked, and what it has: commits, each the message and the files it brings, by repository."""
+    """Requests to the Hub, and the message and files of each commit, by repository."""
 
     folder: Path
-    refuse: set[str] = field(default_factory=set)  # kinds of requests that it will not answer
+    refuse: set[str] = field(default_factory=set)  # kinds of requests that it refuses
     tokens: set[str] = field(default_factory=set)
     repositories: list[str] = field(default_factory=list)
     commits: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def answer(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, Any]]:
         kind = next((kind for kind in ("create", "preupload", "commit", "validate-yaml") if f"/{kind}" in path), "other")
-        if kind == "validate-yaml":  # of a card, which anybody may ask
+        if kind == "validate-yaml":  # of a card, without a token
             return 200, {"errors": [], "warnings": []}
         if kind == "other":
             return 404, {"error": f"There is no {path}."}
@@ -101,7 +101,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def train(tiny_checkpoint, tmp_path):
-    """Runs a fine-tuning in `tmp_path/run` and gives its exit code."""
+    """Run fine-tuning in `tmp_path/run` and return the exit code."""
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "validation"):
@@ -138,7 +138,7 @@ EXPORT = {"config.json", "generation_config.json", "model.safetensors", "process
 
 
 @pytest.mark.slow
-def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tmp_path, pictures, remote_code):
+def test_pushed_captioner_loads_with_remote_code(hub, train, tmp_path, pictures, remote_code):
     card = tmp_path / "run" / "README.md"
     card.parent.mkdir()
     card.write_text("# Mine\n")
@@ -148,7 +148,7 @@ def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tm
     assert message == "End of training" and set(files) >= EXPORT | {"README.md", "modeling_attncap.py", "pipeline_attncap.py"}
     assert not [name for name in files if not name.endswith((".json", ".safetensors", "_attncap.py", "README.md"))]
     assert not [name for name in files if "/" in name or name == "live_weights.safetensors"]
-    assert (tmp_path / "run" / "samples" / "final").is_dir()  # here, but not there
+    assert (tmp_path / "run" / "samples" / "final").is_dir()  # local only
 
     received, picture = hub.folder / "me" / "mine", str(pictures[0])
     assert (received / "README.md").read_text() == "# Mine\n"
@@ -165,7 +165,7 @@ def test_what_is_pushed_is_a_captioner_that_loads_by_its_own_code(hub, train, tm
     ("strategy", "folders"),
     [("every_save", set()), ("checkpoint", {"last-checkpoint"}), ("all_checkpoints", {"checkpoint-1", "checkpoint-2"})],
 )
-def test_strategies(strategy, folders, hub, train, tmp_path):
+def test_hub_strategies(strategy, folders, hub, train, tmp_path):
     assert train(hub_strategy=strategy, hub_always_push=True) == 0
     assert hub.repositories == ["me/run"]  # named after the output folder
     assert [message for message, _ in hub.commits] == [*(f"Training in progress, step {n}" for n in (1, 2)), "End of training"]
@@ -178,7 +178,7 @@ def test_strategies(strategy, folders, hub, train, tmp_path):
         assert {"optimizer.pt", "trainer_state.json", "model.safetensors"} <= names
 
 
-def test_upload_that_fails_on_the_way_is_a_warning_and_at_the_end_one_sentence(hub, train, tmp_path, capsys, caplog):
+def test_failed_upload_is_a_warning_during_training_and_an_error_at_the_end(hub, train, tmp_path, capsys, caplog):
     hub.refuse = {"preupload"}
     assert train(hub_model_id="me/mine", hub_always_push=True) == 2
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -198,7 +198,7 @@ def test_upload_that_fails_on_the_way_is_a_warning_and_at_the_end_one_sentence(h
     ],
     ids=["no token", "wrong token", "bad name"],
 )
-def test_what_is_wrong_is_said_before_data_are_read(more, refuse, message, hub, train, capsys):
+def test_hub_errors_are_reported_before_data_are_read(more, refuse, message, hub, train, capsys):
     hub.refuse = refuse
     assert train(train_file="nowhere.parquet", **more) == 2
     error = capsys.readouterr().err

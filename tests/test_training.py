@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_attncap.training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
-from hf_attncap.training.checkpoints.average import blend
+from hf_attncap.training.checkpoints.average import average_checkpoints
 from hf_attncap.training.checkpoints.pack import pack
 from hf_attncap.training.checkpoints.record import stage
 from hf_attncap.training.data.collator import CaptionCollator
@@ -279,7 +279,7 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
     pack(tmp_path / "whole", tmp_path / "half", {"num_beams": 7, "length_penalty": 0.5})
     said = json.loads((tmp_path / "half" / "generation_config.json").read_text())
     assert (said["num_beams"], said["length_penalty"]) == (7, 0.5)
-    with pytest.raises(ValueError, match="no such settings of generation: beams"):
+    with pytest.raises(ValueError, match="Unknown generation settings: beams"):
         pack(tmp_path / "whole", tmp_path / "wrong", {"beams": 7})
     assert not (tmp_path / "wrong").exists()
     whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
@@ -293,7 +293,7 @@ def test_packed_checkpoint_is_half_the_size_and_loads_in_float32(processor, tmp_
         torch.testing.assert_close(loaded(pixel_values=pixels, decoder_input_ids=ids).logits, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
+def test_averaged_checkpoint_is_the_weighted_mean(processor, tmp_path):
     config = AttnCapForConditionalGeneration.config_class(vocab_size=len(processor.tokenizer), **TINY)
     states = {}
     for name in ("first", "second"):
@@ -303,7 +303,7 @@ def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
         states[name] = model.state_dict()
     (tmp_path / "first" / "training.json").write_text('[{"steps": 5}]')
     (tmp_path / "second" / "training.json").write_text('[{"steps": 5}, {"steps": 7}]')
-    out = blend([tmp_path / "first", tmp_path / "second"], tmp_path / "out", [1, 3])
+    out = average_checkpoints([tmp_path / "first", tmp_path / "second"], tmp_path / "out", [1, 3])
     for name, value in AttnCapForConditionalGeneration.from_pretrained(out).state_dict().items():
         first, second = states["first"][name], states["second"][name]
         assert torch.allclose(value.double(), 0.25 * first.double() + 0.75 * second.double(), atol=1e-6), name
@@ -311,23 +311,23 @@ def test_blended_checkpoint_lies_between_the_two(processor, tmp_path):
     parts = [{"share": 1, "stages": []}, {"share": 3, "stages": [{"steps": 7}]}]
     assert json.loads((out / "training.json").read_text()) == [{"steps": 5}, {"blend": parts}]
 
-    same = blend([tmp_path / "first", tmp_path / "second", out], tmp_path / "same")  # equal shares
+    same = average_checkpoints([tmp_path / "first", tmp_path / "second", out], tmp_path / "same")  # equal weights
     for name, value in AttnCapForConditionalGeneration.from_pretrained(same).state_dict().items():
         mean = (1.25 * states["first"][name].double() + 1.75 * states["second"][name].double()) / 3
         assert torch.allclose(value.double(), mean, atol=1e-6), name
 
     AttnCapForConditionalGeneration(config.__class__(**{**config.to_dict(), "hidden_size": 16})).save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"differ in shape: blend checkpoints of one captioner"):
-        blend([tmp_path / "other", tmp_path / "second"], tmp_path / "wrong")
-    for shares in ([1], [1, 0], [1, -1], [1, math.inf], [math.nan, 1]):
-        with pytest.raises(ValueError, match="give 2 finite ones above 0, one for each"):
-            blend([tmp_path / "first", tmp_path / "second"], tmp_path / "wrong", shares)
+    with pytest.raises(ValueError, match=r"differ in the shape of .*: average checkpoints of one captioner"):
+        average_checkpoints([tmp_path / "other", tmp_path / "second"], tmp_path / "wrong")
+    for weights in ([1], [1, 0], [1, -1], [1, math.inf], [math.nan, 1]):
+        with pytest.raises(ValueError, match="give 2 finite weights above 0, one for each"):
+            average_checkpoints([tmp_path / "first", tmp_path / "second"], tmp_path / "wrong", weights)
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        blend([tmp_path / "first", tmp_path / "second"], tmp_path / "first")
+        average_checkpoints([tmp_path / "first", tmp_path / "second"], tmp_path / "first")
     with pytest.raises(OSError, match="nowhere.*is no folder"):
-        blend([tmp_path / "first", tmp_path / "nowhere"], tmp_path / "wrong")
+        average_checkpoints([tmp_path / "first", tmp_path / "nowhere"], tmp_path / "wrong")
 
 
 def test_features_from_the_cache_give_the_loss_of_the_pictures(parquet, processor, tmp_path):

@@ -183,7 +183,7 @@ def test_run_starts_from_vectors_trained_on_its_captions(parquet, tmp_path, sett
     [
         ({}, {"word_vectors": "nowhere.txt"}, "No such file of word vectors: nowhere.txt. `captions` trains them"),
         ({}, {"word_vectors": "{other}"}, "set `word_embed_dim=2` in the config"),
-        ({}, {"word_vectors": "captions", "model_name_or_path": "nowhere"}, "leave one of them out"),
+        ({}, {"word_vectors": "captions", "model_name_or_path": "nowhere"}, "remove one of them"),
         ({"freeze_word_embeddings": True}, {}, "`freeze_word_embeddings` would keep random vectors: set `word_vectors` as well"),
         (
             {"tie_word_embeddings": True},

@@ -14,7 +14,7 @@ from .data.checks import list_names
 from .data.inspection import advise_on_words
 from .data.vocabulary import build_tokenizer, describe_coverage, extend_vocabulary, repeatable_tokens
 from .data.word_vectors import write_word_vectors
-from .processes import on_main_process
+from .processes import run_on_main_rank
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _word_vectors(vectors: str | None, config: AttnCapConfig, sentences: list[st
         raise SettingError("`freeze_word_embeddings` would keep random vectors: set `word_vectors` as well, or leave it out.")
     if vectors == "captions":
         path = output / "word_vectors.txt"
-        on_main_process(lambda: write_word_vectors(path, sentences, tokenizer, config.word_embed_dim))
+        run_on_main_rank(lambda: write_word_vectors(path, sentences, tokenizer, config.word_embed_dim))
         return str(path)
     if vectors is not None and not Path(vectors).is_file():
         raise SettingError(f"No such file of word vectors: {vectors}. `captions` trains them on the training captions.")

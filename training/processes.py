@@ -1,4 +1,4 @@
-"""The processes of a run: how they may be set up, and what they do together, so that none waits for one that gave up."""
+"""Checks and communication for the processes of a distributed run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from .arguments import SettingError
 
 
 def check_processes(training: TrainingArguments) -> None:
-    """Refuses ways of running on several devices that would train on wrong captions, or fail in the middle of a run.
+    """Refuse distributed set-ups that would train on wrong captions or fail during a run.
 
     Raises:
-        SettingError: several GPUs in one process (`nn.DataParallel`); `dispatch_batches`, which joins batches of different lengths.
+        SettingError: several GPUs in one process (`nn.DataParallel`), or `dispatch_batches`.
     """
     if training.n_gpu > 1:
         raise SettingError(
@@ -25,29 +25,29 @@ def check_processes(training: TrainingArguments) -> None:
     loading: Any = training.accelerator_config
     if loading.dispatch_batches:
         raise SettingError(
-            "`accelerator_config`: `dispatch_batches` cannot join batches whose captions differ in length: leave it out, as each "
-            "process reads its own images."
+            "`accelerator_config`: `dispatch_batches` cannot join batches whose captions differ in length: remove it; each process "
+            "reads its own images."
         )
 
 
-def together(action: Callable[[], Any]) -> list[Any]:
-    """What `action` returns on each process, in their order, known to all; each waits for all others.
+def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every process and return the results of all, in the order of their ranks.
 
     Raises:
-        SettingError: on all processes, if `action` raised it on one of them. (A process that dies of anything else ends the
-            others at the latest after the time-out of their process group, `ddp_timeout`.)
+        SettingError: on all processes, if `action` raised it on one of them, so that none waits for a process that ended. (After
+            any other error, the others end when their process group times out, see `ddp_timeout`.)
     """
     try:
         outcome = (action(), "")
     except SettingError as error:
         outcome = (None, str(error))
     outcomes = gather_object([outcome])
-    for _, refusal in outcomes:
-        if refusal:
-            raise SettingError(refusal)
+    for _, message in outcomes:
+        if message:
+            raise SettingError(message)
     return [result for result, _ in outcomes]
 
 
-def on_main_process(action: Callable[[], Any]) -> Any:
-    """What `action` returns on the main process, which alone runs it, known to all; raises as `together` does."""
-    return together(lambda: action() if PartialState().is_main_process else None)[0]
+def run_on_main_rank(action: Callable[[], Any]) -> Any:
+    """Run `action` on the main process and return its result on all; raises like `run_on_all_ranks`."""
+    return run_on_all_ranks(lambda: action() if PartialState().is_main_process else None)[0]

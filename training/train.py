@@ -17,6 +17,8 @@ from transformers import set_seed
 from transformers.trainer_utils import has_length
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
+from hf_attncap.atomic import atomic_files
+from hf_attncap.hub import ABOUT, RECORD
 from hf_attncap.metrics import caption_compute_metrics
 
 from .arguments import (
@@ -28,18 +30,17 @@ from .arguments import (
     refuse_without_validation,
 )
 from .checkpoints.hub_upload import HubSharing
-from .checkpoints.record import ABOUT, RECORD, earlier_stages, provenance, stage
+from .checkpoints.record import earlier_stages, provenance, stage
 from .data.augmentation import Augmentation, CachedViews, EpochRandomness, add_mirrored_references, augment_rows
 from .data.collator import CaptionCollator
 from .data.feature_cache import cached_features
 from .data.inspection import inspect_data
 from .data.splits import CaptionData, load_data
 from .model import build_captioner
-from .processes import check_processes, on_main_process
+from .processes import check_processes, run_on_main_rank
 from .trainers.caption_trainer import CaptionTrainer
-from .trainers.checkpoint_files import last_checkpoint, replacing, writing
-from .trainers.early_stopping import EarlyStopping
-from .trainers.samples import SampleCaptions
+from .trainers.resumable import EarlyStopping, disk_errors, last_checkpoint
+from .trainers.sample_captions import SampleCaptions
 from .trainers.self_critical import SelfCriticalTrainer
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def _find_checkpoint(training: CaptionTrainingArguments, output: Path) -> str | 
             raise SettingError(f"`output_dir`: {output} cannot be created: {error.strerror}.") from error
         return last_checkpoint(output)
 
-    last: Path | None = on_main_process(find_last)
+    last: Path | None = run_on_main_rank(find_last)
     if wanted is None:
         if last is not None:
             raise SettingError(
@@ -235,7 +236,7 @@ def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: l
     """Saves the Trainer's state, `metrics.json`, the training record and the origins of the weights beside the captioner."""
     texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
     texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
-    with writing(output, "metrics.json", sum(map(len, texts.values()))), replacing(output) as files:
+    with disk_errors(output, "metrics.json", sum(map(len, texts.values()))), atomic_files(output) as files:
         state.save_to_json(str(files / "trainer_state.json"))
         for name, text in texts.items():
             (files / name).write_text(text + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEW_IMAGES = 100  # with fewer, bootstrap intervals are unreliable
 # Resampled images held at a time; 3 arrays of this many 8-byte numbers are about 100 MB.
 _CHUNK = 2**22
 

@@ -1,1 +1,1 @@
-"""What happens to finished checkpoints."""
+"""The training record of a checkpoint, and averaging, packing and sharing checkpoints."""

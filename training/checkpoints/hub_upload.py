@@ -1,4 +1,4 @@
-"""`push_to_hub`: the captioner on the Hugging Face Hub as its users expect it, with the code that loads it."""
+"""`push_to_hub`: upload checkpoints to the Hugging Face Hub, with the code that loads them."""
 
 import logging
 import shutil
@@ -14,24 +14,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from hf_attncap.hub import export_to_hub
 
 from ..arguments import CaptionTrainingArguments, SettingError
-from ..processes import on_main_process
+from ..processes import run_on_main_rank
 
 logger = logging.getLogger(__name__)
 
 
 class HubSharing(TrainerCallback):
-    """Uploads what `export_to_hub` makes of checkpoints, as `hub_strategy` says, and of the captioner at the end.
+    """Exports checkpoints with `export_to_hub` and uploads them according to `hub_strategy`, and the captioner after training.
 
-    It takes the place of the Trainer's own uploads, which are of the whole output folder: without code, but with logs, samples and
-    whatever else lies there. A `README.md` in the output folder goes along; with the strategies `checkpoint` and
-    `all_checkpoints` so does what training can be resumed from. An upload while training goes on runs beside it, and if it
-    fails there is a warning.
+    Replaces the Trainer's own uploads, which contain the whole output folder (logs, samples, other files) but not the code of the
+    model. The `README.md` of the output folder is uploaded too. The strategies `checkpoint` and `all_checkpoints` also upload the
+    files for resuming. Uploads run in the background during training; if one fails, a warning is logged.
 
     Args:
-        args: as parsed; the Trainer's own uploads are switched off in it, and the token is taken out, which the Trainer would save.
+        args: switches off the Trainer's own uploads in it, and removes the token, which the Trainer would save.
 
     Raises:
-        SettingError: on all processes, if nobody is logged in or the repository can neither be found nor made.
+        SettingError: on all processes, if there is no token, or if the repository cannot be found or created.
     """
 
     def __init__(self, args: CaptionTrainingArguments):
@@ -40,15 +39,17 @@ class HubSharing(TrainerCallback):
         self.api = HfApi(token=args.hub_token)
         name = args.hub_model_id or self.output.absolute().name
 
-        def make() -> str:
+        def create() -> str:
             if not (args.hub_token or get_token()):
-                raise SettingError("`push_to_hub` needs a token that may write to the Hub: `hf auth login`, or set HF_TOKEN.")
+                raise SettingError("`push_to_hub` needs a Hub token with write access: run `hf auth login`, or set HF_TOKEN.")
             try:
                 return self.api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-            except Exception as error:  # of many kinds: names, rights, networks
-                raise SettingError(f"`push_to_hub`: no repository {name} to push to (`--hub_model_id`): {_said(error)}") from error
+            except Exception as error:  # wrong names, missing rights and networks raise many kinds
+                raise SettingError(
+                    f"`push_to_hub`: cannot create repository {name} (`--hub_model_id`): {_one_line(error)}"
+                ) from error
 
-        self.repo: str = on_main_process(make)
+        self.repo: str = run_on_main_rank(create)
         self.running: Future | None = None
         args.push_to_hub, args.hub_token = False, None
 
@@ -59,12 +60,12 @@ class HubSharing(TrainerCallback):
         try:
             checkpoint = self.output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self.running = self._upload(checkpoint, f"Training in progress, step {state.global_step}", self._resumable(checkpoint))
-            self.running.add_done_callback(self._warn)
-        except Exception as error:  # of many kinds: disks, networks
-            self._warn_of(error)
+            self.running.add_done_callback(self._check)
+        except Exception as error:  # disks and networks raise many kinds
+            self._warn(error)
 
     def finish(self) -> None:
-        """Uploads the captioner that the run saved in its output folder, behind what is still on its way.
+        """Upload the captioner in the output folder, after the uploads that are still running.
 
         Raises:
             SettingError: on all processes, if that fails.
@@ -73,21 +74,21 @@ class HubSharing(TrainerCallback):
         def upload() -> None:
             try:
                 self._upload(self.output, "End of training").result()
-            except Exception as error:  # of many kinds: disks, networks
+            except Exception as error:  # disks and networks raise many kinds
                 raise SettingError(
                     f"`push_to_hub`: the captioner is saved in {self.output}, but could not be uploaded to {self.repo}: "
-                    f"{_said(error)} Try again: `attncap export-hub {self.output} FOLDER`, then `hf upload {self.repo} FOLDER`."
+                    f"{_one_line(error)} Try again: `attncap export-hub {self.output} FOLDER`, then `hf upload {self.repo} FOLDER`."
                 ) from error
 
-        on_main_process(upload)
+        run_on_main_rank(upload)
 
     def _resumable(self, checkpoint: Path) -> str | None:
-        """Where in the repository the whole checkpoint goes."""
+        """The folder of the repository for the files to resume from, if they are uploaded."""
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         return names.get(self.strategy)
 
     def _upload(self, saved: Path, message: str, resumable: str | None = None) -> Future:
-        """Begins the upload, of a copy: checkpoints are removed when newer ones come."""
+        """Start the upload of a copy, because the Trainer may remove the checkpoint meanwhile."""
         scratch = tempfile.TemporaryDirectory(prefix="attncap-hub-")
         try:
             folder = export_to_hub(saved, Path(scratch.name) / "export")
@@ -104,15 +105,13 @@ class HubSharing(TrainerCallback):
         future.add_done_callback(lambda _: scratch.cleanup())
         return future
 
-    def _warn(self, future: Future) -> None:
-        error = future.exception()
-        if error:
-            self._warn_of(error)
+    def _check(self, future: Future) -> None:
+        if error := future.exception():
+            self._warn(error)
 
-    def _warn_of(self, error: BaseException) -> None:
-        logger.warning("push_to_hub: an upload to %s failed, training goes on: %s", self.repo, _said(error))
+    def _warn(self, error: BaseException) -> None:
+        logger.warning("push_to_hub: an upload to %s failed; training continues: %s", self.repo, _one_line(error))
 
 
-def _said(error: BaseException) -> str:
-    """What an error says, on one line."""
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""`attncap pack`: a trained checkpoint with its weights in half precision, for shipping."""
+"""`attncap pack`: store the weights of a checkpoint in half precision."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,22 @@ import torch
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_folder, refuse_occupied
 
-from .record import hand_on
+from .record import copy_metadata
 
 
 def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | None = None) -> Path:
-    """Write model and processor to `out`, weights in float16 (half the size), the config saying float32; the record goes along.
+    """Write a copy of a checkpoint to `out` with weights in float16, which halves its size. The training record is copied too.
 
-    `generation` are settings that replace those of the checkpoint's `generation_config.json`; they remove a calibrated confidence.
+    transformers takes the dtype from the configuration, which says float32, so the model still loads in float32 for fine-tuning.
 
-    Loaded again the model is in float32, as fine-tuning needs; transformers takes the dtype from the config.
+    Args:
+        checkpoint: folder or Hub name of a captioner.
+        out: the folder to create.
+        generation: settings that replace those of `generation_config.json`. They remove the calibrated confidence.
 
     Raises:
-        ValueError: if a weight does not fit float16, or generation has no such setting.
-        FileExistsError: `out` is there already and is not an empty folder, such as the checkpoint's own.
+        ValueError: a weight does not fit float16, or a generation setting does not exist.
+        FileExistsError: `out` exists and is not an empty folder.
         OSError: the checkpoint cannot be loaded.
     """
     refuse_occupied(out)
@@ -29,14 +32,14 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.abs().max() <= largest:
-            raise ValueError(f"'{name}' in {checkpoint} has values beyond float16, up to {tensor.abs().max():.3g}.")
+            raise ValueError(f"'{name}' in {checkpoint} has values up to {tensor.abs().max():.3g}, which do not fit float16.")
     if unknown := model.generation_config.update(**(generation or {})):
-        raise ValueError(f"There are no such settings of generation: {', '.join(unknown)}.")
+        raise ValueError(f"Unknown generation settings: {', '.join(unknown)}.")
     if generation:
-        model.config.confidence = None  # it was fitted to the captions of the checkpoint's own settings
+        model.config.confidence = None  # it was calibrated for captions with the old settings
     with atomic_folder(out) as folder:
         model.half().save_pretrained(folder)
-        hand_on(checkpoint, folder)
+        copy_metadata(checkpoint, folder)
         config = folder / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

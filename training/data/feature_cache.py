@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from hf_attncap.atomic import atomic_write
 
 from ..arguments import SettingError
-from ..processes import on_main_process, together
+from ..processes import run_on_all_ranks, run_on_main_rank
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def cached_features(encoder, image_processor, dataset: Dataset, folder: str, wor
             others end after the time-out of their process group (`ddp_timeout`).
     """
     state = PartialState()
-    names = together(lambda: _fingerprint(encoder, image_processor, dataset))
+    names = run_on_all_ranks(lambda: _fingerprint(encoder, image_processor, dataset))
     if len(set(names)) > 1:
         raise SettingError(
             "`feature_cache`: the processes of this run see different images or backbone weights: give all of them the same files, "
@@ -71,9 +71,9 @@ def cached_features(encoder, image_processor, dataset: Dataset, folder: str, wor
             share = missing[state.process_index :: state.num_processes]
             _compute(encoder, image_processor, dataset, path, share, workers)
 
-        missing = on_main_process(missing_blocks)
-        together(compute_share)
-        on_main_process(lambda: _finish(path))
+        missing = run_on_main_rank(missing_blocks)
+        run_on_all_ranks(compute_share)
+        run_on_main_rank(lambda: _finish(path))
     return np.load(path, mmap_mode="r")
 
 
@@ -105,7 +105,7 @@ def _lock(path: Path) -> Iterator[None]:
                 logger.warning("feature cache: waiting for another run that computes %s", path)
                 lock.acquire()
 
-    on_main_process(acquire)
+    run_on_main_rank(acquire)
     try:
         yield
         if lock.is_locked:

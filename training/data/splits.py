@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from ..arguments import DataArguments, SettingError
-from ..processes import together
+from ..processes import run_on_all_ranks
 from .checks import Split, check_table, list_names, prepare_rows
 from .sources import Role, open_source
 from .streaming import decode_stream, open_stream
@@ -38,7 +38,7 @@ class CaptionData(NamedTuple):
         if self.undecoded is None:
             return self.train["captions"][:]  # type: ignore[index]
         first = self.undecoded.take(images // PartialState().num_processes)
-        return [captions for share in together(lambda: [row["captions"] for row in first]) for captions in share]
+        return [captions for share in run_on_all_ranks(lambda: [row["captions"] for row in first]) for captions in share]
 
 
 def load_data(arguments: DataArguments, seed: int = 0) -> CaptionData:

@@ -1,1 +1,1 @@
-"""The Trainers, and what they do during a run."""
+"""The Trainers and their callbacks."""

@@ -1,4 +1,4 @@
-"""transformers' Trainer for captioners: a rate of its own for the backbone, averaged weights, captions."""
+"""`CaptionTrainer`: a `Seq2SeqTrainer` for captioners."""
 
 import copy
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import has_length
@@ -15,8 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from ..arguments import SettingError
-from ..processes import check_processes, together
-from .dropout import drop_inputs
+from ..processes import check_processes, run_on_all_ranks
 from .ema import WeightAverage
 from .resumable import ResumableTrainer
 
@@ -24,35 +24,35 @@ from .resumable import ResumableTrainer
 class CaptionTrainer(ResumableTrainer):
     """`Seq2SeqTrainer` for captioners.
 
-    The backbone's parameters may learn at `encoder_learning_rate`. With `predict_with_generate`, evaluation generates one caption
-    an image, from `pixel_values` or `backbone_features`, with the model's own generation settings but for
-    `generation_num_beams` and `generation_max_length` (in tokens, the start token included) where they are given.
+    `encoder_learning_rate` is the learning rate of the backbone. With `predict_with_generate`, evaluation generates one caption
+    per image from `pixel_values` or `backbone_features`. It uses the model's own generation settings, except
+    `generation_num_beams` and `generation_max_length` (in tokens, including the start token) if they are given.
 
-    Batches of evaluations are made by `eval_data_collator`, if there is one. In every batch the image is the first axis of each
-    tensor, labels included: (B, k, T).
+    The first axis of every tensor of a batch is the image, also of labels: (B, k, T). `eval_data_collator` makes the batches of
+    evaluations; default: the `data_collator`.
 
     If the training dataset is a stream (has no length), give each process its own images, as `load_stream` does. All processes end
     a pass over the stream together, and each image counts once per pass.
 
-    With `ema_decay`, evaluations, checkpoints and the captioner at the end have the average of the weights.
+    With `ema_decay`, the average of the weights is evaluated, saved in checkpoints and left in the model after training.
 
     Raises:
-        SettingError: several GPUs in one process, or `dispatch_batches`; fewer images in a stream than processes.
+        SettingError: several GPUs in one process, `dispatch_batches`, or fewer images in a stream than processes.
     """
 
     _average: WeightAverage | None = None
-    _latest: dict[str, Any] | None = None  # the last batch of this process's own images of a stream
-    _evaluated: torch.Tensor  # the losses of all words added up, and their number
+    _latest: dict[str, Any] | None = None  # the last batch of a stream on this process
+    _evaluated: torch.Tensor  # the sum of the losses of all words, and the number of words
 
     def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_processes(self.args)
         self._eval_data_collator = eval_data_collator or self.data_collator
         order = self.accelerator.dataloader_config
-        order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # one for all, unlike the noise
-        self.add_callback(OwnNoise())
-        if share := self.args.input_dropout:  # type: ignore[attr-defined]
-            drop_inputs(self.model, share)
+        order.data_seed = self.args.seed if order.data_seed is None else order.data_seed  # the same on all processes
+        self.add_callback(SeedPerProcess())
+        if rate := self.args.input_dropout:  # type: ignore[attr-defined]
+            add_input_dropout(self.model, rate)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         decay = self.args.ema_decay  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ class CaptionTrainer(ResumableTrainer):
         try:
             result = super().train(*args, **kwargs)
             if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
-                self._average.hand_over()
+                self._average.copy_to_model()
             return result
         finally:
             self.remove_callback(self._average)
@@ -97,7 +97,7 @@ class CaptionTrainer(ResumableTrainer):
             self.data_collator = own
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the base class does, but that the loss is the mean over all words, however many each batch and process has."""
+        """Like the base class, except that the loss is the mean over all words, not over batches or processes."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self._evaluated.to(self.args.device, torch.float32)
@@ -109,7 +109,7 @@ class CaptionTrainer(ResumableTrainer):
         args: Any = self.args
         if has_length(self.train_dataset):
             return super().get_train_dataloader()
-        # What `Trainer` makes, but that Accelerate would divide the images among the processes once more.
+        # Like `Trainer`'s loader, except that Accelerate does not divide the images among the processes a second time.
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1),
@@ -127,16 +127,16 @@ class CaptionTrainer(ResumableTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        batches = list(islice(map(self._each_once, epoch_iterator), num_batches))
+        batches = list(islice(map(self._mask_duplicates, epoch_iterator), num_batches))
         if not has_length(self.train_dataset):
-            batches = self._filled_up(batches, num_batches, device)
+            batches = self._pad_stream(batches, num_batches, device)
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def _filled_up(self, batches: list[dict[str, Any]], number: int, device: torch.device) -> list[dict[str, Any]]:
-        """`number` batches of a stream on every process, as long as one has any left in this pass; those added do not count.
+    def _pad_stream(self, batches: list[dict[str, Any]], number: int, device: torch.device) -> list[dict[str, Any]]:
+        """Add batches without labels until every process has `number` batches, if any process has one left in this pass.
 
-        Processes have shards of different sizes. One that went on to the next pass, or to an evaluation, while others still
-        train would wait for them, and they for its gradients. And `Trainer` makes no step after fewer batches than it accumulates.
+        Processes have shards of different sizes. If one started the next pass or an evaluation while others still train, they
+        would wait for each other forever. And `Trainer` makes no step for fewer batches than it accumulates.
         """
         if batches:
             self._latest = batches[-1]
@@ -144,22 +144,22 @@ class CaptionTrainer(ResumableTrainer):
         if max(counts) == 0:
             self.control.should_epoch_stop = True
         elif min(counts) < number:
-            together(self._find_batch)
-            batches = batches + [self._count_first(self._latest, 0)] * (number - len(batches))  # type: ignore[arg-type]
+            run_on_all_ranks(self._find_batch)
+            batches = batches + [self._keep_first(self._latest, 0)] * (number - len(batches))  # type: ignore[arg-type]
         return batches
 
     def _find_batch(self) -> None:
-        """A batch to be added, also where a resumed run skipped all images that this process has in the pass."""
+        """Set the batch to pad with, also if a resumed run skipped all images of this process in the pass."""
         if self._latest is None:
             self._latest = next(iter(self.get_train_dataloader()), None)
         if self._latest is None:
             raise SettingError(
-                f"The stream has no image for one of {self.accelerator.num_processes} processes: start fewer of them, or give more "
+                f"The stream has no image for one of {self.accelerator.num_processes} processes: start fewer processes, or add "
                 "images."
             )
 
-    def _each_once(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch without the labels and ids of images that an earlier batch had: several processes fill the last one up."""
+    def _mask_duplicates(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without labels and ids of the images that Accelerate repeats to give every process a full last batch."""
         accelerator = self.accelerator
         loader = accelerator.gradient_state.active_dataloader if accelerator.gradient_state.end_of_dataloader else None
         filled = accelerator.num_processes > 1 and accelerator.even_batches and not self.args.dataloader_drop_last
@@ -167,17 +167,17 @@ class CaptionTrainer(ResumableTrainer):
             return batch
         images = len(loader.dataset)
         new = new_images(images, len(batch["labels"]), accelerator.num_processes, accelerator.process_index)
-        return self._count_first(batch, new)
+        return self._keep_first(batch, new)
 
-    def _count_first(self, batch: dict[str, Any], images: int) -> dict[str, Any]:
-        """The batch with the labels and ids of its first images alone; the others count for nothing."""
+    def _keep_first(self, batch: dict[str, Any], images: int) -> dict[str, Any]:
+        """The batch with the labels and ids of its first `images` only, so that the others have no loss."""
         labels = batch["labels"].clone()  # (B, k, T)
         labels[images:] = IGNORED_LABEL
         ids = {name: batch[name][:images] for name in ("image_ids",) if name in batch}
         return {**batch, **ids, "labels": labels}
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
-        """The encoder's output for the pictures of a batch: `pixel_values` or `backbone_features`."""
+        """The encoder's output for the `pixel_values` or `backbone_features` of a batch."""
         pictures = {name: inputs.get(name) for name in ("pixel_values", "backbone_features")}
         with self.accelerator.autocast():
             return self.model.base_model.encoder(**pictures)  # type: ignore[union-attr]
@@ -192,7 +192,7 @@ class CaptionTrainer(ResumableTrainer):
             for parameter in captioner.parameters():
                 if parameter.requires_grad:
                     lr = rate if id(parameter) in backbone else args.learning_rate
-                    decay = args.weight_decay if parameter.ndim > 1 else 0.0  # no biases, no batch norm, which transformers decays
+                    decay = args.weight_decay if parameter.ndim > 1 else 0.0  # not of biases and batch norm
                     groups.setdefault((lr, decay), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, captioner)
             self.optimizer = optimizer_class(
@@ -210,31 +210,31 @@ class CaptionTrainer(ResumableTrainer):
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         args: Any = self.args
         captioner: Any = self.model
-        prepared = self._prepare_inputs(self._each_once(inputs))
+        prepared = self._prepare_inputs(self._mask_duplicates(inputs))
         labels = prepared["labels"]  # (B, k, T)
         with torch.no_grad(), self.compute_loss_context_manager():
-            encoded = self._encode(prepared)  # `generate` takes no features
+            encoded = self._encode(prepared)  # `generate` does not accept features
             loss = model(encoder_outputs=encoded, labels=labels, num_items_in_batch=1).loss  # the sum over all words
         self._evaluated += torch.tensor([float(loss), float((labels != IGNORED_LABEL).sum())])
         if not args.predict_with_generate or prediction_loss_only:
             return loss, None, None
         settings = gen_kwargs or dict(getattr(self, "_gen_kwargs", {}))
         longest = settings.pop("max_length", None)
-        if longest is not None:  # a length would lose against the model's own `max_new_tokens`
+        if longest is not None:  # the model's own `max_new_tokens` would override `max_length`
             settings["max_new_tokens"] = longest - 1
         own = copy.deepcopy(captioner.generation_config)
         pictures = {"encoder_outputs": encoded}
         try:
             _, ids, _ = super().prediction_step(model, pictures, False, ignore_keys=ignore_keys, **settings)
         finally:
-            captioner.generation_config = own  # the base class fills in its defaults, which the checkpoint must not hold
+            captioner.generation_config = own  # the base class adds its defaults, which must not enter checkpoints
         return loss, ids, labels.flatten(1)  # (B, k * T): `Trainer` pads the second axis, and gathers by the first
 
 
-class OwnNoise(TrainerCallback):
-    """Each process draws dropout masks and captions of its own; from the one seed that all begin with, all would draw the same.
+class SeedPerProcess(TrainerCallback):
+    """Seeds each process differently, so that dropout masks and samples differ between processes.
 
-    A run that goes on from a checkpoint takes its random numbers from there afterwards.
+    A resumed run then restores the random states of its checkpoint.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -242,18 +242,32 @@ class OwnNoise(TrainerCallback):
             set_seed(args.seed + args.process_index)
 
 
+def add_input_dropout(captioner: Any, rate: float) -> None:
+    """Add dropout to the inputs of the decoder: regions (B, N, C) and word embeddings (R, T, E).
+
+    Common in captioning (Luo's ImageCaptioning.pytorch uses 0.5 for both). `disable_dropout` switches it off too.
+    """
+
+    def drop(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return F.dropout(output, rate, module.training)
+
+    captioner.base_model.encoder.windows.register_forward_hook(drop)
+    captioner.get_input_embeddings().register_forward_hook(drop)
+
+
 def new_images(images: int, size: int, processes: int, rank: int) -> int:
-    """How many of the `size` images of a process's last batch, the first ones, no batch had before.
+    """The number of images, from the start of a process's last batch, that are not repeated.
 
     Args:
-        images: of the dataset.
-        rank: of the process; the batches of all processes in their order make the last one.
+        images: the number of images in the dataset.
+        size: the number of images in the batch.
+        rank: the index of the process; the last global batch is the batches of all processes in this order.
     """
     last = images % (size * processes) or size * processes
     return min(max(last - rank * size, 0), size)
 
 
 def policy(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) of what captions are drawn from: those of words that the captioner never says are -inf."""
-    never = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, never, float("-inf"))
+    """The logits (..., V) from which captions are sampled: -inf for words that the captioner suppresses."""
+    suppressed = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, suppressed, float("-inf"))

@@ -1,4 +1,4 @@
-"""The exponential average of the weights that training goes through: steadier than the last ones, and what a run hands out."""
+"""The exponential moving average (EMA) of the weights during training, which varies less than the weights of single steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ LIVE_WEIGHTS_FILE = "live_weights.safetensors"
 
 
 class WeightAverage(TrainerCallback):
-    """After each step, average = d * average + (1 - d) * weights; batch norm statistics are the model's own.
+    """Updates average = d * average + (1 - d) * weights after each step; batch norm statistics are not averaged.
 
-    d = min(decay, (1 + n) / (10 + n)) after n earlier steps, as TensorFlow's `ExponentialMovingAverage` has it with `num_updates`:
-    else the weights that training began with would stay in the average for long.
+    d = min(decay, (1 + n) / (10 + n)) after n earlier steps, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`, so
+    that the average does not depend on the initial weights for long.
 
     Args:
-        model: whose weights are averaged; a copy of it holds the average.
+        model: the model whose weights are averaged; a copy of it holds the average.
         decay: 0 to 1.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
-        self.model, self.decay, self._now = model, decay, decay
-        self.average = AveragedModel(model, multi_avg_fn=self._blend)
+        self.model, self.decay, self._current_decay = model, decay, decay
+        self.average = AveragedModel(model, multi_avg_fn=self._update)
 
-    def _blend(self, averaged: Any, current: Any, steps: Any) -> None:
-        get_ema_multi_avg_fn(self._now)(averaged, current, steps)
+    def _update(self, averaged: Any, current: Any, steps: Any) -> None:
+        get_ema_multi_avg_fn(self._current_decay)(averaged, current, steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._now = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        self._current_decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         self.average.update_parameters(self.model)
 
     @property
@@ -40,17 +40,17 @@ class WeightAverage(TrainerCallback):
         return sum(parameter.nbytes for parameter in self.average.module.parameters())
 
     @torch.no_grad()
-    def hand_over(self) -> None:
-        """The average into the model."""
+    def copy_to_model(self) -> None:
+        """Replace the weights of the model by the average."""
         if self.average.n_averaged:
             for own, averaged in zip(self.model.parameters(), self.average.module.parameters(), strict=True):
                 own.copy_(averaged)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The model has the average as its weights for a while."""
+        """Within the block, the model has the average as its weights."""
         live = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self.hand_over()
+        self.copy_to_model()
         try:
             yield
         finally:
@@ -59,15 +59,14 @@ class WeightAverage(TrainerCallback):
                     own.copy_(before)
 
     def save_live(self, folder: str) -> None:
-        """The weights that training goes on from, beside the average that the checkpoint itself holds."""
+        """Save the live weights, from which training continues, in a checkpoint that holds the average."""
         live = {name: parameter.detach().contiguous() for name, parameter in self.model.named_parameters()}
         save_file(live, Path(folder) / LIVE_WEIGHTS_FILE)
 
     @torch.no_grad()
     def resume(self, folder: str) -> None:
-        """Take a checkpoint's weights, which the model has loaded, for the average, and the live ones beside them for the model.
-
-        A run that did not average before begins its average with them.
+        """Continue from a checkpoint whose weights the model has loaded: they become the average, and its live weights those of
+        the model. A checkpoint of a run without an average has no live weights; the average then starts from its weights.
         """
         for averaged, own in zip(self.average.module.parameters(), self.model.parameters(), strict=True):
             averaged.copy_(own)

@@ -1,4 +1,4 @@
-"""Captions of a few validation images at every evaluation, with where the captioner looked: what no score shows."""
+"""`SampleCaptions`: captions of a few validation images at every evaluation, with attention plots."""
 
 import importlib
 import json
@@ -17,36 +17,37 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from hf_attncap.atomic import atomic_write
 from hf_attncap.captioner import Captioner, CaptionResult
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "samples"
-DOTS = 80  # an inch: a film strip of six panels a row is about 1,100 pixels wide
-BATCH = 4  # images in a pass
+DPI = 80  # a plot with six panels per row is about 1,100 pixels wide
+BATCH = 4
 
 
 @dataclass
 class Sample:
-    """What the captioner said of an image, and the file of its film strip."""
+    """The caption of an image, and the file of its attention plot."""
 
     image_id: str
     references: list[str]
     result: CaptionResult
-    picture: Path
+    plot: Path
 
 
 class SampleCaptions(TrainerCallback):
-    """At every evaluation, captions images with the weights that are evaluated and the captioner's own generation settings.
+    """Captions images at every evaluation, with the evaluated weights and the model's own generation settings.
 
-    The captions go to the log and to `output_dir/samples/step-000123/captions.jsonl` (`samples/final/` once training has ended),
-    with `image_id`, `caption`, `references` and `picture`, the name of the film strip beside it. To TensorBoard, W&B and trackio
-    they go as well where the run reports there. The main process does all this alone. The random numbers of the run stay what they
-    would be, and anything that fails is a warning: hours of training must not end over a picture.
+    Writes the captions to the log and to `output_dir/samples/step-000123/captions.jsonl` (`samples/final/` after training), with
+    `image_id`, `caption`, `references` and `picture`, the name of the attention plot in the same folder. Also reports them to
+    TensorBoard, W&B and trackio if the run does. Only the main process does this. It does not change the random numbers of the
+    run. An error is logged as a warning, so that it cannot end a run of hours.
 
     Args:
-        images: rows with `image`, `captions` and `image_id`; their pictures are read anew each time.
-        callbacks: of the Trainer, among them TensorBoard's, whose writer is used.
+        images: rows with `image`, `captions` and `image_id`; the images are read again at each evaluation.
+        callbacks: the callbacks of the Trainer, for the writer of its TensorBoard callback.
     """
 
     def __init__(self, images: Dataset, callbacks: Sequence[TrainerCallback]):
@@ -63,14 +64,14 @@ class SampleCaptions(TrainerCallback):
             return
         folder = Path(args.output_dir) / FOLDER / ("final" if self.trained else f"step-{state.global_step:06}")
         try:
-            with _same_names():
+            with _keep_random_state():
                 samples = self._caption(Captioner(model, processing_class), folder)
                 for sample in samples:
                     logger.warning("step %d, image %s: %s", state.global_step, sample.image_id, sample.result.text)
                 _write(samples, folder)
                 _report(samples, state.global_step, args.report_to, self.callbacks)
-        except Exception as error:  # of many kinds: disks, pictures, memory, trackers
-            logger.warning("samples: not all could be brought to %s: %s: %s", folder, type(error).__name__, error)
+        except Exception as error:  # disks, images, memory and trackers raise many kinds
+            logger.warning("samples: could not write all of them to %s: %s: %s", folder, type(error).__name__, error)
 
     def _caption(self, captioner: Captioner, folder: Path) -> list[Sample]:
         rows: list[Any] = [self.images[row] for row in range(len(self.images))]
@@ -82,18 +83,18 @@ class SampleCaptions(TrainerCallback):
 
 
 @contextmanager
-def _same_names() -> Iterator[None]:
-    """Numbers that trackers draw for the names of their files are not missing afterwards; the Trainer keeps torch's."""
-    own, arrays = random.getstate(), np.random.get_state()
+def _keep_random_state() -> Iterator[None]:
+    """Restores the states that trackers change when they choose file names at random; the Trainer restores torch's."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        random.setstate(own)
-        np.random.set_state(arrays)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _file_stem(image_id: str) -> str:
-    """The id, which may be a path or a URL, as part of a file's name."""
+    """The id, which may be a path or a URL, as part of a file name."""
     return re.sub(r"[^\w.-]+", "_", Path(image_id).stem)[:60]
 
 
@@ -101,21 +102,23 @@ def _write(samples: list[Sample], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in samples:
-        sample.result.plot_attention().savefig(sample.picture, dpi=DOTS)
+        with atomic_write(sample.plot, "wb") as file:
+            sample.result.plot_attention().savefig(file, format="jpeg", dpi=DPI)
         line = {"image_id": sample.image_id, "caption": sample.result.text, "references": sample.references}
-        lines.append(json.dumps({**line, "picture": sample.picture.name}, ensure_ascii=False) + "\n")
-    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines.append(json.dumps({**line, "picture": sample.plot.name}, ensure_ascii=False) + "\n")
+    with atomic_write(folder / "captions.jsonl") as file:
+        file.writelines(lines)
 
 
 def _report(samples: list[Sample], step: int, report_to: list[str], callbacks: Sequence[TrainerCallback]) -> None:
-    named = {f"{FOLDER}/{sample.picture.stem}": sample for sample in samples}
+    named = {f"{FOLDER}/{sample.plot.stem}": sample for sample in samples}
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
             for name, sample in named.items():
                 callback.tb_writer.add_text(name, sample.result.text, step)
-                with Image.open(sample.picture) as picture:
-                    callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+                with Image.open(sample.plot) as plot:
+                    callback.tb_writer.add_image(name, np.asarray(plot), step, dataformats="HWC")
     for package in {"wandb", "trackio"} & set(report_to):
         tracker: Any = importlib.import_module(package)
-        pictures = {name: tracker.Image(str(sample.picture), caption=sample.result.text) for name, sample in named.items()}
-        tracker.log({**pictures, "train/global_step": step})
+        plots = {name: tracker.Image(str(sample.plot), caption=sample.result.text) for name, sample in named.items()}
+        tracker.log({**plots, "train/global_step": step})
