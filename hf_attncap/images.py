@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .pictures_attncap import FormatError, open_image, upright
+from .image_files_attncap import FormatError, open_image, upright
 
 TIMEOUT = 30.0  # seconds: for connecting, and again for everything that one server then sends
 MAX_BYTES = 64 * 2**20

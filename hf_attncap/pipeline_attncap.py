@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .pictures_attncap import open_image, upright
+from .image_files_attncap import open_image, upright
 
 try:  # transformers needs one of them
     from huggingface_hub.utils import httpx

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
 from datasets import load_dataset as load_from_hub
 
+from hf_attncap.image_files_attncap import open_image
 from hf_attncap.images import ImageError, load_image
-from hf_attncap.pictures_attncap import open_image
 
 from ..arguments import DataArguments, SettingError
 from ..processes import together
