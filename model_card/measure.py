@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
-from hf_attncap.visualize import is_strip, save_strip
+from hf_attncap.visualize import is_own_plot, save_plot
 
 from .error_analysis import limits
 
@@ -170,11 +170,11 @@ def draw_pictures(checkpoint: str | Path, pictures: Sequence[str]) -> list[dict[
         raise SettingError(f"Pictures of one name would replace each other: {', '.join(sorted(names))}. Rename one of them.")
     places = [Path(checkpoint) / name for name in names]
     for place in places:
-        if os.path.lexists(place) and not is_strip(place):
+        if os.path.lexists(place) and not is_own_plot(place):
             raise SettingError(f"{place} was not drawn by `attncap card`, which would replace it: move it away.")
     results = Captioner.from_pretrained(checkpoint).explain(list(pictures))
     for place, result in zip(places, results):
-        save_strip(result.plot_importance(), place)
+        save_plot(result.plot_importance(), place)
     return [{"file": name, "caption": result.text} for name, result in zip(names, results)]
 
 
@@ -222,4 +222,4 @@ def _read_results(place: Path, measured_anew: bool) -> dict[str, Any]:
 def _drawn(folder: Path, results: dict[str, Any]) -> set[str]:
     """The names of the film strips that an earlier `attncap card` drew in the folder."""
     names = {picture["file"] for picture in results.get("pictures", [])}
-    return {name for name in names if Path(name).name == name and is_strip(folder / name)}
+    return {name for name in names if Path(name).name == name and is_own_plot(folder / name)}

@@ -1,4 +1,4 @@
-"""Captions of pictures: texts, scores and attention against plain reference computations, and the film strip."""
+"""Captions of pictures: texts, scores and attention against plain reference computations, and attention plots."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def forced_score(captioner: Captioner, picture, text: str, prompt: str = "") -> 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, beams):
     captioner = Captioner.from_pretrained(make_checkpoint(**KINDS[kind]))
-    for result in captioner.caption(pictures, beams=beams):
+    for result in captioner.caption(pictures, num_beams=beams):
         steps = len(result.words)
         assert result.text and " ".join(result.words) == result.text
         assert result.attention.shape == (steps, 2, 3) and result.attention.dtype == np.float32
@@ -91,7 +91,7 @@ def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, bea
 def test_score_is_the_sum_of_log_probabilities(captioner, pictures, beams, prompt, length_penalty, no_repeat, picture):
     config = captioner.model.generation_config
     config.update(length_penalty=length_penalty, no_repeat_ngram_size=no_repeat)
-    result = captioner.caption(pictures[picture], beams=beams, alternatives=beams, prompt=prompt)
+    result = captioner.caption(pictures[picture], num_beams=beams, num_return_sequences=beams, prompt=prompt)
     for text, score in [(result.text, result.score), *result.alternatives]:
         assert text.startswith(prompt)
         assert score == pytest.approx(forced_score(captioner, pictures[picture], text, prompt), abs=TINY)
@@ -102,7 +102,7 @@ def test_score_and_alternatives_are_those_of_generate(captioner, pictures):
     out = captioner.model.generate(**inputs, num_beams=4, num_return_sequences=3, output_scores=True, return_dict_in_generate=True)
     texts = captioner.processor.batch_decode(out.sequences, skip_special_tokens=True)
     expected = list(zip(texts, out.sequences_scores.tolist()))
-    results = captioner.caption(pictures, beams=4, alternatives=3)
+    results = captioner.caption(pictures, num_beams=4, num_return_sequences=3)
     found = [pair for result in results for pair in ((result.text, result.score), *result.alternatives)]
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=TINY)
@@ -110,7 +110,7 @@ def test_score_and_alternatives_are_those_of_generate(captioner, pictures):
 
 def test_greedy_score_counts_the_end_token_and_nothing_behind_it(captioner, pictures):
     captioner.model.lm_head.bias.data[2] += 2.5
-    results = captioner.caption(pictures, beams=1)
+    results = captioner.caption(pictures, num_beams=1)
     lengths = [len(result.words) for result in results]
     assert min(lengths) < max(lengths), "no caption is followed by padding"
     for file, result in zip(pictures, results):
@@ -119,15 +119,15 @@ def test_greedy_score_counts_the_end_token_and_nothing_behind_it(captioner, pict
 
 def test_bias_of_a_processor_counts_in_greedy_scores_as_in_beams(captioner, pictures):
     captioner.model.generation_config.update(sequence_bias=[[[7], -0.5], [[9], -0.25]], max_new_tokens=1, length_penalty=1.0)
-    greedy, beams = (captioner.caption(pictures[0], beams=n) for n in (1, 3))
+    greedy, beams = (captioner.caption(pictures[0], num_beams=n) for n in (1, 3))
     assert (greedy.text, greedy.score) == (beams.text, pytest.approx(beams.score, abs=TINY))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_batch_of_mixed_sizes_gives_what_each_picture_gives_alone(captioner, pictures, beams):
-    together = captioner.caption(pictures, beams=beams, batch_size=2)
+    together = captioner.caption(pictures, num_beams=beams, batch_size=2)
     for file, batched in zip(pictures, together):
-        alone = captioner.caption(file, beams=beams)
+        alone = captioner.caption(file, num_beams=beams)
         assert batched.text == alone.text and batched.score == pytest.approx(alone.score, abs=TINY)
         assert np.allclose(batched.attention, alone.attention, atol=TINY)
         assert np.allclose(batched.word_attention, alone.word_attention, atol=TINY)
@@ -182,31 +182,47 @@ def test_prompt_with_unknown_word_is_refused(captioner, pictures):
 
 
 def test_alternatives_are_ordered_and_without_the_first(captioner, pictures):
-    result = captioner.caption(pictures[0], beams=5, alternatives=4)
+    result = captioner.caption(pictures[0], num_beams=5, num_return_sequences=4)
     scores = [result.score, *(other.score for other in result.alternatives)]
     texts = {result.text, *(other.text for other in result.alternatives)}
     assert len(texts) == 4 and scores == sorted(scores, reverse=True)
     assert captioner.caption(pictures[0]).alternatives == []
 
 
-def test_beams_default_to_the_checkpoint_and_widen_for_alternatives(captioner, pictures):
-    assert captioner.caption(pictures[0]).score == captioner.caption(pictures[0], beams=3).score
-    widened = captioner.caption(pictures[0], alternatives=5)
+def test_default_beams_are_the_checkpoints_and_at_least_the_returned_sequences(captioner, pictures):
+    assert captioner.caption(pictures[0]).score == captioner.caption(pictures[0], num_beams=3).score
+    widened = captioner.caption(pictures[0], num_return_sequences=5)
     assert len(widened.alternatives) == 4
-    assert widened.score == captioner.caption(pictures[0], beams=5).score
+    assert widened.score == captioner.caption(pictures[0], num_beams=5).score
 
 
 def test_places_without_a_caption_are_no_alternatives(captioner, pictures):
     every_token_but_two = [token for token in range(captioner.model.config.vocab_size) if token not in (5, 6)]
     captioner.model.generation_config.update(suppress_tokens=every_token_but_two, max_new_tokens=1)
-    result = captioner.caption(pictures[0], beams=4, alternatives=4)
+    result = captioner.caption(pictures[0], num_beams=4, num_return_sequences=4)
     assert len(result.alternatives) == 1 and result.alternatives[0].score > -100
 
 
-@pytest.mark.parametrize("option", [{"beams": 0}, {"alternatives": 0}, {"batch_size": 0}, {"beams": 2, "alternatives": 3}])
+@pytest.mark.parametrize(
+    "option", [{"num_beams": 0}, {"num_return_sequences": 0}, {"batch_size": 0}, {"num_beams": 2, "num_return_sequences": 3}]
+)
 def test_impossible_numbers_are_refused(captioner, pictures, option):
     with pytest.raises(ValueError, match=f"`{list(option)[-1]}`"):
         captioner.caption(pictures, **option)
+
+
+def test_old_argument_names_warn_and_work(captioner, pictures):
+    new = captioner.caption(pictures[0], num_beams=4, num_return_sequences=2)
+    with pytest.warns(FutureWarning, match="`alternatives` is deprecated: use `num_return_sequences`"):
+        old = captioner.caption(pictures[0], num_beams=4, alternatives=2)
+    with pytest.warns(FutureWarning, match="`beams` is deprecated: use `num_beams`"):
+        streamed = next(captioner.stream(pictures, beams=4, num_return_sequences=2))
+    with pytest.warns(FutureWarning, match="`beams` is deprecated"):
+        explained = captioner.explain(pictures[0], beams=4, num_return_sequences=2)
+    assert [pair.text for pair in old.alternatives] == [pair.text for pair in new.alternatives] and len(old.alternatives) == 1
+    assert new.text == old.text == streamed.text == explained.text
+    with pytest.raises(TypeError, match="give only `num_beams`"):
+        captioner.caption(pictures[0], beams=4, num_beams=4)
 
 
 def test_an_empty_caption_has_no_words(captioner, pictures, tmp_path):
@@ -268,23 +284,23 @@ def test_damaged_checkpoint_is_named(tiny_checkpoint, tmp_path, what):
 
 
 def test_missing_folder_and_unusable_device_are_named(tiny_checkpoint, tmp_path):
-    with pytest.raises(OSError, match="nowhere' is no folder"):
+    with pytest.raises(OSError, match="nowhere' is not a folder"):
         Captioner.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="device 'toaster' cannot be used.*give 'cpu'"):
         Captioner.from_pretrained(tiny_checkpoint, device="toaster")
 
 
-def test_film_strip_shows_picture_and_words(result, tmp_path):
-    figure = result.plot_attention(tmp_path / "strip.png")
+def test_attention_plot_shows_image_and_words(result, tmp_path):
+    figure = result.plot_attention(tmp_path / "plot.png")
     photo, *words = (axis for axis in figure.axes if axis.images)
     assert np.array_equal(np.unique(photo.images[0].get_array()), [128])
     assert [axis.get_title() for axis in words] == result.words
     assert figure.get_suptitle() == result.text
-    saved = Image.open(tmp_path / "strip.png")
+    saved = Image.open(tmp_path / "plot.png")
     assert saved.width > 600 and len(np.unique(np.asarray(saved))) > 50
 
 
-def test_film_strip_is_lit_where_the_model_looked(result):
+def test_attention_plot_is_brightest_at_the_attended_region(result):
     one, other = (axis.images[0].get_array().mean(axis=2) for axis in result.plot_attention().axes[1:3])
     height, width = one.shape
     assert abs(width - 1.5 * height) <= 1
@@ -296,19 +312,19 @@ def test_film_strip_is_lit_where_the_model_looked(result):
 
 
 @pytest.mark.parametrize("size", [(30, 300), (300, 30)])
-def test_film_strip_of_any_shape_and_length(result, tmp_path, size):
+def test_attention_plot_of_any_image_shape_and_caption_length(result, tmp_path, size):
     result.image = Image.new("RGB", size)
     result.words = ["$x_1$"] * 7
     result.text = " ".join(result.words)
     result.attention = np.full((7, 2, 3), 1 / 6, np.float32)
-    result.plot_attention(tmp_path / "strip.png")
-    width, height = Image.open(tmp_path / "strip.png").size
+    result.plot_attention(tmp_path / "plot.png")
+    width, height = Image.open(tmp_path / "plot.png").size
     assert 300 < width < 4000 and 100 < height < 3000
 
 
-def test_film_strip_that_cannot_be_written_is_an_os_error(result, tmp_path):
+def test_unwritable_path_of_a_plot_is_an_os_error(result, tmp_path):
     with pytest.raises(OSError):
-        result.plot_attention(tmp_path / "nowhere" / "strip.png")
+        result.plot_attention(tmp_path / "nowhere" / "plot.png")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -355,8 +371,8 @@ def test_failure_of_one_picture_costs_no_other_of_its_batch(captioner, pictures,
 @pytest.mark.parametrize(
     ("images", "settings", "message"),
     [
-        ("photo.jpg", {}, "single picture"),
-        (Image.new("RGB", (9, 9)), {}, "single picture"),
+        ("photo.jpg", {}, "single image"),
+        (Image.new("RGB", (9, 9)), {}, "single image"),
         ([], {"on_error": "skip"}, "'raise' or 'yield'"),
         ([], {"batch_size": 0}, "at least 1"),
         ([], {"prompt": "xylophone"}, "does not know"),

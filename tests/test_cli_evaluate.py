@@ -165,7 +165,7 @@ def test_inputs_are_not_overwritten(folder, capsys):
 def test_an_empty_name_is_a_wrong_use(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate(folder, "--compare", "")
-    assert "the name of the file is empty" in capsys.readouterr().err
+    assert "the file name is empty" in capsys.readouterr().err
 
 
 def test_a_dash_is_stdin_and_stdout(folder, capsys, monkeypatch):
@@ -187,7 +187,7 @@ def test_few_images_and_single_references_are_noted(folder, capsys):
     (folder / "single.json").write_text(json.dumps({n: texts[0] for n, texts in CAPTIONS.items()}), encoding="utf-8")
     assert evaluate(folder, "--compare", folder / "results.jsonl", references="single.json") == 0
     said = capsys.readouterr().err
-    assert "has one reference an image" in said and "3 images are few" in said
+    assert "has one reference per image" in said and "with 3 images the interval and p of the comparison are unreliable" in said
 
 
 @pytest.mark.parametrize("option", ["--output", "--per-image"])
@@ -195,7 +195,7 @@ def test_only_files_of_its_own_are_replaced(folder, capsys, option):
     for name, content in (("photo.jpg", b"\xff\xd8\xff"), ("other.jsonl", b'{"image_id": 1, "caption": "a dog"}\n')):
         (folder / name).write_bytes(content)
         assert evaluate(folder, option, folder / name) == 1
-        assert f"{name} is there already, and `attncap evaluate` did not write it" in capsys.readouterr().err
+        assert f"{name} exists and was not written by `attncap evaluate`" in capsys.readouterr().err
         assert (folder / name).read_bytes() == content
     (folder / "empty").touch()
     for name in ("empty", "scores", "scores"):

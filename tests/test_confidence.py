@@ -119,7 +119,7 @@ def test_confidence_rises_with_the_score_where_it_is_all_there_is(scores):
 
 def test_a_result_has_the_confidence_that_its_signals_give(calibrated, tiny_checkpoint, pictures):
     captioner = Captioner.from_pretrained(calibrated)
-    batch = captioner.caption(pictures, alternatives=2)
+    batch = captioner.caption(pictures, num_return_sequences=2)
     for picture, result in zip(pictures, batch):
         signals = result.signals
         logit = 2 * signals["score"] + 0.25 * signals["lowest"] - 0.5 * signals["entropy"] + 3
@@ -184,9 +184,9 @@ def test_a_calibration_that_cannot_be_applied_is_refused(wrong):
 
 def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
-    assert main(["calibrate", str(folder), "--images", str(sixty)]) == 0
+    assert main(["calibrate", str(folder), "--eval-data", str(sixty)]) == 0
     out, err = capsys.readouterr()
-    assert "with fewer than 200 the confidence is rough" in err
+    assert "below 200 the confidence is unreliable, use more" in err
     report = json.loads((folder / "calibration.json").read_text())
     fitted, (found,) = report["calibration"], report["sets"].values()
     assert json.loads((folder / "config.json").read_text())["confidence"] == fitted
@@ -202,7 +202,7 @@ def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, 
     row = f"| {found['images']} | {found['auroc'][0]:.3f} ("
     assert f"| {sixty.parent.name}/sixty.parquet {row}" in card and "(calibration.jpg)" in card
     (folder / "about.yaml").write_text("datasets: [{name: Noise, split: test}]")
-    assert main(["card", str(folder), "--images", str(sixty)]) == 0
+    assert main(["card", str(folder), "--eval-data", str(sixty)]) == 0
     assert f"| Noise, test {row}" in (folder / "README.md").read_text()  # as in the table of scores
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"confidence": None}))
@@ -218,12 +218,12 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
     rows.remove_columns("captions").add_column("captions", wrong).to_parquet(str(tmp_path / "bad.parquet"))
     rows.remove_columns("captions").to_parquet(str(tmp_path / "bare.parquet"))
     for arguments, sentence in [
-        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: name the folder"),
-        ([str(folder), "--images", str(tmp_path / "few.parquet")], "give more images"),
-        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "0 have a good caption"),
-        ([str(folder), "--images", str(tmp_path / "bare.parquet")], "captions"),
-        ([str(folder), "--images", str(tmp_path / "missing.parquet")], "missing.parquet"),
-        ([str(folder), "--images", str(sixty), str(sixty)], "names a file twice"),
+        ([str(tmp_path / "none"), "--eval-data", str(sixty)], "has no config.json: name the folder"),
+        ([str(folder), "--eval-data", str(tmp_path / "few.parquet")], "give more images"),
+        ([str(folder), "--eval-data", str(tmp_path / "bad.parquet")], "0 have a good caption"),
+        ([str(folder), "--eval-data", str(tmp_path / "bare.parquet")], "captions"),
+        ([str(folder), "--eval-data", str(tmp_path / "missing.parquet")], "missing.parquet"),
+        ([str(folder), "--eval-data", str(sixty), str(sixty)], "names a file twice"),
     ]:
         assert main(["calibrate", *arguments]) == 1
         assert sentence in capsys.readouterr().err
@@ -233,7 +233,7 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
         raise OSError("the disk is full")
 
     monkeypatch.setattr("hf_attncap.model_card.calibration._draw", fail)  # the name under which the command imports it
-    assert main(["calibrate", str(folder), "--images", str(sixty)]) == 1
+    assert main(["calibrate", str(folder), "--eval-data", str(sixty)]) == 1
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -249,7 +249,7 @@ def test_min_confidence_leaves_out_the_rest_and_says_so(calibrated, pictures, ca
     kept = [place for place in range(len(files)) if place != order[0]]
     assert [record["path"] for record in records] == [files[place] for place in kept]
     assert [record["confidence"] for record in records] == pytest.approx([results[place].confidence for place in kept], abs=1e-4)
-    assert err == f"attncap: {files[order[0]]}: left out, its caption has a confidence of {results[order[0]].confidence:.2f}\n"
+    assert err == f"attncap: {files[order[0]]}: skipped, its caption has a confidence of {results[order[0]].confidence:.2f}\n"
     assert main([*command, "0"]) == 0 and len(capfd.readouterr().out.splitlines()) == len(files)
     assert main([*command, "1"]) == 0 and capfd.readouterr().out == ""
 

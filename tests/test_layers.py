@@ -25,6 +25,7 @@ LAYERS = {
     "hf_attncap": [
         {"__main__"},
         {"cli"},
+        {"parser"},
         {"captioner"},
         {"confidence", "importance", "visualize"},
         {"hub"},
@@ -200,10 +201,11 @@ def test_public_names_can_be_imported():
     "start",
     [
         ["-m", "hf_attncap"],
+        ["-m", "hf_attncap", "caption"],
         ["-W", "ignore", "-m", "hf_attncap"],
         ["-c", "import sys; sys.argv[0] = '/usr/bin/attncap'; from hf_attncap.cli import main; main()"],
     ],
-    ids=["module", "module with options of Python", "console script"],
+    ids=["module", "command", "module with options of Python", "console script"],
 )
 def test_help_imports_neither_torch_nor_numpy(start):
     shown = subprocess.run(
@@ -217,7 +219,7 @@ def test_help_imports_neither_torch_nor_numpy(start):
     )
     imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
     assert "usage" in shown.stdout and "argparse" in imported
-    assert not imported & {"torch", "transformers", "numpy"}
+    assert not imported & {"torch", "transformers", "numpy", "PIL", "matplotlib"}
 
 
 def test_no_file_names_a_registry_or_a_local_path():
