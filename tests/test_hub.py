@@ -216,7 +216,7 @@ def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_by_name(checkpoint, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="nowhere.*is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere.*is not a folder"):
         export_to_hub(tmp_path / "nowhere", out)
     other = tmp_path / "other"
     other.mkdir()

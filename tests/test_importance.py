@@ -151,7 +151,7 @@ def test_stream_explains_and_pictures_show_both_maps(tiny_checkpoint, pictures, 
     assert len(drawn) == 1 + 2 * len(result.words)
     assert [axis.get_title() for axis in figure.axes if axis.get_title()] == result.words
     assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["attention (1 = even)", "importance (nats)"]
-    with pytest.raises(ValueError, match="has no importance: make it with `Captioner.explain`"):
+    with pytest.raises(ValueError, match="has no importance: get one with `Captioner.explain`"):
         captioner.caption(pictures[0]).plot_importance()
 
 

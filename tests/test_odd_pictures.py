@@ -85,7 +85,7 @@ def test_pipeline_reads_urls_with_broken_metadata(tiny_checkpoint, tmp_path):
         captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
         url = f"http://127.0.0.1:{server.server_port}"
         assert captions(f"{url}/a.jpg", timeout=20) == captions(str(tmp_path / "a.jpg"))
-        with pytest.raises(ValueError, match="This picture cannot be read: .*404"):
+        with pytest.raises(ValueError, match="This image cannot be read: .*404"):
             captions(f"{url}/missing.jpg")
         server.shutdown()
 

@@ -100,7 +100,7 @@ def test_the_reward_names_what_it_does_not_know():
         plain.reward(["dog", "dog"], [["a"]])
     with pytest.raises(ValueError, match="1 values of `ended` for 2 samples"):
         ending.reward(["dog", "dog"], [["a"], ["b"]], [True])
-    with pytest.raises(ValueError, match="say which samples `ended`"):
+    with pytest.raises(ValueError, match="have an end token: give `ended`"):
         ending.reward(["dog"], [["a"]])
     with pytest.raises(ValueError, match="leave `ended` out"):
         plain.reward(["dog"], [["a"]], [True])

@@ -106,7 +106,7 @@ BROKEN = {
     ),
     "number and text": (
         [{"image_id": 12, "caption": "a"}, {"image_id": "12", "caption": "b"}],
-        'line 1 has the id 12 and .*line 2 the id "12", .*write the ids all as numbers or all as text',
+        'line 1 has the id 12 and .*line 2 the id "12", .*write all ids as numbers or all as text',
     ),
     "several": ([{"image_id": 1, "captions": ["a", "b"]}], "line 1 has 2 captions; a prediction is exactly one"),
     "none": ([{"1": []}], 'key "1" has 0 captions'),
@@ -136,8 +136,8 @@ BROKEN = {
     "instances": ([{"annotations": [{"image_id": 1, "bbox": []}]}], 'annotation 1 has no "caption"'),
     "images alone": ([{"images": [{"filename": "a.jpg"}]}], 'image 1: "sentences" is null; expected a list'),
     "image a text": ([{"images": ["a.jpg"]}], 'number 1 of "images" is text'),
-    "no names": ([{"images": [{"sentences": []}]}], "neither cocoid nor imgid nor filename"),
-    "sentence": ([{"images": [{"imgid": 1, "sentences": [{"raw": 5}]}]}], 'image 1, sentence 1 needs a text "raw"'),
+    "no names": ([{"images": [{"sentences": []}]}], "every image needs a unique cocoid, imgid or filename"),
+    "sentence": ([{"images": [{"imgid": 1, "sentences": [{"raw": 5}]}]}], 'image 1, sentence 1 needs a string "raw"'),
 }
 
 
@@ -224,7 +224,7 @@ def test_training_captions_of_karpathy_s_file_are_those_of_its_training_splits(w
 
 def test_a_compressed_file_is_named_so(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(CaptionFileError, match=r"a.json.gz is compressed; give the file as gunzip makes it"):
+    with pytest.raises(CaptionFileError, match=r"a.json.gz is compressed; unpack it with gunzip first"):
         read_predictions(tmp_path / "a.json.gz")
 
 

@@ -73,7 +73,7 @@ def test_file_names_that_are_numbers_are_not_taken_for_ids(write):
 def test_ids_that_could_be_either_are_an_error(write):
     images = [{"cocoid": n, "imgid": 2 - n, "sentences": [{"raw": "x"}]} for n in range(3)]
     references = read_references(write({"images": images}, name="references.json"))
-    with pytest.raises(CaptionFileError, match="fit references by cocoid .* as well as by imgid"):
+    with pytest.raises(CaptionFileError, match="match references by cocoid .* as well as by imgid"):
         match(references, read_predictions(write({"0": "x", "2": "y"})))
 
 

@@ -70,9 +70,9 @@ def test_captions_of_the_training_set_are_not_novel():
 def test_ids_are_compared_as_text():
     numbers = {int(name): captions for name, captions in REFERENCES.items()}
     assert dict(CaptionMetrics(numbers).score(PREDICTIONS)) == dict(CaptionMetrics(REFERENCES).score(PREDICTIONS))
-    with pytest.raises(ValueError, match="Image '1' is there twice, as a number and as text"):
+    with pytest.raises(ValueError, match="Image '1' occurs twice, as a number and as text"):
         CaptionMetrics({1: ["a dog"], "1": ["a cat"]})
-    with pytest.raises(ValueError, match="Image '3' is there twice"):
+    with pytest.raises(ValueError, match="Image '3' occurs twice"):
         CaptionMetrics(REFERENCES).score({**PREDICTIONS, 3: "a dog"})
 
 
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_named():
         metrics.score({"2": "dogs"})
     with pytest.raises(ValueError, match="Image 'x' has no references: leave"):
         metrics.score({**PREDICTIONS, "x": "a dog"})
-    with pytest.raises(TypeError, match="prediction of image '2' is no string"):
+    with pytest.raises(TypeError, match="prediction of image '2' is not a string"):
         metrics.score({**PREDICTIONS, "2": ["a dog"]})
     with pytest.raises(TypeError, match="references of image 'a' are one string"):
         CaptionMetrics({"a": "a dog"})

@@ -90,5 +90,5 @@ def test_a_row_a_caption_is_refused():
     compute = caption_compute_metrics([["a"], ["b"]], lambda ids: ["a"] * len(ids))
     again = np.array([[1, 2], [3, 4]] * 3)  # what several processes fill up with
     assert compute(SimpleNamespace(predictions=again[:5]))["mean_length"] == 1
-    with pytest.raises(ValueError, match="captions for 4 rows but references for 2 images: evaluate on one row an image"):
+    with pytest.raises(ValueError, match="captions for 4 rows but references for 2 images: evaluate on one row per image"):
         compute(SimpleNamespace(predictions=np.array([[1, 2], [3, 4], [5, 6], [7, 8]])))
