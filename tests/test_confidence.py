@@ -1,4 +1,4 @@
-"""Confidence: fitted on one half of captioned images, measured on the other, kept with the weights it was fitted to."""
+"""Confidence: fitted on one half of the images, measured on the other, and stored with the weights."""
 
 import json
 import math
@@ -69,14 +69,14 @@ def sixty(tmp_path_factory, tiny_checkpoint) -> Path:
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
-def test_auroc_is_the_share_of_pairs_in_the_right_order(rows):
+def test_auroc_is_the_fraction_of_correctly_ordered_pairs(rows):
     values, good = np.array([value for value, _ in rows], float), np.array([kind for _, kind in rows])
     pairs = [1.0 if g > b else 0.5 if g == b else 0.0 for g in values[good] for b in values[~good]]
     found = auroc(values, good)
     assert math.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
 
 
-def test_the_fit_finds_the_weights_that_made_the_data():
+def test_fit_recovers_the_weights_of_generated_data():
     random = np.random.default_rng(0)
     features = random.normal([-0.8, -2.0, 2.0], [0.2, 0.8, 0.5], (20_000, 3))
     logits = features @ [4.0, 0.5, -1.0] + 5
@@ -84,7 +84,7 @@ def test_the_fit_finds_the_weights_that_made_the_data():
     assert weights == pytest.approx([4.0, 0.5, -1.0], abs=0.25) and bias == pytest.approx(5, abs=0.4)
 
 
-def test_the_fit_is_the_minimum_of_the_penalised_loss():
+def test_fit_is_the_minimum_of_the_penalised_loss():
     random = np.random.default_rng(1)
     features, good = random.normal(size=(60, 2)), random.random(60) < 0.4
     found = torch.tensor([*fit_logistic(features, good)[0], fit_logistic(features, good)[1]], requires_grad=True)
@@ -96,14 +96,14 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss():
 
 
 @pytest.mark.parametrize("features", [np.repeat([[-1e3], [1e3]], 20, axis=0), np.ones((40, 1))], ids=["separable", "constant"])
-def test_the_fit_of_extreme_data_is_finite(features):
+def test_fit_of_extreme_data_is_finite(features):
     good = np.arange(40) >= 20
     weights, bias = fit_logistic(features, good)
     p = estimate_confidence({"weights": {"score": weights[0]}, "bias": bias}, {"score": features[:, 0]})
     assert np.isfinite(p).all() and p.mean() == pytest.approx(0.5) and (p[20:] >= p[:20]).all()
 
 
-def test_bins_hold_every_image_once():
+def test_bins_contain_every_image_once():
     random = np.random.default_rng(2)
     p = random.random(57)
     bins = reliability(p, random.random(57) < p)
@@ -111,13 +111,13 @@ def test_bins_hold_every_image_once():
 
 
 @given(st.lists(st.floats(-5, 0), min_size=2, max_size=9))
-def test_confidence_rises_with_the_score_where_it_is_all_there_is(scores):
+def test_confidence_increases_with_the_score_alone(scores):
     found = estimate_confidence({"weights": {"score": 3.0}, "bias": 2.0}, {"score": np.sort(scores)})
     assert (np.diff(found) >= 0).all() and (found >= 0).all() and (found <= 1).all()
     assert found[0] == pytest.approx(1 / (1 + math.exp(-3 * min(scores) - 2)))
 
 
-def test_a_result_has_the_confidence_that_its_signals_give(calibrated, tiny_checkpoint, pictures):
+def test_confidence_of_a_result_follows_from_its_signals(calibrated, tiny_checkpoint, pictures):
     captioner = Captioner.from_pretrained(calibrated)
     batch = captioner.caption(pictures, num_return_sequences=2)
     for picture, result in zip(pictures, batch):
@@ -133,7 +133,7 @@ def test_a_result_has_the_confidence_that_its_signals_give(calibrated, tiny_chec
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1}], ids=["beams", "greedy"])
 @pytest.mark.parametrize("prompt", [None, "two red"])
-def test_signals_are_those_of_a_forward_over_the_caption(tiny_checkpoint, pictures, settings, prompt):
+def test_signals_equal_those_of_a_forward_pass_over_the_caption(tiny_checkpoint, pictures, settings, prompt):
     model = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
     processor = AttnCapProcessor.from_pretrained(tiny_checkpoint)
     images = [Image.open(file).convert("RGB") for file in pictures]
@@ -154,7 +154,7 @@ def test_signals_are_those_of_a_forward_over_the_caption(tiny_checkpoint, pictur
             assert found["entropy"][image, k].item() == pytest.approx(entropy, abs=1e-4)
 
 
-def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
+def test_saving_exporting_and_packing_keep_the_calibration(packable, tmp_path, remote_code):
     model = AttnCapForConditionalGeneration.from_pretrained(packable)
     model.save_pretrained(tmp_path / "saved")
     exported = export_to_hub(packable, tmp_path / "hub")
@@ -164,7 +164,7 @@ def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
         assert AutoConfig.from_pretrained(folder, trust_remote_code=True).confidence == FITTED
 
 
-def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
+def test_other_weights_and_other_decoding_remove_the_calibration(packable, tmp_path):
     faster = pack(packable, tmp_path / "faster", {"num_beams": 2})
     mean = blend([packable, packable], tmp_path / "mean")
     tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable), model_config={}), [["two red dogs"]], tmp_path)
@@ -177,12 +177,12 @@ def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
     [{}, {"weights": {"score": 1.0}}, {"weights": {"mood": 1.0}, "bias": 0.0}, {"weights": {"score": math.nan}, "bias": 0.0}],
     ids=str,
 )
-def test_a_calibration_that_cannot_be_applied_is_refused(wrong):
+def test_invalid_calibration_is_rejected(wrong):
     with pytest.raises(StrictDataclassError, match="`confidence` is .* run `attncap calibrate`, or set it to None"):
         AttnCapConfig(confidence=wrong)
 
 
-def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
+def test_calibrate_writes_the_calibration_for_caption_and_card(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     assert main(["calibrate", str(folder), "--eval-data", str(sixty)]) == 0
     out, err = capsys.readouterr()
@@ -209,7 +209,7 @@ def test_calibrate_writes_what_caption_uses_and_the_card_shows(tiny_checkpoint, 
     assert "## Confidence" not in str(build_card(folder))
 
 
-def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty, tmp_path, capsys, monkeypatch):
+def test_calibrate_reports_errors_and_writes_nothing(tiny_checkpoint, sixty, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     rows = Dataset.from_parquet(str(sixty))
@@ -237,7 +237,7 @@ def test_calibrate_says_what_is_wrong_and_writes_nothing(tiny_checkpoint, sixty,
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_min_confidence_leaves_out_the_rest_and_says_so(calibrated, pictures, capfd):
+def test_min_confidence_skips_captions_and_reports_them(calibrated, pictures, capfd):
     results = Captioner.from_pretrained(calibrated).caption(pictures)
     order = sorted(range(len(pictures)), key=lambda place: results[place].confidence)
     between = (results[order[0]].confidence + results[order[1]].confidence) / 2
@@ -254,7 +254,7 @@ def test_min_confidence_leaves_out_the_rest_and_says_so(calibrated, pictures, ca
     assert main([*command, "1"]) == 0 and capfd.readouterr().out == ""
 
 
-def test_min_confidence_needs_a_calibration_and_a_probability(tiny_checkpoint, pictures, capfd):
+def test_min_confidence_requires_a_calibration_and_a_probability(tiny_checkpoint, pictures, capfd):
     command = ["caption", "--model", str(tiny_checkpoint), str(pictures[0])]
     assert main([*command, "--min-confidence", "0.5"]) == 1
     out, err = capfd.readouterr()
