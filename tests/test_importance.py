@@ -102,7 +102,7 @@ def test_a_word_that_one_region_brings_about_points_there(tiny_checkpoint):
 @pytest.mark.parametrize(
     "checkpoint", [{"tokenizer": "bpe"}, {"backbone": "resnet18"}, *({"word_attention": kind} for kind in KINDS)], ids=str
 )
-@pytest.mark.parametrize("options", [{}, {"beams": 1}, {"prompt": "two red"}, {"alternatives": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 1}, {"prompt": "two red"}, {"num_return_sequences": 2}], ids=str)
 def test_explain_is_caption_with_importance(make_checkpoint, pictures, checkpoint, options):
     captioner = Captioner.from_pretrained(make_checkpoint(**checkpoint), device="cpu")
     found, plain = captioner.explain(pictures, **options), captioner.caption(pictures, **options)

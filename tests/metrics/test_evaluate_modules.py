@@ -159,7 +159,7 @@ def test_documentation_example_runs(name):
     """`compute`'s help holds the inputs and an example, which does what it says."""
     module = evaluate.load(evaluate_module(name))
     assert module.name == name and module.description and "@" in module.citation
-    assert "predictions: one caption an image" in str(module.compute.__doc__)
+    assert "predictions: one caption per image" in str(module.compute.__doc__)
     example = doctest.DocTestParser().get_doctest(module.inputs_description, {}, name, None, None)
     assert len(example.examples) > 3 and doctest.DocTestRunner().run(example).failed == 0
 
