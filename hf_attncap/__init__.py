@@ -1,7 +1,7 @@
-"""hf_attncap: a small image captioner that shows where it looked, at home in transformers.
+"""hf_attncap: a small image captioner with visible attention, for transformers.
 
 Importing this package and transformers, in either order, registers the captioner with transformers' Auto classes and `pipeline`.
-This package does not import transformers by itself: `attncap --help` and `hf_attncap.metrics` need neither transformers nor torch.
+The package does not import transformers itself: `attncap --help` and `hf_attncap.metrics` need neither transformers nor torch.
 """
 
 import importlib
@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 def register() -> None:
-    """Make transformers' Auto classes and `pipeline` know the captioner; harmless when repeated."""
+    """Registers the captioner with transformers' Auto classes and `pipeline`; a second call changes nothing."""
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -91,10 +91,10 @@ def register() -> None:
 
 
 class _RegistrationFinder:
-    """A finder that calls `register` as soon as transformers has been imported.
+    """An import hook that calls `register` once transformers has been imported.
 
-    It finds no modules itself: it wraps the loaders of transformers and of this package's modules. `register` runs after the
-    outermost of these imports, because until then some classes are not defined yet.
+    It wraps the loaders of transformers and of this package's modules. `register` runs after the outermost of these imports,
+    because some classes are not defined earlier.
     """
 
     running = 0

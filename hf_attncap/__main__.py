@@ -1,4 +1,4 @@
-"""`python -m hf_attncap`: the console script `attncap`."""
+"""`python -m hf_attncap` runs the command `attncap`."""
 
 import sys
 

@@ -1,10 +1,12 @@
-"""Pictures in, captions out, with where the model looked for each word."""
+"""The high-level API: `Captioner` captions images, `CaptionResult` holds one caption with its score and attention maps."""
 
+import functools
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from . import visualize
 from .confidence import estimate_confidence
 from .configuration_attncap import SIGNALS, AttnCapConfig
 from .images import ImageError, load_image
@@ -21,21 +24,22 @@ from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
 from .processing_attncap import AttnCapProcessor
-from .visualize import attention_layer, film_strip, importance_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-NAMING = "name a folder with a config.json, or a captioner on the Hub as owner/name"
-NO_CAPTION = -1e8  # beam search gives about -1e9 to a place of the n-best for which it found nothing
-BATCH_PIXELS = 2**26  # of a stream's batch, which is in memory at once
+NAMING_HINT = "name a folder with a config.json, or a captioner on the Hub as owner/name"
+NO_CAPTION = -1e8  # beam search gives about -1e9 to sequences that it did not find
+MAX_BATCH_PIXELS = 2**26  # in a batch of `stream`, which is in memory at once
+OLD_NAMES = {"beams": "num_beams", "alternatives": "num_return_sequences"}  # of arguments; removed in the next release
 
 
 class Alternative(NamedTuple):
-    """A further caption for a picture, and its score."""
+    """A further caption of an image, and its score."""
 
     text: str
     score: float
@@ -43,30 +47,28 @@ class Alternative(NamedTuple):
 
 @dataclass(eq=False)
 class CaptionResult:
-    """What was said of one picture, and why. T words, a grid of H x W regions, E embedding components.
+    """Caption, score and attention maps of one image. T words, a grid of H x W regions, E embedding dimensions.
 
     Attributes:
-        text: the caption, the prompt included.
-        score: transformers' `sequences_scores`, for greedy captions too: the log-probabilities of what was
-            generated (end token included, prompt not), summed and divided by its length in tokens to the power
-            of the generation config's `length_penalty`. The nearer to 0, the likelier.
+        text: the caption, including the prompt.
+        score: what transformers calls `sequences_scores`, for greedy search too: the sum of the log-probabilities of the generated
+            tokens (with the end token, without the prompt), divided by their number to the power of `length_penalty`. Closer to 0
+            is more likely.
         words: the T words of `text`.
-        attention: (T, H, W) float32, a map a word: how much the model looked at each region for it, in sum 1.
-            The grid lies over the whole picture.
-        word_attention: float32. For "history" (T, T), row t: how much what came before word t counted for it, in
-            sum 1; column 0 is the start token and column j word j - 1. For "channel" (T, E): the weights of the
-            components of the word before. Else None.
-        alternatives: further captions, the best first, if they were asked for.
-        image: the picture, upright and RGB, in its own proportions.
-        importance: (T, H, W) float32, one map per word, in nats: how much the word's log-probability falls when the decoder does
-            not see the region and its neighbours; negative where it rises. None unless it was asked for (`Captioner.explain`).
-        signals: what the confidence is computed from: "score", "lowest" (the log-probability of the least likely generated token)
-            and "entropy" (the mean entropy, in nats, of the distributions that the generated tokens were chosen from).
-        confidence: the calibrated probability that `text` is a good caption: one with a CIDEr-D of at least the calibration's
-            threshold (0.5) against the references of its image, with the document frequencies of the set of images that the
-            calibration was fitted on. It holds for images like those and for the default decoding; with other `beams` it is an
-            approximation. `None` if the checkpoint has no calibration, which `attncap calibrate` makes, or with a prompt, since
-            the signals are then of the rest of the caption alone.
+        attention: (T, H, W) float32, one attention map per word; each map sums to 1. The grid covers the whole image.
+        word_attention: float32. With `word_attention="history"` (T, T): row t holds the weights of the words before word t, which
+            sum to 1; column 0 is the start token and column j word j - 1. With "channel" (T, E): the weights of the embedding
+            dimensions of the previous word. Otherwise None.
+        alternatives: the further captions, best first, if `num_return_sequences` is above 1.
+        image: the image, upright and RGB, in its original proportions.
+        importance: (T, H, W) float32, in nats, one map per word: how much the word's log-probability falls if the decoder does not
+            see the region and its neighbours. Negative where it rises. None unless you ask for it (`Captioner.explain`).
+        signals: the inputs of the confidence: "score", "lowest" (the log-probability of the least likely generated token) and
+            "entropy" (the mean entropy, in nats, of the distributions of the generated tokens).
+        confidence: the calibrated probability that `text` is a good caption. Good means a CIDEr-D of at least the calibration's
+            threshold (0.5) against the references of its image. It holds for images like those of the calibration and for the
+            default decoding; with another `num_beams` it is an approximation. None if the checkpoint has no calibration
+            (`attncap calibrate` adds one), or with a prompt.
     """
 
     text: str
@@ -81,39 +83,61 @@ class CaptionResult:
     confidence: float | None = None
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
-        """A film strip: the picture, then for each word the picture in grey, lit where the model looked most.
-
-        All words share one colour scale: how many times the even weight 1 / (H * W) a region got, from 1 up. A word
-        for which the model looked everywhere evenly stays grey.
+        """Plots the attention of each word over the image: `hf_attncap.visualize.plot_attention`.
 
         Args:
-            path: also save the figure there, in place of a file of that name; the ending says how (.png, .pdf, .svg).
+            path: also save the figure here, replacing a file of that name. The suffix sets the format (.png, .pdf, .svg).
 
         Raises:
+            ImportError: matplotlib is not installed.
             OSError: `path` cannot be written.
         """
-        return film_strip(self.image, self.text, self.words, [attention_layer(self.attention)], path)
+        return visualize.plot_attention(self.image, self.text, self.words, self.attention, path)
 
     def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
-        """A film strip with two maps per word: its attention, and below it its importance, each with its own colour scale.
-
-        Importance is drawn in nats from 0 up; a word that does not depend on the picture stays grey, and so do regions below 0.
+        """Plots attention and importance of each word over the image: `hf_attncap.visualize.plot_importance`.
 
         Args:
             path: as for `plot_attention`.
 
         Raises:
-            OSError: `path` cannot be written.
-            ValueError: there is no importance.
+            ImportError, OSError: as `plot_attention`.
+            ValueError: the result has no importance.
         """
         if self.importance is None:
-            raise ValueError("This result has no importance: make it with `Captioner.explain` or `explain=True`.")
-        layers = [attention_layer(self.attention), importance_layer(self.importance)]
-        return film_strip(self.image, self.text, self.words, layers, path)
+            raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
+        return visualize.plot_importance(self.image, self.text, self.words, self.attention, self.importance, path)
+
+
+class CaptionOptions(TypedDict, total=False):
+    """The keyword arguments of `Captioner.caption`, which describes them."""
+
+    num_beams: int | None
+    num_return_sequences: int
+    prompt: str | None
+    batch_size: int
+    allow_private_urls: bool
+    explain: bool
+
+
+def _accept_old_names(method: Method) -> Method:
+    """Lets a method take the arguments in `OLD_NAMES` under their old names, with a FutureWarning."""
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        for old, new in OLD_NAMES.items():
+            if old in options:
+                if new in options:
+                    raise TypeError(f"`{old}` is the old name of `{new}`: give only `{new}`.")
+                warnings.warn(f"`{old}` is deprecated: use `{new}`.", FutureWarning, stacklevel=2)
+                options[new] = options.pop(old)
+        return method(*args, **options)
+
+    return wrapper  # pyright: ignore[reportReturnType]
 
 
 class Captioner:
-    """Captions pictures.
+    """Captions images.
 
     Example:
 
@@ -125,8 +149,8 @@ class Captioner:
     ```
 
     Args:
-        model: is put in evaluation mode, and used on the device that it is on.
-        processor: the one that the model was trained with.
+        model: set to evaluation mode; stays on its device.
+        processor: the processor that the model was trained with.
     """
 
     def __init__(self, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor):
@@ -144,21 +168,24 @@ class Captioner:
         """Loads a saved model and its processor.
 
         Args:
-            name_or_path: a folder or a Hugging Face Hub repository. Default: the package's own checkpoint.
-            device: such as "cpu" or "cuda:1". Default: "cuda" where there is a GPU, else "cpu".
+            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
+            device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
 
         Raises:
-            OSError: there is no such checkpoint, a file of it is missing or damaged, or it is another kind of model.
+            OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
             ValueError: the device cannot be used.
         """
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
-            raise FileNotFoundError("This installation has no checkpoint of its own: name a folder or Hub repository.")
+            raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
         is_folder = os.path.isdir(source)
         if not is_folder:
-            _check_hub_name(source)
-        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            try:
+                validate_repo_id(source)
+            except HFValidationError:
+                raise FileNotFoundError(f"'{source}' is not a folder: {NAMING_HINT}.") from None
+        device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         try:
             config = AutoConfig.from_pretrained(source)
@@ -169,167 +196,152 @@ class Captioner:
         except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             if is_folder:
                 raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
-            # Behind the first line the library's own hints follow, which do not fit here.
+            # After the first line, the library gives hints that do not apply here.
             reason = str(error).partition("\n")[0] if isinstance(error, OSError) else str(error)
             raise OSError(
-                f"'{source}' is no folder, and cannot be loaded from the Hub as a captioner ({reason.rstrip('.')}): {NAMING}."
+                f"'{source}' is not a folder and cannot be loaded from the Hub ({reason.rstrip('.')}): {NAMING_HINT}."
             ) from error
         processor.image_processor.warn_of_other_statistics(config)
         return cls(model.to(device), processor)
 
     @overload
-    def caption(
-        self,
-        images: ImageSource,
-        *,
-        beams: int | None = ...,
-        alternatives: int = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        allow_private_urls: bool = ...,
-        explain: bool = ...,
-    ) -> CaptionResult: ...
+    def caption(self, images: ImageSource, **options: Unpack[CaptionOptions]) -> CaptionResult: ...
 
     @overload
-    def caption(
-        self,
-        images: list[Any] | tuple[Any, ...],
-        *,
-        beams: int | None = ...,
-        alternatives: int = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        allow_private_urls: bool = ...,
-        explain: bool = ...,
-    ) -> list[CaptionResult]: ...
+    def caption(self, images: list[Any] | tuple[Any, ...], **options: Unpack[CaptionOptions]) -> list[CaptionResult]: ...
 
+    @_accept_old_names
     def caption(
         self,
         images: ImageSource | list[Any] | tuple[Any, ...],
         *,
-        beams: int | None = None,
-        alternatives: int = 1,
+        num_beams: int | None = None,
+        num_return_sequences: int = 1,
         prompt: str | None = None,
         batch_size: int = 8,
         allow_private_urls: bool = False,
         explain: bool = False,
     ) -> CaptionResult | list[CaptionResult]:
-        """One caption a picture, with where the model looked.
+        """Captions one image or a list of images.
 
         Args:
-            images: a path, URL, PIL image or whatever else `hf_attncap.images.load_image` reads, or a list.
-            beams: how many captions to follow at a time; 1 is greedy. Default: as in the checkpoint's generation
-                config, and at least `alternatives`.
-            alternatives: how many captions a picture gets in all, the best one included; at most `beams`.
-            prompt: the beginning of all captions, which they continue.
-            batch_size: how many pictures go through the model together.
-            allow_private_urls: also fetch from addresses that are not public.
-            explain: also find the `importance` of each region for each word, which decodes the caption H * W times more.
+            images: a path, URL, PIL image or anything else that `hf_attncap.images.load_image` reads; or a list of them.
+            num_beams: beam width; 1 is greedy search. Default: the checkpoint's, at least `num_return_sequences`.
+            num_return_sequences: captions per image, including the best one; at most `num_beams`.
+            prompt: the beginning of all captions, which the model continues.
+            batch_size: images per forward pass.
+            allow_private_urls: also fetch URLs that lead to private addresses.
+            explain: also compute the `importance` of each region for each word. This decodes the caption H * W more times.
 
         Returns:
-            A result, or a list of results for a list.
+            A result; for a list of images, a list of results.
 
         Raises:
-            ImageError: a picture cannot be read; of a list it is the first such, and its index is named. All are read before
-                the first is captioned.
-            ValueError: a number below 1, more alternatives than beams, or a prompt with a word that the model
-                does not know.
+            ImageError: an image cannot be read. All images are read before the first one is captioned. For a list, the message
+                gives the index of the image.
+            ValueError: a number is below 1, `num_return_sequences` exceeds `num_beams`, or the model does not know a word of the
+                prompt.
         """
-        beams = self._checked_beams(beams, alternatives, prompt, batch_size)
+        num_beams = self._check_options(num_beams, num_return_sequences, prompt, batch_size)
         sources = images if isinstance(images, (list, tuple)) else [images]
-        pictures = []
+        loaded = []
         for number, source in enumerate(sources):
             try:
-                pictures.append(load_image(source, allow_private_urls=allow_private_urls))
+                loaded.append(load_image(source, allow_private_urls=allow_private_urls))
             except ImageError as error:
                 if sources is not images:
                     raise
                 raise ImageError(f"images[{number}]: {error}") from error
         results = []
-        for start in range(0, len(pictures), batch_size):
-            results += self._caption_batch(pictures[start : start + batch_size], prompt, beams, alternatives, explain)
+        for start in range(0, len(loaded), batch_size):
+            results += self._caption_batch(loaded[start : start + batch_size], prompt, num_beams, num_return_sequences, explain)
         return results if sources is images else results[0]
 
     @overload
-    def explain(self, images: ImageSource, **options: Any) -> CaptionResult: ...
+    def explain(self, images: ImageSource, **options: Unpack[CaptionOptions]) -> CaptionResult: ...
 
     @overload
-    def explain(self, images: list[Any] | tuple[Any, ...], **options: Any) -> list[CaptionResult]: ...
+    def explain(self, images: list[Any] | tuple[Any, ...], **options: Unpack[CaptionOptions]) -> list[CaptionResult]: ...
 
-    def explain(self, images: ImageSource | list[Any] | tuple[Any, ...], **options: Any) -> CaptionResult | list[CaptionResult]:
-        """`caption` with `explain=True`: the same results, and which regions each word depends on in their `importance`.
+    def explain(self, images: Any, **options: Any) -> Any:
+        """`caption` with `explain=True`: the results also have `importance`.
 
         Args:
-            images, options: what `caption` takes.
+            images, options: as for `caption`.
         """
-        return self.caption(images, **options, explain=True)
+        options["explain"] = True
+        return self.caption(images, **options)
 
+    @_accept_old_names
     def stream(
         self,
         images: Iterable[ImageSource],
         *,
         on_error: Literal["raise", "yield"] = "raise",
-        beams: int | None = None,
-        alternatives: int = 1,
+        num_beams: int | None = None,
+        num_return_sequences: int = 1,
         prompt: str | None = None,
         batch_size: int = 8,
         allow_private_urls: bool = False,
         explain: bool = False,
     ) -> Iterator[CaptionResult | ImageError]:
-        """One result per picture, in the order of the pictures, for any number of them.
+        """Captions any number of images, one batch at a time, and yields the results in the order of the images.
 
-        Pictures are read one batch at a time. A batch with more than 64 megapixels takes no further picture. If a batch fails,
-        its pictures are captioned one by one, so that a failure costs only the picture that caused it.
+        A batch ends early once its images exceed 64 megapixels. If a batch fails, its images are captioned one by one, so that
+        only the image that causes the failure is lost.
 
         Args:
-            images: what `caption` takes, from any iterable. It is read as far as results are taken.
-            on_error: what happens with a picture that cannot be read or captioned. "raise": its `ImageError` is raised, after the
-                results of the pictures before it. "yield": the error takes the place of its result.
+            images: any iterable of what `caption` takes. Only the batches whose results you consume are read.
+            on_error: what happens if an image cannot be read or captioned. "raise": its `ImageError` is raised after the results
+                of the images before it. "yield": the error is yielded in place of a result.
 
         The other arguments are those of `caption`.
 
         Raises:
-            ImageError: as described for `on_error`.
-            ValueError: as `caption`; `images` is a single picture, or `on_error` is neither of the two.
+            ImageError: see `on_error`.
+            ValueError: as `caption`; or `images` is a single image; or `on_error` has another value.
         """
         if on_error not in ("raise", "yield"):
             raise ValueError(f"`on_error` is {on_error!r}, but it must be 'raise' or 'yield'.")
         if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
-            raise ValueError("`images` is a single picture: use `caption`, or give a list of pictures.")
-        beams = self._checked_beams(beams, alternatives, prompt, batch_size)
+            raise ValueError("`images` is a single image: use `caption`, or give a list of images.")
+        num_beams = self._check_options(num_beams, num_return_sequences, prompt, batch_size)
 
         def outcomes() -> Iterator[CaptionResult | ImageError]:
             for batch in _read_batches(images, batch_size, allow_private_urls):
                 readable = [item for item in batch if isinstance(item[1], Image.Image)]
-                found = iter(self._caption_each(readable, prompt, beams, alternatives, explain))
-                for _, picture in batch:
-                    outcome = picture if isinstance(picture, ImageError) else next(found)
+                found = iter(self._caption_each(readable, prompt, num_beams, num_return_sequences, explain))
+                for _, image in batch:
+                    outcome = image if isinstance(image, ImageError) else next(found)
                     if isinstance(outcome, ImageError) and on_error == "raise":
                         raise outcome
                     yield outcome
 
         return outcomes()
 
-    def _checked_beams(self, beams: int | None, alternatives: int, prompt: str | None, batch_size: int) -> int:
-        """The beams, by default those of the checkpoint; raises a ValueError for arguments that do not fit."""
-        if beams is None:
-            beams = max(self.model.generation_config.num_beams or 1, alternatives)
-        for name, value in (("beams", beams), ("alternatives", alternatives), ("batch_size", batch_size)):
+    def _check_options(self, num_beams: int | None, num_return_sequences: int, prompt: str | None, batch_size: int) -> int:
+        """The number of beams, by default the checkpoint's; raises a ValueError for options that are out of range."""
+        if num_beams is None:
+            num_beams = max(self.model.generation_config.num_beams or 1, num_return_sequences)
+        numbers = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "batch_size": batch_size}
+        for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but it must be at least 1.")
-        if alternatives > beams:
-            raise ValueError(f"{alternatives} `alternatives` need as many `beams` (now {beams}): raise them.")
+        if num_return_sequences > num_beams:
+            raise ValueError(
+                f"`num_beams` is {num_beams}, but `num_return_sequences` is {num_return_sequences}: raise `num_beams` to that."
+            )
         if prompt is not None:
             check_prompt(self.processor.tokenizer, prompt)
-        return beams
+        return num_beams
 
     def _caption_each(self, named: list[tuple[str, Any]], *settings: Any) -> list[CaptionResult | ImageError]:
-        """The results of pictures with their names; where a batch fails, each picture by itself, and errors for those that fail."""
+        """Results of a batch of (name, image); if the batch fails, each image is captioned alone and its own failure returned."""
         if not named:
             return []
         try:
-            return list(self._caption_batch([picture for _, picture in named], *settings))
-        except Exception as error:  # of many kinds: memory, devices, preprocessing
+            return list(self._caption_batch([image for _, image in named], *settings))
+        except Exception as error:  # anything: memory, device, preprocessing
             if len(named) > 1:
                 return [outcome for item in named for outcome in self._caption_each([item], *settings)]
             failure = ImageError(f"{named[0][0]} cannot be captioned: {describe_error(error)}")
@@ -338,24 +350,24 @@ class Captioner:
 
     @torch.inference_mode()
     def _caption_batch(
-        self, pictures: list[Image.Image], prompt: str | None, beams: int, alternatives: int, explain: bool
+        self, images: list[Image.Image], prompt: str | None, num_beams: int, num_return_sequences: int, explain: bool
     ) -> list[CaptionResult]:
-        """B pictures with `alternatives` captions each, the best first."""
-        inputs = self.processor(images=pictures, text=prompt, return_tensors="pt").to(self.model.device)
+        """Captions B images in one forward pass."""
+        inputs = self.processor(images=images, text=prompt, return_tensors="pt").to(self.model.device)
         encoded = self.model.get_encoder()(inputs.pop("pixel_values"))  # (B, N, C)
         found = generate_captions(
             self.model,
             **inputs,
             encoder_outputs=encoded,
             output_attentions=True,
-            num_beams=beams,
-            num_return_sequences=alternatives,
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
         )
         falls = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
         calibration = self.model.config.confidence if prompt is None else None
         signals = {"score": found["scores"], "lowest": found["lowest"], "entropy": found["entropy"]}
         results = []
-        for b, picture in enumerate(pictures):
+        for b, image in enumerate(images):
             captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
             pairs = [Alternative(pieces.text, score) for pieces, score in zip(captions, found["scores"][b].tolist())]
             best, weights = captions[0], found["word_attention"]
@@ -366,28 +378,28 @@ class Captioner:
             importance = None if falls is None else best.add_up(falls[b])  # (T, H, W)
             own = {name: signals[name][b, 0].item() for name in SIGNALS}
             confidence = None if calibration is None else float(estimate_confidence(calibration, own))
-            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, picture, importance, own, confidence))
+            results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, image, importance, own, confidence))
         return results
 
 
 def _read_batches(
     images: Iterable[Any], batch_size: int, allow_private_urls: bool
 ) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
-    """Batches of names and pictures, or the errors of pictures that cannot be read."""
+    """Batches of (name, image); an `ImageError` in place of an image that cannot be read."""
     batch: list[tuple[str, Image.Image | ImageError]] = []
     pixels = 0
     for number, source in enumerate(images):
         name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
         try:
-            picture = load_image(source, allow_private_urls=allow_private_urls)
-            pixels += picture.width * picture.height
+            image = load_image(source, allow_private_urls=allow_private_urls)
+            pixels += image.width * image.height
         except ImageError as error:
-            picture = error
-        except Exception as error:  # of many kinds: sources of unknown types, memory
-            picture = ImageError(f"{name} cannot be read: {describe_error(error)}")
-            picture.__cause__ = error
-        batch.append((name, picture))
-        if len(batch) == batch_size or pixels > BATCH_PIXELS:
+            image = error
+        except Exception as error:  # anything: sources of unknown types, memory
+            image = ImageError(f"{name} cannot be read: {describe_error(error)}")
+            image.__cause__ = error
+        batch.append((name, image))
+        if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
     if batch:
@@ -395,18 +407,11 @@ def _read_batches(
 
 
 def describe_error(error: Exception) -> str:
-    """The type of an error of any kind, and what it says."""
+    """The type and message of an error."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _check_hub_name(source: str) -> None:
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise FileNotFoundError(f"'{source}' is no folder: {NAMING}.") from None
-
-
-def _usable(device: str | torch.device) -> torch.device:
+def _check_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

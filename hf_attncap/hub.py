@@ -1,4 +1,4 @@
-"""A checkpoint as a folder for the Hugging Face Hub: it brings its own code and loads where this package is not installed."""
+"""Exports a checkpoint to a folder for the Hugging Face Hub with remote code, which loads without this package."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MODEL_CLASSES = {
 }
 IMAGE_PROCESSOR_CLASS = {"AutoImageProcessor": "image_processing_attncap.AttnCapImageProcessor"}
 PROCESSOR_CLASS = {"AutoProcessor": "processing_attncap.AttnCapProcessor"}
-# With exactly one entry `pipeline(model=...)` needs no task.
+# With exactly one entry, `pipeline(model=...)` needs no task.
 CUSTOM_PIPELINES = {
     "image-to-text": {
         "impl": "pipeline_attncap.AttnCapPipeline",
@@ -25,7 +25,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-NEEDED = {
+REQUIRED = {
     "config.json": "the configuration",
     "processor_config.json": "the processor",
     "tokenizer.json": "the tokenizer",
@@ -49,8 +49,8 @@ COPIED = (
     ABOUT,
     "picture_*.jpg",
 )
-# transformers saves, beside a model that came with its code, the files that its own file imports: this makes the pipeline one.
-PIPELINE_COMES_ALONG = """
+# `save_pretrained` of a model with remote code copies the files that the model's file imports. This adds the pipeline to them.
+PIPELINE_IMPORT = """
 
 from typing import TYPE_CHECKING  # noqa: E402
 
@@ -60,22 +60,21 @@ if TYPE_CHECKING:
 
 
 def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Makes a folder that can be pushed to the Hub as it is.
+    """Writes a folder that can be pushed to the Hub.
 
-    From it `pipeline("image-to-text", model=out, trust_remote_code=True)`, also without the task, and the Auto classes work
-    without this package; where the package is installed its own classes are used. The checkpoint stays as it is. What training
-    left in its folder beside model and processor (optimizer, logs) is not taken along.
+    `pipeline("image-to-text", model=out, trust_remote_code=True)` and the Auto classes load it without this package. If the package
+    is installed, its own classes are used. The checkpoint is not changed. Optimizer states and logs are not copied.
 
     Args:
         checkpoint: a folder with a saved model and its processor.
-        out: the folder to make. It may exist if it is empty. It appears when all is written, or not at all.
+        out: the folder to write; it must not exist or be empty. It is written atomically.
 
     Returns:
         `out` as a path.
 
     Raises:
-        FileNotFoundError: `checkpoint` is no folder, or has no configuration, weights, processor or tokenizer.
-        FileExistsError: `out` is there already and is not an empty folder.
+        FileNotFoundError: `checkpoint` is not a folder, or lacks the configuration, weights, processor or tokenizer.
+        FileExistsError: `out` exists and is not an empty folder.
         ValueError: `checkpoint` holds another kind of model.
     """
     source, target = Path(checkpoint), Path(out)
@@ -91,7 +90,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
         ]:
             shutil.copyfile(file, folder / file.name)
         with (folder / "modeling_attncap.py").open("a", encoding="utf-8") as modeling:
-            modeling.write(PIPELINE_COMES_ALONG)
+            modeling.write(PIPELINE_IMPORT)
         _write(
             folder / "config.json",
             {**config, "auto_map": MODEL_CLASSES, "custom_pipelines": CUSTOM_PIPELINES},
@@ -101,14 +100,14 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
 
 
 def _checked_config(source: Path) -> dict[str, Any]:
-    """The checkpoint's configuration, if all is there and it is a captioner's."""
+    """The checkpoint's configuration; raises if it is not a captioner or a file is missing."""
     if not source.is_dir():
-        raise FileNotFoundError(f"'{source}' is no folder: name the folder of a saved model and its processor.")
+        raise FileNotFoundError(f"'{source}' is not a folder: name the folder of a saved model and its processor.")
     config = _read(source / "config.json") if (source / "config.json").is_file() else {}
     kind = config.get("model_type", AttnCapConfig.model_type)
     if kind != AttnCapConfig.model_type:
         raise ValueError(f"'{source}' holds a model of type '{kind}': only '{AttnCapConfig.model_type}' can be exported.")
-    missing = [f"{what} ({pattern})" for pattern, what in NEEDED.items() if not any(source.glob(pattern))]
+    missing = [f"{what} ({pattern})" for pattern, what in REQUIRED.items() if not any(source.glob(pattern))]
     if missing:
         raise FileNotFoundError(
             f"'{source}' lacks {', '.join(missing)}: save the model and its processor there with `save_pretrained`."

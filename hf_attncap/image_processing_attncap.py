@@ -1,4 +1,4 @@
-"""Images to `pixel_values`: RGB, squashed to a square, scaled and normalised as the backbone was trained."""
+"""The image processor: converts images to RGB, resizes them to a square and normalises them for the backbone."""
 
 from typing import Any, ClassVar, Self
 
@@ -13,16 +13,16 @@ logger = logging.get_logger(__name__)
 
 
 class AttnCapImageProcessor(TorchvisionBackend):
-    """Turns one picture or a list of them into `pixel_values` (B, 3, height, width), float32.
+    """Converts one image or a list of images to `pixel_values` (B, 3, height, width), float32.
 
-    Each class attribute is an argument of the constructor too, is saved with `save_pretrained` and can be
-    overridden in a single call. Defaults: `do_convert_rgb`; `do_resize` to `size` 224 x 224 with `resample`
-    bilinear (antialiased); `do_rescale` by 1/255; `do_normalize` with ImageNet's `image_mean`, `image_std`.
+    Each class attribute is also an argument of the constructor, is saved by `save_pretrained` and can be overridden in a call.
+    Defaults: `do_convert_rgb`; `do_resize` to `size` 224 x 224 with `resample` bilinear (antialiased); `do_rescale` by 1/255;
+    `do_normalize` with ImageNet's `image_mean`, `image_std`.
 
-    For a new model, use `from_config`: backbones differ in the mean and standard deviation that they expect. A saved
-    processor uses the values that it was saved with, even if the model's config has others.
+    For a new model, use `from_config`: backbones differ in the mean and standard deviation that they expect. A saved processor
+    keeps its own values, even if the model's config has others.
 
-    The picture is squashed to the square, never cropped: captions speak of what stands at the edges.
+    Images are resized to a square and lose their proportions. They are not cropped: captions also describe the edges.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -30,7 +30,7 @@ class AttnCapImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     do_resize = True
     size: ClassVar[dict[str, int]] = {"height": 224, "width": 224}
-    # Most of torchvision's ImageNet weights were trained and measured with bilinear, antialiased pictures.
+    # Most of torchvision's ImageNet weights were trained and evaluated with bilinear, antialiased resizing.
     resample = PILImageResampling.BILINEAR
     do_rescale = True
     do_normalize = True
@@ -42,13 +42,13 @@ class AttnCapImageProcessor(TorchvisionBackend):
         """The image processor of a new model.
 
         Args:
-            config: of the model; its `image_mean` and `image_std` are what the backbone expects.
+            config: the model's config; its `image_mean` and `image_std` are those that the backbone expects.
             kwargs: further arguments of the constructor, such as `size`.
         """
         return cls(image_mean=list(config.image_mean), image_std=list(config.image_std), **kwargs)  # pyright: ignore[reportArgumentType]
 
     def warn_of_other_statistics(self, config: AttnCapConfig) -> None:
-        """Logs a warning if the config of the model that it was saved with has another mean or standard deviation."""
+        """Logs a warning if the model's config has another mean or standard deviation."""
         for name in ("image_mean", "image_std"):
             own, other = getattr(self, name), list(getattr(config, name))
             own = [own] * 3 if isinstance(own, (int, float)) else list(own)

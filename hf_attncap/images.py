@@ -1,4 +1,4 @@
-"""Any picture a person has -> a checked, upright RGB image, or one clear error."""
+"""Loads images of any source (path, URL, base64, bytes, PIL, array, tensor) as checked, upright RGB images."""
 
 import base64
 import contextlib
@@ -18,42 +18,42 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .pictures_attncap import FormatError, open_image, upright
+from .image_files_attncap import FormatError, open_image, upright
 
-TIMEOUT = 30.0  # seconds: for connecting, and again for everything that one server then sends
+TIMEOUT = 30.0  # seconds for connecting, and again for all that a server sends
 MAX_BYTES = 64 * 2**20
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHANNELS = (1, 2, 3, 4)
-_URL_SAFE = "%/:=&?~+!$,;'@()*[]#"  # left alone; spaces and letters beyond ASCII are percent-encoded
+_URL_SAFE = "%/:=&?~+!$,;'@()*[]#"  # not changed; spaces and non-ASCII letters are percent-encoded
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read; the message names the source and the way out."""
+    """An image that cannot be read. The message names the source and says what to do."""
 
 
 def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
-    """Read one picture as an upright RGB image.
+    """Reads one image as upright RGB.
 
-    Greyscale, palette, 16-bit, float and CMYK pictures become 8-bit RGB, transparency is laid on white, EXIF
-    rotation is applied, and of an animation the first frame is taken.
+    Greyscale, palette, 16-bit, float and CMYK images become 8-bit RGB. Transparent regions become white. EXIF rotation is
+    applied. An animation gives its first frame.
 
     Args:
         source: a path (str or path-like), an http(s) or data: URL, a base64 string, the bytes of an image file, a
             PIL image, or a numpy array or torch tensor of shape (H, W), (H, W, C) or (C, H, W) with C from 1 (grey),
             2 (grey, alpha), 3 (RGB) to 4 (RGBA); uint8 in [0, 255], uint16 in [0, 65535] or float in [0, 1].
-        allow_private_urls: also fetch from addresses that are not public (this machine, the local network).
-            Default False, so that a URL from a stranger cannot reach them, be it by a name, a redirect or DNS.
+        allow_private_urls: also fetch from addresses that are not public (this machine, the local network). Default False, so that
+            an untrusted URL cannot reach them, neither directly nor by a redirect or DNS.
 
     Returns:
-        A PIL image in mode RGB: a new one without metadata, or `source` itself if that is an upright RGB image in memory
-        already. `source` is not changed.
+        A PIL image in mode RGB without metadata; `source` itself if it already is an upright RGB image in memory. `source` is
+        not changed.
 
     Raises:
-        ImageError: the source is missing, empty, truncated, no image, too large, refused or of an unknown kind.
+        ImageError: the source is missing, empty, truncated, not an image, too large, refused or of an unknown type.
 
     A URL is fetched directly (proxy settings are not read), within `TIMEOUT`, `MAX_BYTES` and `MAX_REDIRECTS`.
     """
@@ -97,7 +97,7 @@ def _from_file(path: str) -> Image.Image:
 
 
 def _from_text(text: str, allow_private: bool) -> Image.Image:
-    """A string that is no existing path: a URL, a data: URL, base64, or a mistake."""
+    """Reads a string that is not an existing path: a URL, a data: URL, base64, or a mistake."""
     start = text if len(text) <= 100 else f"{text[:60]}..."
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
@@ -120,7 +120,7 @@ def _from_text(text: str, allow_private: bool) -> Image.Image:
 
 
 def _decode(stream: BinaryIO, name: str, unknown: str = "") -> Image.Image:
-    """Decode an image file; `unknown` is the message for a file in no known format."""
+    """Decodes an image file; `unknown` replaces the message for an unknown format."""
     if stream.seek(0, io.SEEK_END) == 0:
         raise ImageError(f"{name} is empty (0 bytes); save or download it again")
     try:
@@ -141,7 +141,7 @@ def _is_ready(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture as RGB, without its metadata, so that loading it again does not rotate it again."""
+    """The image as upright RGB without metadata, so that loading it again does not rotate it again."""
     try:
         image.load()
         if 0 in image.size:
@@ -163,11 +163,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _unreadable(error: Exception, name: str) -> ImageError:
-    """What a decoder's error means; Pillow's plugins raise nearly every type there is on damaged files."""
+    """An `ImageError` for an error of any type that a Pillow decoder raised on a damaged file."""
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{name} has far too many pixels to decode safely; scale it down and save it again")
     if isinstance(error, MemoryError):
-        return ImageError(f"{name} needs more memory than there is; scale it down and save it again")
+        return ImageError(f"{name} needs more memory than is available; scale it down and save it again")
     problem = "truncated" if "truncated" in str(error).lower() else "damaged or incomplete"
     return ImageError(f"{name} is {problem}: {error}; save or download it again")
 
@@ -194,7 +194,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray, ceilings: tuple[int, ...], name: str) -> np.ndarray:
-    """Scale to uint8 by the smallest of `ceilings` that holds all values; floats may overshoot by a thousandth."""
+    """Scales to uint8; the range is 0 to the smallest of `ceilings` that covers all values. Floats may exceed it by 0.1 %."""
     low, high = float(values.min()), float(values.max())
     for ceiling in ceilings:
         slack = ceiling / 1000 if values.dtype.kind == "f" else 0
@@ -224,13 +224,13 @@ def _fetch(url: str, allow_private: bool) -> bytes:
 
 
 def _get(url: str, name: str, allow_private: bool) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request, without redirects; the body is cut after MAX_BYTES + 1 bytes."""
+    """One request, without redirects, and at most MAX_BYTES + 1 bytes of its body."""
     deadline = float("inf")
     try:
         parts = urllib.parse.urlsplit(url)
         with closing(_connect(parts, name, allow_private)) as connection:
             deadline = time.monotonic() + TIMEOUT
-            # A socket's own timeout starts anew with each byte: a server that drips would hold us for hours.
+            # A socket's own timeout restarts with each byte: a slow server could keep the connection open for hours.
             timer = threading.Timer(TIMEOUT, _hang_up, (connection.sock,))
             timer.start()
             try:
@@ -252,7 +252,7 @@ def _get(url: str, name: str, allow_private: bool) -> tuple[http.client.HTTPResp
 
 
 def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) -> http.client.HTTPConnection:
-    """Resolve once, check every address, and connect to the checked ones: DNS cannot change its mind in between."""
+    """Resolves the host once and connects only to the addresses that were checked, so that DNS cannot change in between."""
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ImageError(f"{name} cannot be fetched; give an http:// or https:// URL with a host")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -281,25 +281,25 @@ def _connect(parts: urllib.parse.SplitResult, name: str, allow_private: bool) ->
 
 
 def _ascii_host(host: str) -> str:
-    """A host name as DNS, TLS and the Host header take it, from one in letters of any script, percent-encoded as URLs have it.
+    """A percent-encoded host name of any script in the ASCII form that DNS, TLS and the Host header need.
 
-    Browsers do the same (UTS 46, names of IDNA 2008). Python's own codec is of 2003, and turns "faß.de" into another host.
+    Follows UTS 46 and IDNA 2008 as browsers do. Python's own codec implements IDNA 2003, which turns "faß.de" into another host.
     """
     letters = urllib.parse.unquote(host)
     if letters.isascii():
         return host
-    import idna  # takes 10 ms, which few need
+    import idna  # takes 10 ms and is rarely needed
 
     return idna.encode(letters, uts46=True).decode()
 
 
 def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # closed by the other side
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket.shutdown: a reader in another thread needs its state
+    with contextlib.suppress(OSError):  # closed by the server
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would drop state that the reading thread needs
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address from getaddrinfo belongs to the public internet, IPv4 inside IPv6 included."""
+    """Whether an address belongs to the public internet, including IPv4 addresses inside IPv6 ones."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:

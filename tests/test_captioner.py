@@ -1,4 +1,4 @@
-"""Captions of pictures: texts, scores and attention against plain reference computations, and the film strip."""
+"""`Captioner`: texts, scores and attention against plain reference computations, and attention plots."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def forced_score(captioner: Captioner, picture, text: str, prompt: str = "") -> 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, beams):
     captioner = Captioner.from_pretrained(make_checkpoint(**KINDS[kind]))
-    for result in captioner.caption(pictures, beams=beams):
+    for result in captioner.caption(pictures, num_beams=beams):
         steps = len(result.words)
         assert result.text and " ".join(result.words) == result.text
         assert result.attention.shape == (steps, 2, 3) and result.attention.dtype == np.float32
@@ -91,7 +91,7 @@ def test_each_word_comes_with_its_attention(make_checkpoint, pictures, kind, bea
 def test_score_is_the_sum_of_log_probabilities(captioner, pictures, beams, prompt, length_penalty, no_repeat, picture):
     config = captioner.model.generation_config
     config.update(length_penalty=length_penalty, no_repeat_ngram_size=no_repeat)
-    result = captioner.caption(pictures[picture], beams=beams, alternatives=beams, prompt=prompt)
+    result = captioner.caption(pictures[picture], num_beams=beams, num_return_sequences=beams, prompt=prompt)
     for text, score in [(result.text, result.score), *result.alternatives]:
         assert text.startswith(prompt)
         assert score == pytest.approx(forced_score(captioner, pictures[picture], text, prompt), abs=TINY)
@@ -102,32 +102,32 @@ def test_score_and_alternatives_are_those_of_generate(captioner, pictures):
     out = captioner.model.generate(**inputs, num_beams=4, num_return_sequences=3, output_scores=True, return_dict_in_generate=True)
     texts = captioner.processor.batch_decode(out.sequences, skip_special_tokens=True)
     expected = list(zip(texts, out.sequences_scores.tolist()))
-    results = captioner.caption(pictures, beams=4, alternatives=3)
+    results = captioner.caption(pictures, num_beams=4, num_return_sequences=3)
     found = [pair for result in results for pair in ((result.text, result.score), *result.alternatives)]
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=TINY)
 
 
-def test_greedy_score_counts_the_end_token_and_nothing_behind_it(captioner, pictures):
+def test_greedy_score_includes_the_end_token_but_not_padding(captioner, pictures):
     captioner.model.lm_head.bias.data[2] += 2.5
-    results = captioner.caption(pictures, beams=1)
+    results = captioner.caption(pictures, num_beams=1)
     lengths = [len(result.words) for result in results]
     assert min(lengths) < max(lengths), "no caption is followed by padding"
     for file, result in zip(pictures, results):
         assert result.score == pytest.approx(forced_score(captioner, file, result.text), abs=TINY)
 
 
-def test_bias_of_a_processor_counts_in_greedy_scores_as_in_beams(captioner, pictures):
+def test_logits_processors_affect_greedy_and_beam_scores_equally(captioner, pictures):
     captioner.model.generation_config.update(sequence_bias=[[[7], -0.5], [[9], -0.25]], max_new_tokens=1, length_penalty=1.0)
-    greedy, beams = (captioner.caption(pictures[0], beams=n) for n in (1, 3))
+    greedy, beams = (captioner.caption(pictures[0], num_beams=n) for n in (1, 3))
     assert (greedy.text, greedy.score) == (beams.text, pytest.approx(beams.score, abs=TINY))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_batch_of_mixed_sizes_gives_what_each_picture_gives_alone(captioner, pictures, beams):
-    together = captioner.caption(pictures, beams=beams, batch_size=2)
+def test_batched_images_get_the_results_of_single_images(captioner, pictures, beams):
+    together = captioner.caption(pictures, num_beams=beams, batch_size=2)
     for file, batched in zip(pictures, together):
-        alone = captioner.caption(file, beams=beams)
+        alone = captioner.caption(file, num_beams=beams)
         assert batched.text == alone.text and batched.score == pytest.approx(alone.score, abs=TINY)
         assert np.allclose(batched.attention, alone.attention, atol=TINY)
         assert np.allclose(batched.word_attention, alone.word_attention, atol=TINY)
@@ -145,7 +145,7 @@ def test_attention_is_that_of_a_forced_forward_pass(captioner, pictures):
         assert np.allclose(result.word_attention, out.decoder_attentions[0][0, 0], atol=TINY)
 
 
-def test_pieces_of_a_word_are_merged(make_checkpoint, pictures):
+def test_attention_of_subword_tokens_is_merged(make_checkpoint, pictures):
     captioner = Captioner.from_pretrained(make_checkpoint(tokenizer="bpe"))
     prompt = "beachild a redograin"
     result = captioner.caption(pictures[0], prompt=prompt)
@@ -174,39 +174,55 @@ def test_prompt_is_continued(captioner, pictures):
     assert captioner.caption(pictures[0], prompt="").text == captioner.caption(pictures[0]).text
 
 
-def test_prompt_with_unknown_word_is_refused(captioner, pictures):
+def test_prompt_with_unknown_word_is_rejected(captioner, pictures):
     with pytest.raises(ValueError, match="does not know zebra in the prompt 'two zebra dogs'"):
         captioner.caption(pictures, prompt="two zebra dogs")
     with pytest.raises(ValueError, match="one string"):
         captioner.caption(pictures, prompt=["two"] * 3)
 
 
-def test_alternatives_are_ordered_and_without_the_first(captioner, pictures):
-    result = captioner.caption(pictures[0], beams=5, alternatives=4)
+def test_alternatives_are_sorted_and_exclude_the_best_caption(captioner, pictures):
+    result = captioner.caption(pictures[0], num_beams=5, num_return_sequences=4)
     scores = [result.score, *(other.score for other in result.alternatives)]
     texts = {result.text, *(other.text for other in result.alternatives)}
     assert len(texts) == 4 and scores == sorted(scores, reverse=True)
     assert captioner.caption(pictures[0]).alternatives == []
 
 
-def test_beams_default_to_the_checkpoint_and_widen_for_alternatives(captioner, pictures):
-    assert captioner.caption(pictures[0]).score == captioner.caption(pictures[0], beams=3).score
-    widened = captioner.caption(pictures[0], alternatives=5)
+def test_default_beams_are_the_checkpoints_and_at_least_the_returned_sequences(captioner, pictures):
+    assert captioner.caption(pictures[0]).score == captioner.caption(pictures[0], num_beams=3).score
+    widened = captioner.caption(pictures[0], num_return_sequences=5)
     assert len(widened.alternatives) == 4
-    assert widened.score == captioner.caption(pictures[0], beams=5).score
+    assert widened.score == captioner.caption(pictures[0], num_beams=5).score
 
 
-def test_places_without_a_caption_are_no_alternatives(captioner, pictures):
+def test_sequences_that_beam_search_did_not_find_are_no_alternatives(captioner, pictures):
     every_token_but_two = [token for token in range(captioner.model.config.vocab_size) if token not in (5, 6)]
     captioner.model.generation_config.update(suppress_tokens=every_token_but_two, max_new_tokens=1)
-    result = captioner.caption(pictures[0], beams=4, alternatives=4)
+    result = captioner.caption(pictures[0], num_beams=4, num_return_sequences=4)
     assert len(result.alternatives) == 1 and result.alternatives[0].score > -100
 
 
-@pytest.mark.parametrize("option", [{"beams": 0}, {"alternatives": 0}, {"batch_size": 0}, {"beams": 2, "alternatives": 3}])
-def test_impossible_numbers_are_refused(captioner, pictures, option):
+@pytest.mark.parametrize(
+    "option", [{"num_beams": 0}, {"num_return_sequences": 0}, {"batch_size": 0}, {"num_beams": 2, "num_return_sequences": 3}]
+)
+def test_numbers_out_of_range_are_rejected(captioner, pictures, option):
     with pytest.raises(ValueError, match=f"`{list(option)[-1]}`"):
         captioner.caption(pictures, **option)
+
+
+def test_old_argument_names_warn_and_work(captioner, pictures):
+    new = captioner.caption(pictures[0], num_beams=4, num_return_sequences=2)
+    with pytest.warns(FutureWarning, match="`alternatives` is deprecated: use `num_return_sequences`"):
+        old = captioner.caption(pictures[0], num_beams=4, alternatives=2)
+    with pytest.warns(FutureWarning, match="`beams` is deprecated: use `num_beams`"):
+        streamed = next(captioner.stream(pictures, beams=4, num_return_sequences=2))
+    with pytest.warns(FutureWarning, match="`beams` is deprecated"):
+        explained = captioner.explain(pictures[0], beams=4, num_return_sequences=2)
+    assert [pair.text for pair in old.alternatives] == [pair.text for pair in new.alternatives] and len(old.alternatives) == 1
+    assert new.text == old.text == streamed.text == explained.text
+    with pytest.raises(TypeError, match="give only `num_beams`"):
+        captioner.caption(pictures[0], beams=4, num_beams=4)
 
 
 def test_an_empty_caption_has_no_words(captioner, pictures, tmp_path):
@@ -219,7 +235,7 @@ def test_an_empty_caption_has_no_words(captioner, pictures, tmp_path):
     assert Image.open(tmp_path / "none.png").format == "PNG"
 
 
-def test_any_picture_and_its_own_proportions(captioner, pictures):
+def test_all_kinds_of_sources_give_one_caption_and_keep_the_image_size(captioner, pictures):
     array = np.asarray(load_image(pictures[1]))
     results = captioner.caption((pictures[1], str(pictures[1]), array, Image.fromarray(array)))
     assert {result.text for result in results} == {results[0].text}
@@ -228,7 +244,7 @@ def test_any_picture_and_its_own_proportions(captioner, pictures):
 
 
 @pytest.mark.parametrize("images", ["nowhere.jpg", [b"", b""], [["wide.jpg"]], [None]])
-def test_unreadable_picture_is_an_image_error(captioner, images):
+def test_unreadable_image_raises_an_image_error(captioner, images):
     with pytest.raises(ImageError):
         captioner.caption(images)
 
@@ -259,7 +275,7 @@ def damage(folder, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["weights", "kind", "config.json", "model.safetensors", "tokenizer.json"])
-def test_damaged_checkpoint_is_named(tiny_checkpoint, tmp_path, what):
+def test_error_names_a_damaged_checkpoint(tiny_checkpoint, tmp_path, what):
     folder = tmp_path / "model"
     shutil.copytree(tiny_checkpoint, folder)
     damage(folder, what)
@@ -267,24 +283,24 @@ def test_damaged_checkpoint_is_named(tiny_checkpoint, tmp_path, what):
         Captioner.from_pretrained(folder)
 
 
-def test_missing_folder_and_unusable_device_are_named(tiny_checkpoint, tmp_path):
-    with pytest.raises(OSError, match="nowhere' is no folder"):
+def test_error_names_a_missing_folder_and_an_unusable_device(tiny_checkpoint, tmp_path):
+    with pytest.raises(OSError, match="nowhere' is not a folder"):
         Captioner.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="device 'toaster' cannot be used.*give 'cpu'"):
         Captioner.from_pretrained(tiny_checkpoint, device="toaster")
 
 
-def test_film_strip_shows_picture_and_words(result, tmp_path):
-    figure = result.plot_attention(tmp_path / "strip.png")
+def test_attention_plot_shows_image_and_words(result, tmp_path):
+    figure = result.plot_attention(tmp_path / "plot.png")
     photo, *words = (axis for axis in figure.axes if axis.images)
     assert np.array_equal(np.unique(photo.images[0].get_array()), [128])
     assert [axis.get_title() for axis in words] == result.words
     assert figure.get_suptitle() == result.text
-    saved = Image.open(tmp_path / "strip.png")
+    saved = Image.open(tmp_path / "plot.png")
     assert saved.width > 600 and len(np.unique(np.asarray(saved))) > 50
 
 
-def test_film_strip_is_lit_where_the_model_looked(result):
+def test_attention_plot_is_brightest_at_the_attended_region(result):
     one, other = (axis.images[0].get_array().mean(axis=2) for axis in result.plot_attention().axes[1:3])
     height, width = one.shape
     assert abs(width - 1.5 * height) <= 1
@@ -296,23 +312,23 @@ def test_film_strip_is_lit_where_the_model_looked(result):
 
 
 @pytest.mark.parametrize("size", [(30, 300), (300, 30)])
-def test_film_strip_of_any_shape_and_length(result, tmp_path, size):
+def test_attention_plot_of_any_image_shape_and_caption_length(result, tmp_path, size):
     result.image = Image.new("RGB", size)
     result.words = ["$x_1$"] * 7
     result.text = " ".join(result.words)
     result.attention = np.full((7, 2, 3), 1 / 6, np.float32)
-    result.plot_attention(tmp_path / "strip.png")
-    width, height = Image.open(tmp_path / "strip.png").size
+    result.plot_attention(tmp_path / "plot.png")
+    width, height = Image.open(tmp_path / "plot.png").size
     assert 300 < width < 4000 and 100 < height < 3000
 
 
-def test_film_strip_that_cannot_be_written_is_an_os_error(result, tmp_path):
+def test_unwritable_path_of_a_plot_is_an_os_error(result, tmp_path):
     with pytest.raises(OSError):
-        result.plot_attention(tmp_path / "nowhere" / "strip.png")
+        result.plot_attention(tmp_path / "nowhere" / "plot.png")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_stream_gives_a_result_or_an_error_per_picture_in_order(captioner, pictures, batch_size, tmp_path):
+def test_stream_yields_one_result_or_error_per_image_in_order(captioner, pictures, batch_size, tmp_path):
     (tmp_path / "empty.jpg").touch()
     sources = [pictures[0], tmp_path / "empty.jpg", pictures[1].read_bytes(), None, Image.open(pictures[2])]
     found = list(captioner.stream(iter(sources), on_error="yield", batch_size=batch_size))
@@ -322,14 +338,14 @@ def test_stream_gives_a_result_or_an_error_per_picture_in_order(captioner, pictu
     assert isinstance(found[3], ImageError) and "NoneType" in str(found[3])
 
 
-def test_stream_raises_after_the_results_before_the_broken_picture(captioner, pictures):
+def test_stream_raises_after_the_results_of_the_images_before(captioner, pictures):
     stream = captioner.stream([pictures[0], b"no picture", pictures[1]])
     assert next(stream).text == captioner.caption(pictures[0]).text
     with pytest.raises(ImageError, match="not an image"):
         next(stream)
 
 
-def test_stream_reads_no_further_than_its_batch(captioner, pictures):
+def test_stream_reads_one_batch_at_a_time(captioner, pictures):
     read = []
     stream = captioner.stream((read.append(n) or pictures[n % 3] for n in range(10**9)), batch_size=2)
     for _ in range(3):
@@ -337,7 +353,7 @@ def test_stream_reads_no_further_than_its_batch(captioner, pictures):
     assert read == [0, 1, 2, 3]
 
 
-def test_failure_of_one_picture_costs_no_other_of_its_batch(captioner, pictures, monkeypatch):
+def test_failure_of_one_image_keeps_the_results_of_its_batch(captioner, pictures, monkeypatch):
     caption, bad = captioner._caption_batch, Image.open(pictures[1]).size
 
     def fail(batch, *arguments):
@@ -355,13 +371,13 @@ def test_failure_of_one_picture_costs_no_other_of_its_batch(captioner, pictures,
 @pytest.mark.parametrize(
     ("images", "settings", "message"),
     [
-        ("photo.jpg", {}, "single picture"),
-        (Image.new("RGB", (9, 9)), {}, "single picture"),
+        ("photo.jpg", {}, "single image"),
+        (Image.new("RGB", (9, 9)), {}, "single image"),
         ([], {"on_error": "skip"}, "'raise' or 'yield'"),
         ([], {"batch_size": 0}, "at least 1"),
         ([], {"prompt": "xylophone"}, "does not know"),
     ],
 )
-def test_stream_refuses_what_does_not_fit_before_it_reads(captioner, images, settings, message):
+def test_stream_rejects_wrong_arguments_before_reading(captioner, images, settings, message):
     with pytest.raises(ValueError, match=message):
         captioner.stream(images, **settings)

@@ -23,7 +23,7 @@ from PIL import Image
 from hf_attncap import AttnCapForConditionalGeneration, Captioner
 from hf_attncap.cli import main
 from hf_attncap.metrics import CaptionMetrics
-from hf_attncap.visualize import save_strip
+from hf_attncap.visualize import save_plot
 
 REFERENCES = [["A black dog is running .", "two red dogs", "a house while it rains"], ["a child in the rain"]]
 ABOUT = {
@@ -166,7 +166,7 @@ def test_card_shows_what_was_measured(checkpoint, captioned, pictures, capsys):
     assert picture and picture[1] == captioner.caption(pictures[0]).text
     assert "{{" not in text and "None" not in text
     assert "sets with fewer than 100 images" in text and "Images with writing" not in text
-    save_strip(captioner.explain(pictures[0]).plot_importance(), checkpoint.parent / "both_maps.jpg")
+    save_plot(captioner.explain(pictures[0]).plot_importance(), checkpoint.parent / "both_maps.jpg")
     assert (checkpoint / picture[2]).read_bytes() == (checkpoint.parent / "both_maps.jpg").read_bytes()
 
     first = checkpoint / picture[2]
@@ -384,7 +384,7 @@ def test_a_new_card_removes_the_plots_of_an_earlier_one(checkpoint, pictures):
     result = Captioner.from_pretrained(checkpoint).caption(pictures[0])
     names = ["picture_old.png", "picture_replaced_by_hand.png", "picture_mine.png"]
     for name in names:
-        save_strip(result.plot_attention(), checkpoint / name)
+        save_plot(result.plot_attention(), checkpoint / name)
     shutil.copy(pictures[1], checkpoint / names[1])  # it has no mark
     listed = [{"file": name, "caption": "a"} for name in (*names[:2], "picture_gone.png")]
     (checkpoint / "results.json").write_text(json.dumps({"pictures": listed}))
@@ -395,7 +395,7 @@ def test_a_new_card_removes_the_plots_of_an_earlier_one(checkpoint, pictures):
 
 def test_a_results_file_cannot_name_files_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
     precious = tmp_path / "picture_precious.png"
-    save_strip(Captioner.from_pretrained(checkpoint).caption(pictures[0]).plot_attention(), precious)
+    save_plot(Captioner.from_pretrained(checkpoint).caption(pictures[0]).plot_attention(), precious)
     (checkpoint / "results.json").write_text(json.dumps({"pictures": [{"file": "../picture_precious.png", "caption": "a"}]}))
     assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     assert precious.exists()

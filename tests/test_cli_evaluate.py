@@ -1,4 +1,4 @@
-"""`attncap evaluate`: files in, a table, JSON and lines of JSON out."""
+"""`attncap evaluate`: input files, table, JSON and JSON lines."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def evaluate(folder: Path, *options: str | Path, predictions: str = "results.jso
 
 @pytest.mark.parametrize("predictions", ["results.json", "results.jsonl"])
 @pytest.mark.parametrize("references", ["captions.json", "karpathy.json"])
-def test_a_table_and_json(folder, capsys, predictions, references):
+def test_prints_a_table_and_writes_json(folder, capsys, predictions, references):
     assert evaluate(folder, "--output", folder / "scores.json", predictions=predictions, references=references) == 0
     table = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert table["images"] == "3" and table["cider"] == f"{100 * EXPECTED['cider']:.2f}" and table["vocabulary"] == "8"
@@ -59,7 +59,7 @@ def test_a_table_and_json(folder, capsys, predictions, references):
     assert not list(folder.glob(".*"))
 
 
-def test_a_split_of_karpathy_s_file(folder, capsys):
+def test_split_of_a_karpathy_file(folder, capsys):
     assert evaluate(folder, "--split", "test", references="karpathy.json") == 0
     shown = capsys.readouterr()
     assert "images                   2" in shown.out
@@ -68,7 +68,7 @@ def test_a_split_of_karpathy_s_file(folder, capsys):
     assert "has no split dev; it has test (2 images), train (1 images)" in capsys.readouterr().err
 
 
-def test_lines_for_each_image(folder, capsys):
+def test_json_lines_per_image(folder, capsys):
     assert evaluate(folder, "--per-image", "-") == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == list(EXPECTED.rows())
@@ -76,7 +76,7 @@ def test_lines_for_each_image(folder, capsys):
     assert [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()] == printed
 
 
-def test_another_system(folder, capsys):
+def test_comparison_with_a_baseline(folder, capsys):
     other = [{"image_id": 1, "caption": "a man"}, {"image_id": 3, "caption": "dogs"}, {"image_id": 4, "caption": "what"}]
     (folder / "other.json").write_text(json.dumps(other), encoding="utf-8")
     assert evaluate(folder, "--compare", folder / "other.json", "--output", folder / "scores.json") == 0
@@ -112,7 +112,7 @@ def test_empty_captions_are_counted(folder, capsys):
         ("[]", "holds no captions"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(folder, capsys, content, message):
+def test_errors_name_unusable_files(folder, capsys, content, message):
     (folder / "results.json").write_text(content, encoding="utf-8")
     assert evaluate(folder, "--output", folder / "scores.json") == 1
     shown = capsys.readouterr()
@@ -120,7 +120,7 @@ def test_files_that_cannot_be_used_are_named(folder, capsys, content, message):
     assert not (folder / "scores.json").exists()
 
 
-def test_a_missing_file_and_a_place_that_cannot_be_written(folder, capsys):
+def test_missing_file_and_unwritable_output(folder, capsys):
     assert evaluate(folder, predictions="none.json") == 1
     assert "none.json cannot be read" in capsys.readouterr().err
     assert evaluate(folder, "--output", folder / "nowhere" / "scores.json") == 1
@@ -133,7 +133,7 @@ def test_meteor_without_java(folder, capsys, monkeypatch):
     assert "METEOR needs" in capsys.readouterr().err
 
 
-def test_the_program_itself_does_not_wait_for_torch(folder):
+def test_evaluate_does_not_import_torch(folder):
     shown = subprocess.run(
         [sys.executable, "-m", "hf_attncap", "evaluate", "--predictions", "results.json", "--references", "captions.json"],
         cwd=folder,
@@ -162,13 +162,13 @@ def test_inputs_are_not_overwritten(folder, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_an_empty_name_is_a_wrong_use(folder, capsys):
+def test_empty_file_name_is_wrong_usage(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate(folder, "--compare", "")
-    assert "the name of the file is empty" in capsys.readouterr().err
+    assert "the file name is empty" in capsys.readouterr().err
 
 
-def test_a_dash_is_stdin_and_stdout(folder, capsys, monkeypatch):
+def test_dash_means_stdin_and_stdout(folder, capsys, monkeypatch):
     assert evaluate(folder, "--output", "-") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["scores"] == dict(EXPECTED) and "cider" in shown.err
@@ -187,15 +187,15 @@ def test_few_images_and_single_references_are_noted(folder, capsys):
     (folder / "single.json").write_text(json.dumps({n: texts[0] for n, texts in CAPTIONS.items()}), encoding="utf-8")
     assert evaluate(folder, "--compare", folder / "results.jsonl", references="single.json") == 0
     said = capsys.readouterr().err
-    assert "has one reference an image" in said and "3 images are few" in said
+    assert "has one reference per image" in said and "with 3 images the interval and p of the comparison are unreliable" in said
 
 
 @pytest.mark.parametrize("option", ["--output", "--per-image"])
-def test_only_files_of_its_own_are_replaced(folder, capsys, option):
+def test_only_its_own_files_are_replaced(folder, capsys, option):
     for name, content in (("photo.jpg", b"\xff\xd8\xff"), ("other.jsonl", b'{"image_id": 1, "caption": "a dog"}\n')):
         (folder / name).write_bytes(content)
         assert evaluate(folder, option, folder / name) == 1
-        assert f"{name} is there already, and `attncap evaluate` did not write it" in capsys.readouterr().err
+        assert f"{name} exists and was not written by `attncap evaluate`" in capsys.readouterr().err
         assert (folder / name).read_bytes() == content
     (folder / "empty").touch()
     for name in ("empty", "scores", "scores"):

@@ -111,15 +111,15 @@ def test_bins_contain_every_image_once():
 
 
 @given(st.lists(st.floats(-5, 0), min_size=2, max_size=9))
-def test_confidence_rises_with_the_score_where_it_is_all_there_is(scores):
+def test_confidence_increases_with_the_score_alone(scores):
     found = estimate_confidence({"weights": {"score": 3.0}, "bias": 2.0}, {"score": np.sort(scores)})
     assert (np.diff(found) >= 0).all() and (found >= 0).all() and (found <= 1).all()
     assert found[0] == pytest.approx(1 / (1 + math.exp(-3 * min(scores) - 2)))
 
 
-def test_a_result_has_the_confidence_that_its_signals_give(calibrated, tiny_checkpoint, pictures):
+def test_confidence_of_a_result_follows_from_its_signals(calibrated, tiny_checkpoint, pictures):
     captioner = Captioner.from_pretrained(calibrated)
-    batch = captioner.caption(pictures, alternatives=2)
+    batch = captioner.caption(pictures, num_return_sequences=2)
     for picture, result in zip(pictures, batch):
         signals = result.signals
         logit = 2 * signals["score"] + 0.25 * signals["lowest"] - 0.5 * signals["entropy"] + 3
@@ -133,7 +133,7 @@ def test_a_result_has_the_confidence_that_its_signals_give(calibrated, tiny_chec
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1}], ids=["beams", "greedy"])
 @pytest.mark.parametrize("prompt", [None, "two red"])
-def test_signals_are_those_of_a_forward_over_the_caption(tiny_checkpoint, pictures, settings, prompt):
+def test_signals_equal_those_of_a_forward_pass_over_the_caption(tiny_checkpoint, pictures, settings, prompt):
     model = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
     processor = AttnCapProcessor.from_pretrained(tiny_checkpoint)
     images = [Image.open(file).convert("RGB") for file in pictures]
@@ -154,7 +154,7 @@ def test_signals_are_those_of_a_forward_over_the_caption(tiny_checkpoint, pictur
             assert found["entropy"][image, k].item() == pytest.approx(entropy, abs=1e-4)
 
 
-def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
+def test_saving_exporting_and_packing_keep_the_calibration(packable, tmp_path, remote_code):
     model = AttnCapForConditionalGeneration.from_pretrained(packable)
     model.save_pretrained(tmp_path / "saved")
     exported = export_to_hub(packable, tmp_path / "hub")
@@ -164,7 +164,7 @@ def test_saving_exporting_and_packing_keep_it(packable, tmp_path, remote_code):
         assert AutoConfig.from_pretrained(folder, trust_remote_code=True).confidence == FITTED
 
 
-def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
+def test_other_weights_and_other_decoding_remove_the_calibration(packable, tmp_path):
     faster = pack(packable, tmp_path / "faster", {"num_beams": 2})
     mean = average_checkpoints([packable, packable], tmp_path / "mean")
     tuned, _ = build_captioner(ModelArguments(model_name_or_path=str(packable), model_config={}), [["two red dogs"]], tmp_path)
@@ -177,16 +177,16 @@ def test_other_weights_and_other_decoding_drop_it(packable, tmp_path):
     [{}, {"weights": {"score": 1.0}}, {"weights": {"mood": 1.0}, "bias": 0.0}, {"weights": {"score": math.nan}, "bias": 0.0}],
     ids=str,
 )
-def test_a_calibration_that_cannot_be_applied_is_refused(wrong):
+def test_invalid_calibration_is_rejected(wrong):
     with pytest.raises(StrictDataclassError, match="`confidence` is .* run `attncap calibrate`, or set it to None"):
         AttnCapConfig(confidence=wrong)
 
 
 def test_calibration_is_used_by_caption_and_shown_on_the_card(tiny_checkpoint, sixty, pictures, tmp_path, capsys):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
-    assert main(["calibrate", str(folder), "--images", str(sixty)]) == 0
+    assert main(["calibrate", str(folder), "--eval-data", str(sixty)]) == 0
     out, err = capsys.readouterr()
-    assert "with fewer than 200 the confidence is rough" in err
+    assert "below 200 the confidence is unreliable, use more" in err
     report = json.loads((folder / "calibration.json").read_text())
     fitted, (found,) = report["calibration"], report["sets"].values()
     assert json.loads((folder / "config.json").read_text())["confidence"] == fitted
@@ -202,7 +202,7 @@ def test_calibration_is_used_by_caption_and_shown_on_the_card(tiny_checkpoint, s
     row = f"| {found['images']} | {found['auroc'][0]:.3f} ("
     assert f"| {sixty.parent.name}/sixty.parquet {row}" in card and "(calibration.jpg)" in card
     (folder / "about.yaml").write_text("datasets: [{name: Noise, split: test}]")
-    assert main(["card", str(folder), "--images", str(sixty)]) == 0
+    assert main(["card", str(folder), "--eval-data", str(sixty)]) == 0
     assert f"| Noise, test {row}" in (folder / "README.md").read_text()  # as in the table of scores
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"confidence": None}))
@@ -218,12 +218,12 @@ def test_calibrate_reports_errors_and_writes_nothing(tiny_checkpoint, sixty, tmp
     rows.remove_columns("captions").add_column("captions", wrong).to_parquet(str(tmp_path / "bad.parquet"))
     rows.remove_columns("captions").to_parquet(str(tmp_path / "bare.parquet"))
     for arguments, sentence in [
-        ([str(tmp_path / "none"), "--images", str(sixty)], "has no config.json: give the folder"),
-        ([str(folder), "--images", str(tmp_path / "few.parquet")], "give more images"),
-        ([str(folder), "--images", str(tmp_path / "bad.parquet")], "images for fitting have a good caption"),
-        ([str(folder), "--images", str(tmp_path / "bare.parquet")], "captions"),
-        ([str(folder), "--images", str(tmp_path / "missing.parquet")], "missing.parquet"),
-        ([str(folder), "--images", str(sixty), str(sixty)], "is given twice"),
+        ([str(tmp_path / "none"), "--eval-data", str(sixty)], "has no config.json: give the folder"),
+        ([str(folder), "--eval-data", str(tmp_path / "few.parquet")], "give more images"),
+        ([str(folder), "--eval-data", str(tmp_path / "bad.parquet")], "images for fitting have a good caption"),
+        ([str(folder), "--eval-data", str(tmp_path / "bare.parquet")], "captions"),
+        ([str(folder), "--eval-data", str(tmp_path / "missing.parquet")], "missing.parquet"),
+        ([str(folder), "--eval-data", str(sixty), str(sixty)], "is given twice"),
     ]:
         assert main(["calibrate", *arguments]) == 1
         assert sentence in capsys.readouterr().err
@@ -233,11 +233,11 @@ def test_calibrate_reports_errors_and_writes_nothing(tiny_checkpoint, sixty, tmp
         raise OSError("the disk is full")
 
     monkeypatch.setattr("hf_attncap.model_card.calibration._draw", fail)  # the name under which the command imports it
-    assert main(["calibrate", str(folder), "--images", str(sixty)]) == 1
+    assert main(["calibrate", str(folder), "--eval-data", str(sixty)]) == 1
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_min_confidence_leaves_out_the_rest_and_says_so(calibrated, pictures, capfd):
+def test_min_confidence_skips_captions_and_reports_them(calibrated, pictures, capfd):
     results = Captioner.from_pretrained(calibrated).caption(pictures)
     order = sorted(range(len(pictures)), key=lambda place: results[place].confidence)
     between = (results[order[0]].confidence + results[order[1]].confidence) / 2
@@ -249,12 +249,12 @@ def test_min_confidence_leaves_out_the_rest_and_says_so(calibrated, pictures, ca
     kept = [place for place in range(len(files)) if place != order[0]]
     assert [record["path"] for record in records] == [files[place] for place in kept]
     assert [record["confidence"] for record in records] == pytest.approx([results[place].confidence for place in kept], abs=1e-4)
-    assert err == f"attncap: {files[order[0]]}: left out, its caption has a confidence of {results[order[0]].confidence:.2f}\n"
+    assert err == f"attncap: {files[order[0]]}: skipped, its caption has a confidence of {results[order[0]].confidence:.2f}\n"
     assert main([*command, "0"]) == 0 and len(capfd.readouterr().out.splitlines()) == len(files)
     assert main([*command, "1"]) == 0 and capfd.readouterr().out == ""
 
 
-def test_min_confidence_needs_a_calibration_and_a_probability(tiny_checkpoint, pictures, capfd):
+def test_min_confidence_requires_a_calibration_and_a_probability(tiny_checkpoint, pictures, capfd):
     command = ["caption", "--model", str(tiny_checkpoint), str(pictures[0])]
     assert main([*command, "--min-confidence", "0.5"]) == 1
     out, err = capfd.readouterr()

@@ -80,7 +80,7 @@ def test_curves_equal_a_plain_loop(deletion, make_checkpoint, kind, monkeypatch)
                     for curve, hidden in enumerate((first, everything - first)):
                         expected = plain_log_p(model, ids, word + 1, regions, hidden, fill[0])
                         assert traced.log_p[name][curve, s, d, f] == pytest.approx(expected, abs=1e-5), (name, word, s, f, curve)
-    monkeypatch.setattr("hf_attncap.importance.NUMBERS", 1)  # one variant at a time
+    monkeypatch.setattr("hf_attncap.importance.MAX_ELEMENTS", 1)  # one variant at a time
     one_by_one = deletion.trace(model, regions, torch.tensor(ids), pieces, maps, fill[0])
     for name, found in traced.log_p.items():
         assert one_by_one.log_p[name] == pytest.approx(found, abs=1e-6)
@@ -247,7 +247,7 @@ def test_the_command_measures_own_captions_and_references(
                 assert deleted[order][-1] < start
     # The same captions as references, one image and one variant at a time.
     monkeypatch.setattr(deletion, "BATCH", 1)
-    monkeypatch.setattr("hf_attncap.importance.NUMBERS", 1)
+    monkeypatch.setattr("hf_attncap.importance.MAX_ELEMENTS", 1)
     references = run(deletion, monkeypatch, *common, "--references")
     assert references["captions"] == "references" and references["words"] == own["words"]
     for fill, figures in own["fills"].items():

@@ -147,5 +147,5 @@ def test_plain_trainer_end_to_end(model, processor, data, tmp_path):
     after = trainer.evaluate()
     assert after["eval_loss"] < 0.2 * before["eval_loss"] and after["eval_same"] == 1.0, (before, after, seen)
     trainer.save_model()
-    results = Captioner.from_pretrained(tmp_path, device="cpu").caption(data["image"][:], beams=1)
+    results = Captioner.from_pretrained(tmp_path, device="cpu").caption(data["image"][:], num_beams=1)
     assert [result.text for result in results] == CAPTIONS

@@ -1,4 +1,4 @@
-"""What is exported loads where the package is not installed, says the same there, and changes nothing here."""
+"""Exported folders load without the package and give the same captions."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def elsewhere(exported, pictures, tmp_path_factory) -> dict[str, Any]:
     return json.loads((scratch / "found.json").read_text())
 
 
-def test_what_is_in_the_folder(checkpoint, exported):
+def test_files_of_the_exported_folder(checkpoint, exported):
     saved = {"model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert {path.name for path in exported.iterdir()} == saved | {"config.json", "processor_config.json"} | CODE
     for name in saved:
@@ -109,7 +109,7 @@ def test_what_is_in_the_folder(checkpoint, exported):
     assert config == json.loads((checkpoint / "config.json").read_text())
 
 
-def test_the_code_is_complete_and_names_what_exists(exported):
+def test_remote_code_is_complete(exported):
     referred = [*hub.MODEL_CLASSES.values(), *hub.IMAGE_PROCESSOR_CLASS.values(), *hub.PROCESSOR_CLASS.values()]
     referred += [entry["impl"] for entry in hub.CUSTOM_PIPELINES.values()]
     for reference in referred:
@@ -120,7 +120,7 @@ def test_the_code_is_complete_and_names_what_exists(exported):
         assert "hf_attncap" not in [line.split()[1] for line in (exported / file).read_text().splitlines() if "import" in line[:6]]
 
 
-def test_it_says_the_same_without_the_package(elsewhere, checkpoint, picture):
+def test_captions_are_equal_without_the_package(elsewhere, checkpoint, picture):
     captioner = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")
     expected = captioner(picture, num_beams=2)
     for way in ("image-to-text", "without task", "saved again", "pipeline of parts saved again"):
@@ -138,19 +138,19 @@ def test_it_says_the_same_without_the_package(elsewhere, checkpoint, picture):
     torch.testing.assert_close(torch.tensor(elsewhere["features"]), features)
 
 
-def test_its_own_code_is_what_ran_and_only_with_trust(elsewhere):
+def test_remote_code_runs_only_with_trust_remote_code(elsewhere):
     assert elsewhere["homes"] == ["transformers_modules"]
     assert elsewhere["classes"][:2] == ["AttnCapConfig", "AttnCapImageProcessor"]
     assert "trust_remote_code=True" in elsewhere["without trust"]
 
 
-def test_model_and_processor_that_are_saved_there_take_their_code_along(elsewhere):
+def test_models_with_remote_code_are_saved_with_it(elsewhere):
     assert elsewhere["logits of parts saved again"] == elsewhere["logits"]
     for home in elsewhere["homes of parts saved again"]:
         assert home.startswith("transformers_modules.again.")
 
 
-def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoint, picture, remote_code):
+def test_installed_package_replaces_the_remote_code(exported, checkpoint, picture, remote_code):
     [expected] = make_pipeline("image-captioning", model=str(checkpoint), device="cpu")(picture)
     plain = make_pipeline("image-captioning", model=str(exported), device="cpu")
     assert type(plain) is AttnCapPipeline
@@ -160,7 +160,7 @@ def test_where_the_package_is_installed_its_classes_are_used(exported, checkpoin
         assert caption == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
 
 
-def test_the_live_classes_are_untouched(exported, checkpoint, tmp_path):
+def test_export_does_not_change_the_classes(exported, checkpoint, tmp_path):
     assert exported.is_dir()
     AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
@@ -169,7 +169,7 @@ def test_the_live_classes_are_untouched(exported, checkpoint, tmp_path):
         assert "auto_map" not in file.read_text() and "custom_pipelines" not in file.read_text()
 
 
-def test_a_checkpoint_fine_tuned_from_an_export_names_no_code_that_it_lacks(exported, tmp_path):
+def test_checkpoint_fine_tuned_from_an_export_refers_to_no_missing_code(exported, tmp_path):
     AttnCapForConditionalGeneration.from_pretrained(exported).save_pretrained(tmp_path)
     assert not {"auto_map", "custom_pipelines"} & set(json.loads((tmp_path / "config.json").read_text()))
 
@@ -192,7 +192,7 @@ def test_weights_in_several_files(checkpoint, tmp_path):
         assert torch.equal(value, whole[name])
 
 
-def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(checkpoint, tmp_path, monkeypatch):
     copies, copy = [], shutil.copyfile
 
     def full_disk(source, target):
@@ -206,7 +206,7 @@ def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path, monkeypat
     assert len(copies) == 5 and not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):
+def test_existing_files_are_not_overwritten(checkpoint, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(FileExistsError, match="not an empty folder"):
@@ -214,9 +214,9 @@ def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_what_cannot_be_exported_is_refused_by_name(checkpoint, tmp_path):
+def test_errors_name_checkpoints_that_cannot_be_exported(checkpoint, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="nowhere.*is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere.*is not a folder"):
         export_to_hub(tmp_path / "nowhere", out)
     other = tmp_path / "other"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""Pictures in any form become the pixel values that the backbone was trained on."""
+"""The image processor gives the pixel values that the backbone expects, for all kinds of images."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_default_is_the_backbones_own_preprocessing():
     assert values.dtype == torch.float32
 
 
-def test_edges_of_a_wide_picture_survive():
+def test_edges_of_a_wide_image_are_kept():
     pixels = np.full((60, 240, 3), 128, dtype=np.uint8)
     pixels[:, :30] = (255, 0, 0)
     pixels[:, -30:] = (0, 0, 255)
@@ -56,7 +56,7 @@ def test_any_colour_mode_becomes_rgb(mode):
     assert values.isfinite().all()
 
 
-def test_settings_survive_saving_and_yield_to_the_call(tmp_path):
+def test_settings_are_saved_and_can_be_overridden_in_a_call(tmp_path):
     first = AttnCapImageProcessor(size={"height": 32, "width": 48}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     first.save_pretrained(tmp_path)
     second = AttnCapImageProcessor.from_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def close(image: Image.Image, expected: Image.Image, tolerance: int = 0) -> bool
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+def test_all_kinds_of_sources_give_the_same_image(tmp_path):
     data = encode(scene())
     path = tmp_path / "a picture.png"
     path.write_bytes(data)
@@ -84,21 +84,21 @@ def test_jpeg_base64_that_looks_like_an_absolute_path():
     assert load_image(text).size == scene().size
 
 
-def test_an_upright_rgb_image_in_memory_goes_through_as_it_is():
+def test_upright_rgb_image_in_memory_is_returned_unchanged():
     source = scene()
     assert load_image(source) is source
     assert load_image(load_image(encode(source))) is not source
 
 
 @pytest.mark.parametrize("make", [lambda: scene().convert("L"), lambda: Image.open(io.BytesIO(encode(scene())))])
-def test_a_given_pil_image_of_another_kind_is_neither_changed_nor_shared(make):
+def test_other_pil_images_are_neither_changed_nor_shared(make):
     source = make()
     load_image(source).paste((0, 255, 0), (0, 0, 24, 16))
     assert np.array_equal(np.asarray(source), np.asarray(make()))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_a_picture_that_was_read_is_not_turned_again(kind):
+def test_loading_twice_does_not_rotate_twice(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     once = load_image(encode(scene(24, 16), kind, exif=exif))
@@ -144,7 +144,7 @@ def test_big_endian_sixteen_bit():
         (np.array([[0, 200]], np.float32), 200),
     ],
 )
-def test_integer_and_float_images_find_their_range(values, expected):
+def test_range_of_integer_and_float_images_is_detected(values, expected):
     result = load_image(encode(Image.fromarray(values), "TIFF"))
     assert result.getpixel((0, 0)) == (0, 0, 0)
     assert result.getpixel((1, 0)) == (expected,) * 3
@@ -181,7 +181,7 @@ def half_clear(mode: str) -> Image.Image:
     ],
     ids=["png", "png-la", "webp", "premultiplied", "array", "array-la", "chw-float"],
 )
-def test_transparency_is_laid_on_white(source):
+def test_transparent_regions_become_white(source):
     result = load_image(source)
     assert [result.getpixel((x, 8)) for x in (0, 4, 8)] == [(0, 0, 0), (127, 127, 127), (255, 255, 255)]
 
@@ -243,7 +243,7 @@ def test_exif_rotation(kind, orientation):
     assert load_image(Image.open(io.BytesIO(data))).size == expected.size
 
 
-def test_rotation_survives_a_malformed_neighbour_tag():
+def test_rotation_is_applied_despite_a_malformed_tag():
     orientation = b"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
     width_as_text = b"\x1a\x01\x02\x00\x04\x00\x00\x00abc\x00"  # XResolution, a ratio, given as text
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + orientation + width_as_text + b"\0\0\0\0"
@@ -306,20 +306,20 @@ def test_truncated_jpeg_is_called_truncated(tmp_path):
         load_image("data:image/jpeg;base64," + base64.b64encode(data[: len(data) // 2]).decode())
 
 
-def test_no_image(tmp_path):
+def test_file_that_is_not_an_image(tmp_path):
     (tmp_path / "notes.txt").write_text("a dog runs")
     with pytest.raises(ImageError, match=r"notes\.txt is not an image in a known format; save it as JPEG or PNG"):
         load_image(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("text", ["", "a dog", "data:image/png;base64,", "data:image/png;base64,a*b", "data:", "a\0b", "\udcff"])
-def test_text_that_is_nothing(text):
+def test_text_that_is_no_source(text):
     with pytest.raises(ImageError, match="neither an existing file nor a URL"):
         load_image(text)
 
 
 @pytest.mark.parametrize("source", [None, 3, [scene()], {"path": "x"}])
-def test_unknown_kind_of_source(source):
+def test_unknown_type_of_source(source):
     with pytest.raises(ImageError, match=f"read from a {type(source).__name__}; give one path"):
         load_image(source)
 

@@ -48,14 +48,14 @@ def plain_importance(model, caption: list[int], regions: torch.Tensor, grid: tup
 
 @pytest.mark.parametrize("window", [1, 3, 5])
 @torch.no_grad()
-def test_importance_is_what_hiding_costs(captioner, window, monkeypatch):
+def test_importance_equals_a_plain_loop_over_hidden_regions(captioner, window, monkeypatch):
     model = captioner.model.double()
     torch.manual_seed(0)
     regions = torch.randn(2, 12, 16, dtype=torch.float64)
     captions = [[BOS, 5, 7, 6, EOS], [BOS, 8, 5, EOS, PAD], [BOS, 9, 9, 4, 6], [BOS, EOS, PAD, PAD, PAD]]
     expected = [plain_importance(model, caption, regions[n // 2], (3, 4), window) for n, caption in enumerate(captions)]
     for numbers in (2**25, 1):  # all at a time, and one by one
-        monkeypatch.setattr("hf_attncap.importance.NUMBERS", numbers)
+        monkeypatch.setattr("hf_attncap.importance.MAX_ELEMENTS", numbers)
         encoded = GridEncoderOutput(last_hidden_state=regions, grid_shape=(3, 4))
         found = word_importance(model, torch.tensor(captions), encoded, window)
         assert found.dtype == torch.float32 and found.shape == (4, 4, 3, 4)
@@ -102,7 +102,7 @@ def test_a_word_that_one_region_brings_about_points_there(tiny_checkpoint):
 @pytest.mark.parametrize(
     "checkpoint", [{"tokenizer": "bpe"}, {"backbone": "resnet18"}, *({"word_attention": kind} for kind in KINDS)], ids=str
 )
-@pytest.mark.parametrize("options", [{}, {"beams": 1}, {"prompt": "two red"}, {"alternatives": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 1}, {"prompt": "two red"}, {"num_return_sequences": 2}], ids=str)
 def test_explain_is_caption_with_importance(make_checkpoint, pictures, checkpoint, options):
     captioner = Captioner.from_pretrained(make_checkpoint(**checkpoint), device="cpu")
     found, plain = captioner.explain(pictures, **options), captioner.caption(pictures, **options)
@@ -143,15 +143,15 @@ def test_half_precision_and_captions_without_words(tiny_checkpoint, pictures, tm
     assert Image.open(tmp_path / "none.png").format == "PNG"
 
 
-def test_stream_explains_and_pictures_show_both_maps(tiny_checkpoint, pictures, tmp_path):
+def test_stream_with_importance_and_its_plot(tiny_checkpoint, pictures, tmp_path):
     captioner = Captioner.from_pretrained(tiny_checkpoint, device="cpu")
     result = next(captioner.stream(pictures, explain=True))
     figure = result.plot_importance(tmp_path / "both.png")
     drawn = [axis for axis in figure.axes if axis.images and axis.get_ylabel() == ""]
     assert len(drawn) == 1 + 2 * len(result.words)
     assert [axis.get_title() for axis in figure.axes if axis.get_title()] == result.words
-    assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["attention (1 = even)", "importance (nats)"]
-    with pytest.raises(ValueError, match="has no importance: make it with `Captioner.explain`"):
+    assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["attention (1 = uniform)", "importance (nats)"]
+    with pytest.raises(ValueError, match="has no importance: get one with `Captioner.explain`"):
         captioner.caption(pictures[0]).plot_importance()
 
 

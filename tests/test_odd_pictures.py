@@ -85,7 +85,7 @@ def test_pipeline_reads_urls_with_broken_metadata(tiny_checkpoint, tmp_path):
         captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
         url = f"http://127.0.0.1:{server.server_port}"
         assert captions(f"{url}/a.jpg", timeout=20) == captions(str(tmp_path / "a.jpg"))
-        with pytest.raises(ValueError, match="This picture cannot be read: .*404"):
+        with pytest.raises(ValueError, match="This image cannot be read: .*404"):
             captions(f"{url}/missing.jpg")
         server.shutdown()
 
@@ -137,7 +137,7 @@ def test_heic_without_its_package_names_it(monkeypatch, brand):
         load_image(data)
 
 
-def test_a_film_is_not_taken_for_heic(monkeypatch):
+def test_video_is_not_read_as_heic(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match="is not an image in a known format"):
         load_image(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(100))

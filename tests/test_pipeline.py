@@ -283,20 +283,20 @@ def test_pieces_of_a_word_stay_together():
         ("missing.jpg", {}, "missing.jpg"),
         (3, {}, "cannot be read: 3"),
         ({"image": "a.jpg"}, {}, "'image'.*`images`.*dataset\\['image'\\]"),
-        (["a.jpg", "b.jpg"], {"text": ["a dog"]}, "a list of 1 for 2 pictures"),
-        ("a.jpg", {"text": ["a dog"]}, "for no list of pictures"),
+        (["a.jpg", "b.jpg"], {"text": ["a dog"]}, "a list of 1 for 2 images"),
+        ("a.jpg", {"text": ["a dog"]}, "for an input that is not a list"),
         ("a.jpg", {"text": 5}, "must be one string, got 5"),
         ("a.jpg", {"text": "a 犬 dog 猫"}, "犬, 猫"),
         ("a.jpg", {"text": "a", "prompt": "a"}, "`text` and `prompt`"),
         ("a.jpg", {"num_beams": 2, "generate_kwargs": {"num_beams": 2}}, "num_beams: given directly and in"),
     ],
 )
-def test_bad_input_is_named(pipe, inputs, options, message):
+def test_errors_name_bad_input(pipe, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(inputs, **options)
 
 
-def test_an_unknown_option_and_a_damaged_file_are_named(pipe, images, tmp_path):
+def test_errors_name_an_unknown_option_and_a_damaged_file(pipe, images, tmp_path):
     with pytest.raises(ValueError, match="num_beems"):
         pipe(images[0], num_beems=3)
     file = tmp_path / "cut.png"
@@ -306,7 +306,7 @@ def test_an_unknown_option_and_a_damaged_file_are_named(pipe, images, tmp_path):
         pipe([images[0], file])
 
 
-def test_a_model_fresh_from_training_does_not_drop_out(pipe, images):
+def test_model_in_training_mode_is_set_to_evaluation(pipe, images):
     training = deepcopy(pipe.model).train()
     fresh = make_pipeline("image-captioning", model=training, processor=pipe.processor, device="cpu")
     for actual, expected in zip(fresh(images), pipe(images), strict=True):

@@ -138,7 +138,7 @@ def test_options_reach_their_part(processor):
         ({"text_target": "a", "max_target_length": "all"}, "`max_target_length`"),
     ],
 )
-def test_bad_input_is_named(processor, arguments, message):
+def test_errors_name_bad_input(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
 

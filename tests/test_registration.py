@@ -41,7 +41,7 @@ def python(*arguments: str, cwd: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize("order", [order if order in QUICK else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS])
-def test_whatever_is_imported_first(order, tmp_path):
+def test_any_import_order_registers_the_classes(order, tmp_path):
     assert python("-c", ORDERS[order], cwd=tmp_path) == "registered\n"
 
 
@@ -68,7 +68,7 @@ def test_a_module_called_attncap(tmp_path):
         "import hf_attncap.cli",
     ],
 )
-def test_what_needs_no_model_loads_no_transformers(use):
+def test_modules_without_a_model_do_not_import_transformers(use):
     assert python("-c", f"import sys; {use}; print({{'torch', 'transformers', 'torchvision'}} & set(sys.modules))") == "set()\n"
 
 
@@ -77,7 +77,7 @@ def test_a_spec_is_found_without_importing():
     assert python("-c", f"{script}; print('transformers' in sys.modules)") == "False\n"
 
 
-def test_help_is_there_at_once():
+def test_help_is_fast():
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

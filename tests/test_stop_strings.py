@@ -1,4 +1,4 @@
-"""`generate(stop_strings=..., tokenizer=...)` ends a caption at a text, with either kind of vocabulary."""
+"""`generate(stop_strings=..., tokenizer=...)` with word and subword vocabularies."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_captions_end_with_the_word_that_completes_the_text(captioner, length):
 
 
 @kinds
-def test_what_the_prompt_says_ends_nothing(captioner):
+def test_stop_string_in_the_prompt_is_ignored(captioner):
     caption, tokenizer = captioner
     prompt = tokenizer(["two red dogs"] * 3, return_tensors="pt")["input_ids"]
     without = caption(input_ids=prompt)
@@ -52,7 +52,7 @@ def test_what_the_prompt_says_ends_nothing(captioner):
 
 
 @kinds
-def test_beams_end_at_the_text_too(captioner):
+def test_stop_strings_with_beam_search(captioner):
     caption, tokenizer = captioner
     beams = {"num_beams": 3, "early_stopping": False, "length_penalty": 1.0}
     word = caption(**beams)[0].split()[-1]

@@ -19,7 +19,7 @@ from hf_attncap.training.train import main
 from PIL import Image
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
-from hf_attncap.word_vectors_attncap import read_word_vectors
+from hf_attncap.word_vectors import read_word_vectors
 
 pytest.importorskip("gensim")
 

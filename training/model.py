@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor
+from hf_attncap.word_vectors import read_word_vectors
 
 from .arguments import ModelArguments, SettingError
 from .data.checks import list_names
@@ -51,8 +52,9 @@ def build_captioner(
     vectors = _word_vectors(arguments.word_vectors, config, sentences, tokenizer, output)
     freeze = settings.get("freeze_word_embeddings", True)
     try:
+        found = None if vectors is None else read_word_vectors(vectors, tokenizer.get_vocab(), config.word_embed_dim)
         model = AttnCapForConditionalGeneration.from_pretrained_parts(
-            config, arguments.backbone_weights, vectors, tokenizer, freeze_word_embeddings=freeze
+            config, arguments.backbone_weights, found, tokenizer, freeze_word_embeddings=freeze
         )
     except (StrictDataclassError, ValueError) as error:
         raise SettingError(str(error)) from error

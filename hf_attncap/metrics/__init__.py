@@ -1,4 +1,4 @@
-"""What captions are worth: the field's scores, their significance and the files they come from, without torch."""
+"""Caption metrics (BLEU, ROUGE-L, CIDEr, diversity), significance tests and caption files, without torch."""
 
 from .cider import DocumentFrequencies
 from .modules import evaluate_module

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from .ngrams import LONGEST, Floats, Ints, Matches, References, Tokens
 
-# Added to matches and guesses by pycocoevalcap: a caption too short for any n-gram scores (1e-15 / 1e-9)^(1/n), not 0 / 0.
+# pycocoevalcap adds these to matches and n-grams: a caption without n-grams scores (1e-15 / 1e-9)^(1/n), not 0 / 0.
 TINY, SMALL = 1e-15, 1e-9
 
 
@@ -25,14 +25,14 @@ class BleuScores:
 
 
 class Bleu:
-    """Scores predictions against the references of I images, counted once.
+    """Computes BLEU for I images. The n-grams of the references are counted once.
 
     Args:
-        references: for each image, one or more lists of tokens; or these as `References`.
+        references: one or more lists of tokens per image; or `References` of them.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: there is no image, or an image has no reference.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]] | References):
@@ -41,22 +41,22 @@ class Bleu:
     def score(self, predictions: Sequence[Tokens] | Matches) -> BleuScores:
         """BLEU of one prediction for each image, in the images' order.
 
-        Each n-gram counts as often as the reference with most of it has it ("clipped"); of the reference lengths, the closest
-        to the prediction's counts, the shorter of two as close. An image alone is smoothed only by pycocoevalcap's tiny
-        constants: without a matching 4-gram, its BLEU-4 is close to 0. An empty prediction scores 0.
+        Counts of n-grams are clipped to their maximum in one reference. The brevity penalty uses the reference length that is
+        closest to the prediction's, the shorter one of a tie. Single images are smoothed only by pycocoevalcap's tiny constants:
+        without a matching 4-gram, BLEU-4 is close to 0. An empty prediction scores 0.
 
         Args:
-            predictions: I lists of tokens; or these as `References.match` gives them.
+            predictions: I lists of tokens; or the result of `References.match`.
 
         Raises:
             TypeError: a prediction is a string.
-            ValueError: there are not as many predictions as images.
+            ValueError: the numbers of predictions and images differ.
         """
         statistics = self.statistics(self.references.match(predictions))
         return BleuScores(corpus_bleu(statistics.sum(axis=0)), corpus_bleu(statistics), statistics)
 
     def statistics(self, matches: Matches) -> Floats:
-        """Of P predictions, any number for an image, what `BleuScores.statistics` holds of each: (P, 10)."""
+        """`BleuScores.statistics` (P, 10) of P predictions, any number per image."""
         found, inside, rows = matches.found, matches.groups >= 0, len(matches.images)
         clipped = np.minimum(found.counts[inside], self.references.most[matches.groups[inside]])
         correct = np.bincount(found.slots[inside], weights=clipped, minlength=rows * LONGEST).reshape(rows, LONGEST)
@@ -65,7 +65,7 @@ class Bleu:
         return np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)
 
     def _closest(self, lengths: Ints, images: Ints) -> Ints:
-        """Of the reference lengths of each prediction's image, the closest to the prediction's: (P,)."""
+        """(P,): the reference length closest to the length of each prediction."""
         starts, rows, own = self.references.pairs(images)  # (P,), (Q,), (Q,)
         found = self.references.lengths[own]  # (Q,)
         scale = self.references.lengths.max() + 1
@@ -74,7 +74,7 @@ class Bleu:
 
 
 def corpus_bleu(totals: ArrayLike) -> Floats:
-    """BLEU-1 to BLEU-4 from counts: geometric mean of the n-gram precisions times the brevity penalty.
+    """BLEU-1 to BLEU-4 from counts: the geometric mean of the n-gram precisions times the brevity penalty.
 
     Args:
         totals: (..., 10) columns of `BleuScores.statistics`, summed over the images of a corpus.

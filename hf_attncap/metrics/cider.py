@@ -1,4 +1,4 @@
-"""CIDEr-D as pycocoevalcap computes it (under the name CIDEr).
+"""CIDEr-D as in pycocoevalcap, which calls it CIDEr.
 
 Vedantam, Zitnick and Parikh (2015), "CIDEr: consensus-based image description evaluation".
 """
@@ -27,41 +27,41 @@ from .ngrams import (
     check_references,
 )
 
-SIGMA = 6.0  # of the Gaussian over the difference of lengths
+SIGMA = 6.0  # of the Gaussian of the length difference
 SCALE = 10.0
-END = "<end of caption>"  # no tokenizer gives a token with spaces
+END = "<end of caption>"  # contains spaces, so that no token equals it
 FORMAT = "attncap document frequencies 1"
 
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """How many images have each n-gram in some reference: fixed by a training set, and kept in one small file."""
+    """The number of images whose references contain each n-gram; can be saved to a file."""
 
     index: NgramIndex
     counts: Ints  # (len(index),) 1 to `images`
     images: int
-    end_token: bool = False  # the end of a caption was counted as a word
+    end_token: bool = False  # whether the end of a caption was counted as a word
 
     @classmethod
     def from_references(cls, references: Sequence[Sequence[Tokens]], *, end_token: bool = False) -> "DocumentFrequencies":
-        """Count the n-grams of references.
+        """Counts the n-grams of references.
 
         Args:
-            references: for each image, one or more lists of tokens.
-            end_token: count the end of each reference as one more word. For rewards: without it, captions learn to stop at
-                "with a", since leaving out the last word costs nothing.
+            references: one or more lists of tokens per image.
+            end_token: count the end of each reference as one more word. Needed for rewards: without it, captions learn to stop at
+                "with a", because leaving out the last word costs nothing.
 
         Raises:
             TypeError: a caption is a string.
-            ValueError: no image, or an image without a reference.
+            ValueError: there is no image, or an image has no reference.
         """
         prepared = References(ending(references) if end_token else references)
         return cls(prepared.index, prepared.images_with(), len(prepared), end_token)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one compressed file (numpy's .npz, whatever the name), whole or not at all."""
+        """Writes one compressed file (numpy's .npz format, whatever the name) atomically."""
         keys = self.index.keys[np.argsort(self.index.ids)]
-        # Neighbouring keys share their prefix, and differences of neighbours pack well.
+        # Neighbouring keys share their prefix, so that differences compress well.
         arrays = {
             "format": np.array(FORMAT),
             "images": np.array(self.images),
@@ -76,11 +76,11 @@ class DocumentFrequencies:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DocumentFrequencies":
-        """Read what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file holds something else, or is damaged.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file has other content, or is damaged.
         """
         content = io.BytesIO(Path(path).read_bytes())
         try:
@@ -92,22 +92,21 @@ class DocumentFrequencies:
                 counts, images = file["counts"].astype(np.int64), int(file["images"])
                 end_token = bool(file["end_token"])
         except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"'{path}' holds no document frequencies: name a file that DocumentFrequencies.save wrote.") from error
+            raise ValueError(f"'{path}' holds no document frequencies: give a file that DocumentFrequencies.save wrote.") from error
         index = NgramIndex({word: i for i, word in enumerate(words)}, keys, np.arange(len(words), len(words) + len(keys)))
         return cls(index, counts, images, end_token)
 
 
 class CiderD:
-    """Scores predictions against the references of I images, counted once.
+    """Computes CIDEr-D for I images. The n-grams of the references are counted once.
 
     Args:
-        references: for each image, one or more lists of tokens; or these as `References`.
-        frequencies: how rare each n-gram is; None: counted from these references, as published scores are. Whether the
-            frequencies know an end of captions does not matter here.
+        references: one or more lists of tokens per image; or `References` of them.
+        frequencies: document frequencies of n-grams. None: counted on these references, as for published scores.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: there is no image, or an image has no reference.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]] | References, frequencies: DocumentFrequencies | None = None):
@@ -118,34 +117,33 @@ class CiderD:
         else:
             self.references = references if isinstance(references, References) else References(references)
             counts, images = self.references.images_with(), len(self.references)
-        # One weight more, for all n-grams that the frequencies do not know.
+        # The additional last weight is for all n-grams without a document frequency.
         self._idf = np.log(images) - np.log(np.maximum(np.append(counts, 0), 1))
         self._norms = self._reference_norms()  # (C, 4)
 
     def score(self, predictions: Sequence[Tokens] | Matches) -> Floats:
         """CIDEr-D of one prediction for each image, in the images' order.
 
-        The mean over n = 1..4 and over the references of: the cosine between the counts of n-grams weighted by
-        log(images / images with the n-gram), a prediction's counts clipped to the reference's, times
-        exp(-(difference of lengths)^2 / 72), times 10. (pycocoevalcap's length is the number of bigrams, not of words: the
-        difference is the same wherever there is anything in common.) An n-gram that every image has weighs nothing; so with a
-        single image everything scores 0, where the frequencies come from it alone.
-        An empty prediction scores 0, and so do references without a word, where pycocoevalcap fails.
+        The score is the mean over n = 1..4 and over the references of 10 * cosine * exp(-(length difference)^2 / 72). The cosine is
+        that of the n-gram counts, weighted by log(images / images with the n-gram); the prediction's counts are clipped to the
+        reference's. (pycocoevalcap's length is the number of bigrams; the difference is the same if the captions share a word.)
+        An n-gram that occurs for every image has weight 0. So all scores are 0 if the frequencies come from a single image.
+        An empty prediction scores 0. So do references without a word, for which pycocoevalcap fails.
 
         Args:
-            predictions: I lists of tokens; or these as `References.match` gives them.
+            predictions: I lists of tokens; or the result of `References.match`.
 
         Returns:
-            (I,), 0 to 10; the corpus' CIDEr is the mean.
+            (I,), 0 to 10; the CIDEr of a corpus is the mean.
 
         Raises:
             TypeError: a prediction is a string.
-            ValueError: there are not as many predictions as images.
+            ValueError: the numbers of predictions and images differ.
         """
         return self.score_matches(self.references.match(predictions))
 
     def score_matches(self, matches: Matches) -> Floats:
-        """CIDEr-D of P predictions, any number for an image: (P,)."""
+        """CIDEr-D (P,) of P predictions, any number per image."""
         references, found, images = self.references, matches.found, matches.images
         starts, rows, own = references.pairs(images)  # (P,), (Q,), (Q,)
         weights = self._weights(found.grams)  # (K,)
@@ -163,7 +161,7 @@ class CiderD:
         inside = np.flatnonzero(matches.groups >= 0)
         groups = matches.groups[inside]
         sizes = references.group_sizes[groups]
-        match = np.repeat(inside, sizes)  # (S,) one for each n-gram that a prediction shares with a reference
+        match = np.repeat(inside, sizes)  # (S,) one entry per n-gram shared by a prediction and a reference
         first = references.group_starts[groups] - (np.cumsum(sizes) - sizes)
         entries = np.arange(len(match)) + np.repeat(first, sizes)  # (S,)
         counts = references.counts[entries]
@@ -173,7 +171,7 @@ class CiderD:
         return _sums(pair * LONGEST + n, products, pairs)
 
     def _reference_norms(self) -> Floats:
-        """(C, 4): length of each reference's vector for each n."""
+        """(C, 4): the norm of each reference's vector for each n."""
         references = self.references
         keys = np.repeat(references.group_keys, references.group_sizes)
         slots = references.rows.astype(np.int64) * LONGEST + (keys >> 32) % LONGEST
@@ -197,4 +195,4 @@ def _norms(slots: Ints, values: Floats, captions: int) -> Floats:
 def _sums(slots: Ints, values: Floats, rows: int) -> Floats:
     """(rows, 4): sums of the values in each slot."""
     sums = np.bincount(slots, weights=values, minlength=rows * LONGEST).reshape(rows, LONGEST)
-    return sums.astype(np.float64)  # numpy counts nothing in integers, whatever the weights
+    return sums.astype(np.float64)  # without any slots, bincount returns integers

@@ -1,8 +1,7 @@
-"""How varied and how well-formed captions are, without looking at any reference.
+"""Diversity and well-formedness of captions, without references.
 
-Every function takes predictions as token lists, one list a prediction, as `ptb.tokenize` gives them. An empty
-prediction is an empty list: it counts as a prediction wherever predictions are counted, and has no words and no n-grams.
-A share of nothing (of no predictions, of no n-grams) is 0.0, so that every value is a finite number and JSON can hold it.
+Every function takes one list of tokens per prediction, as `ptb.tokenize` returns them. An empty prediction is an empty list; it
+counts as a prediction without words and n-grams. The fraction of an empty set is 0.0, so that JSON can hold every value.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +9,9 @@ from itertools import pairwise
 
 Tokens = Sequence[str]
 
-# Words after which a caption cannot be over. The idea of counting such ends, which captioners trained on CIDEr without an
-# end token produce, is that of Ruotian Luo's self-critical.pytorch ("bad endings"); the list is our own. Prepositions that
-# also stand alone ("with its lights on", "jumps in", "walks by", "looks up") are left out: people end captions with them.
+# Words that cannot end a caption. Captioners trained on CIDEr without an end token produce such endings; Ruotian Luo's
+# self-critical.pytorch counts them ("bad endings") with another list. Prepositions that can end a sentence ("with its lights on",
+# "jumps in", "walks by", "looks up") are not in the list.
 _CANNOT_END = """
     a an the every his its my our their your
     against among at between during for from into near of onto to toward towards upon with without
@@ -23,22 +22,22 @@ BAD_ENDINGS = frozenset(_CANNOT_END.split())
 
 
 def diversity(predictions: Sequence[Tokens], training: Sequence[Tokens] | None = None) -> dict[str, float]:
-    """Every measure of this file under its function's name; `novel` only when training captions are given.
+    """All measures of this file by name; `novel` only with training captions.
 
     Args:
-        predictions: one token list an image.
-        training: the captions the model learned from, as token lists of the same tokenisation.
+        predictions: one list of tokens per image.
+        training: the training captions of the model, tokenised in the same way.
 
     Returns:
         `distinct_1`, `distinct_2`, `repeated_bigrams`, `repeated_words`, `bad_endings`, `empty` and `novel` from 0 to 1;
-        `vocabulary` in words, 0 or more; `mean_length` in words a prediction, 0 or more.
+        `vocabulary` in words; `mean_length` in words per prediction.
 
     Raises:
         TypeError: a caption is a string, not a list of tokens.
     """
     for caption in (*predictions, *(training or ())):
         if isinstance(caption, str):
-            raise TypeError(f"the caption {caption!r} is a string; give its tokens, as ptb.tokenize makes them")
+            raise TypeError(f"the caption {caption!r} is a string; give its tokens, as ptb.tokenize returns them")
     measures = {
         "distinct_1": distinct(predictions, 1),
         "distinct_2": distinct(predictions, 2),
@@ -47,51 +46,51 @@ def diversity(predictions: Sequence[Tokens], training: Sequence[Tokens] | None =
         "repeated_words": repeated_words(predictions),
         "repeated_bigrams": repeated_ngrams(predictions, 2),
         "bad_endings": bad_endings(predictions),
-        "empty": _share(not tokens for tokens in predictions),
+        "empty": _fraction(not tokens for tokens in predictions),
     }
     return measures if training is None else {**measures, "novel": novel(predictions, training)}
 
 
 def distinct(predictions: Sequence[Tokens], n: int) -> float:
-    """Distinct n-grams over all n-grams of all predictions together, 0 to 1: distinct-n of Li et al. 2016 (arXiv 1510.03055).
+    """Distinct n-grams / n-grams of all predictions, 0 to 1: distinct-n of Li et al. 2016 (arXiv 1510.03055).
 
-    It falls as predictions grow in number, so only values over equally many predictions compare.
+    It falls with the number of predictions, so compare only values of equally many predictions.
     """
     ngrams = [ngram for tokens in predictions for ngram in _ngrams(tokens, n)]
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
 def vocabulary(predictions: Sequence[Tokens]) -> int:
-    """Number of distinct words used (the types of van Miltenburg et al. 2018, "Measuring the Diversity of Automatic Image
+    """Number of distinct words (the types of van Miltenburg et al. 2018, "Measuring the Diversity of Automatic Image
     Descriptions", COLING)."""
     return len({word for tokens in predictions for word in tokens})
 
 
 def mean_length(predictions: Sequence[Tokens]) -> float:
-    """Mean number of words of a prediction; an empty one has 0."""
+    """Mean number of words per prediction; an empty one has 0."""
     return sum(map(len, predictions)) / max(len(predictions), 1)
 
 
 def novel(predictions: Sequence[Tokens], training: Sequence[Tokens]) -> float:
-    """Share of predictions that are no training caption, word for word, 0 to 1 (van Miltenburg et al. 2018).
+    """Fraction of predictions that equal no training caption, 0 to 1 (van Miltenburg et al. 2018).
 
-    An empty prediction is not novel: it says nothing.
+    An empty prediction is not novel.
     """
     seen = {tuple(tokens) for tokens in training}
-    return _share(bool(tokens) and tuple(tokens) not in seen for tokens in predictions)
+    return _fraction(bool(tokens) and tuple(tokens) not in seen for tokens in predictions)
 
 
 def repeated_words(predictions: Sequence[Tokens]) -> float:
-    """Share of predictions in which a word directly follows itself ("a a dog"), 0 to 1."""
-    return _share(any(first == second for first, second in pairwise(tokens)) for tokens in predictions)
+    """Fraction of predictions in which a word directly follows itself ("a a dog"), 0 to 1."""
+    return _fraction(any(first == second for first, second in pairwise(tokens)) for tokens in predictions)
 
 
 def repeated_ngrams(predictions: Sequence[Tokens], n: int) -> float:
-    """Share of a prediction's n-grams that it has said before, averaged over predictions, 0 to 1.
+    """Mean fraction of a prediction's n-grams that repeat an earlier one, 0 to 1.
 
-    That is 1 - distinct n-grams / n-grams of each prediction by itself: seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319).
-    They take n = 4 for long texts; `diversity` takes 2, because captions are short and blocked trigrams would make 4 always
-    zero. A prediction of fewer than n words repeats nothing.
+    For each prediction, 1 - distinct n-grams / n-grams: seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319). They use n = 4 for
+    long texts. `diversity` uses 2, because captions are short and models with blocked trigrams always have 0 for n = 4. A
+    prediction of fewer than n words has 0.
     """
     repeats = 0.0
     for tokens in predictions:
@@ -101,17 +100,17 @@ def repeated_ngrams(predictions: Sequence[Tokens], n: int) -> float:
 
 
 def bad_endings(predictions: Sequence[Tokens]) -> float:
-    """Share of predictions whose last word is one of `BAD_ENDINGS` ("a man with a"), 0 to 1; an empty one does not count.
+    """Fraction of predictions whose last word is in `BAD_ENDINGS` ("a man with a"), 0 to 1; an empty one has no ending.
 
-    Words are compared as they are: lower-cased, as `ptb.tokenize` gives them.
+    Words must be lower-case, as `ptb.tokenize` returns them.
     """
-    return _share(bool(tokens) and tokens[-1] in BAD_ENDINGS for tokens in predictions)
+    return _fraction(bool(tokens) and tokens[-1] in BAD_ENDINGS for tokens in predictions)
 
 
 def _ngrams(tokens: Tokens, n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(tokens[start:] for start in range(n)))
 
 
-def _share(answers: Iterator[bool]) -> float:
+def _fraction(answers: Iterator[bool]) -> float:
     hits = list(answers)
     return sum(hits) / max(len(hits), 1)

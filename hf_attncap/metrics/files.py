@@ -1,16 +1,16 @@
-"""Reading predictions and references from the files that people have.
+"""Reads predictions and references from caption files.
 
-A file's kind is seen from its content, never from its name:
+The format is detected from the content, not from the file name:
 
 - COCO results, a JSON list of rows: `[{"image_id": 12, "caption": "..."}, ...]`
 - COCO annotations: `{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}`
 - Karpathy's splits: `{"images": [{"filename", "split", "cocoid" or "imgid", "sentences": [{"raw" or "tokens"}]}, ...]}`
-- JSON lines, a row a line with `image_id` (or `path` or `file_name`) and `caption` (or `captions`, a list), or as
-  `attncap caption --json` prints them
-- a JSON mapping: `{"12": "..." or ["...", ...], ...}`
+- JSON lines with `image_id` (or `path` or `file_name`) and `caption` (or `captions`, a list), such as the output of
+  `attncap caption --json`
+- a JSON object: `{"12": "..." or ["...", ...], ...}`
 
-Ids are compared as text: 12 and "12" are one image. Whatever is odd but usable, and whatever is left out, is told in
-`notes`, a sentence each; everything else is an error.
+Ids are compared as text: 12 and "12" are the same image. Irregularities that do not prevent the use of a file are listed in
+`notes`; others are errors.
 """
 
 import json
@@ -24,26 +24,26 @@ from typing import Any, NamedTuple
 _ROW = 'an object with "image_id" (or "path" or "file_name") and "caption" (or "captions")'
 _KINDS = "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id"
 _ID_KEYS = ("image_id", "path", "file_name")
-_KEY = "key"  # of a JSON object: text, whatever was meant
+_KEY = "key"  # the name of an image in a JSON object, which is always text
 _SPLIT_NAMES = {"validation": "val"}
 TRAINING = "train+restval"
-SHORT = ("name without folders", "name without folders and ending")  # ways of naming made up from those in a file
+SHORT = ("name without folders", "name without folders and ending")  # kinds of names that are derived from those in a file
 _WORD = re.compile(r"\w")
 _ENDING = re.compile(r"\.[A-Za-z]\w{1,4}$")  # .jpg, .jpeg, .webp; not the .5 of an id 12.5
 _JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
 class CaptionFileError(ValueError):
-    """Captions that cannot be used; the message names the file, the place in it and what is expected there."""
+    """A caption file that cannot be used; the message names the file, the position in it and what is expected there."""
 
 
 @dataclass(frozen=True)
 class Naming:
-    """One of the ways in which a file names its images.
+    """One kind of names of a file's images, such as `file_name`.
 
     Attributes:
-        ids: name -> the image's id in that file; no two images share a name.
-        type: "numbers" or "text", as the file writes the names; None where it has both or had no choice.
+        ids: name -> id of the image in the file; no two images share a name.
+        type: "numbers" or "text", the type of the names in the file; None for both, or if the format allows only text.
     """
 
     ids: dict[str, str]
@@ -52,13 +52,13 @@ class Naming:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One caption an image.
+    """One caption per image.
 
     Attributes:
         path: the file.
-        captions: id -> caption, in the order of the file; an empty caption stays one.
-        names: what a way of naming images is called -> the names, the file's own ids first.
-        notes: what was odd.
+        captions: id -> caption, in the order of the file, including empty captions.
+        names: kind of names -> the names; the ids are first.
+        notes: one sentence for each irregularity.
     """
 
     path: str
@@ -69,7 +69,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class References:
-    """The captions that people wrote, at least one an image; attributes as in `Predictions`."""
+    """The reference captions, one or more per image; attributes as in `Predictions`."""
 
     path: str
     captions: dict[str, list[str]]
@@ -88,11 +88,11 @@ class _Row(NamedTuple):
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Read one caption an image from a file of any kind above.
+    """Reads one caption per image from a file in one of the formats above.
 
     Raises:
-        CaptionFileError: the file cannot be read or is malformed, has two different captions for an image (the same one
-            twice is only noted) or both 12 and "12" as ids.
+        CaptionFileError: the file cannot be read or is malformed; an image has two different captions (two equal ones are only
+            noted); 12 and "12" are both ids.
     """
     name = os.fsdecode(path)
     rows, notes = _rows(name, None)
@@ -108,7 +108,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
             (again if captions[id] == row.captions[0] else different).append(id)
     if different:
         raise CaptionFileError(
-            f"{name} has different captions for one image: {some([*dict.fromkeys(different)])}; keep one caption an image (or is "
+            f"{name} has different captions for one image: {some([*dict.fromkeys(different)])}; keep one caption per image (or is "
             "this the file of references?)"
         )
     notes += note(name, "images with the same caption more than once", [*dict.fromkeys(again)])
@@ -117,15 +117,15 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
 
 
 def read_references(path: str | os.PathLike[str], split: str | None = None) -> References:
-    """Read the reference captions from a file of any kind above.
+    """Reads the reference captions from a file in one of the formats above.
 
     Args:
         path: the file.
-        split: of Karpathy's file the split to read, "test" for instance; "val" and "validation" are one; several are
-            joined by a plus, "train+restval". Default None: all, which is noted.
+        split: the split of a Karpathy file, such as "test"; "val" and "validation" are the same; "train+restval" reads both.
+            None reads all splits, which is noted.
 
     Raises:
-        CaptionFileError: the file cannot be read or is malformed, has no such split or both 12 and "12" as ids.
+        CaptionFileError: the file cannot be read or is malformed; the split does not exist; 12 and "12" are both ids.
     """
     name = os.fsdecode(path)
     rows, notes = _rows(name, split)
@@ -142,7 +142,7 @@ def read_references(path: str | os.PathLike[str], split: str | None = None) -> R
 
 
 def read_training(path: str | os.PathLike[str]) -> list[str]:
-    """The captions that a model learned from: of Karpathy's file those of `train` and `restval`, of others all.
+    """Reads training captions: those of `train` and `restval` of a Karpathy file, all captions of other files.
 
     Raises:
         CaptionFileError: as `read_references`.
@@ -152,7 +152,7 @@ def read_training(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
-    """The rows of a file of any kind, and what to note about it."""
+    """The rows of a file and the notes about it."""
     notes: list[str] = []
     content = read_json(path, _KINDS)
     is_object = isinstance(content, dict)
@@ -179,14 +179,14 @@ def _rows(path: str, split: str | None) -> tuple[list[_Row], list[str]]:
 
 
 class JsonLines(list[tuple[int, Any]]):
-    """The values of a file of JSON lines with their line numbers."""
+    """The values of a JSON lines file with their line numbers."""
 
 
 def read_json(path: str, expected: str) -> Any:
-    """The JSON in a file, or its `JsonLines`; "-" is standard input.
+    """Reads a JSON file, or a JSON lines file as `JsonLines`; "-" is stdin.
 
     Raises:
-        CaptionFileError: the file cannot be read or is malformed, naming the place and what is `expected` there.
+        CaptionFileError: the file cannot be read or is malformed; the message ends with what is `expected`.
     """
     text = read_text(path)
     if not text.strip():
@@ -197,22 +197,24 @@ def read_json(path: str, expected: str) -> Any:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if len(lines) < 2 or not _is_json(lines[0][1]):
             raise CaptionFileError(
-                f"{path} is not well-formed JSON: {error}; expected {expected} (`attncap caption` prints lines of JSON with --json)"
+                f"{path} is not well-formed JSON: {error}; expected {expected} (`attncap caption --json` prints JSON lines)"
             ) from error
     values = JsonLines()
     for number, line in lines:
         try:
             values.append((number, _parse(line)))
         except ValueError as error:
-            raise CaptionFileError(f"{path}, line {number} is not well-formed JSON: {error}; expected an object a line") from error
+            raise CaptionFileError(
+                f"{path}, line {number} is not well-formed JSON: {error}; expected one object per line"
+            ) from error
     return values
 
 
 def read_text(path: str) -> str:
-    """The text in a file; "-" is standard input.
+    """Reads a text file; "-" is stdin.
 
     Raises:
-        CaptionFileError: the file cannot be read or is no text in UTF-8.
+        CaptionFileError: the file cannot be read or is not UTF-8.
     """
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
@@ -220,7 +222,7 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise CaptionFileError(f"{path} cannot be read ({error.strerror}); check the path") from error
     if data.startswith(b"\x1f\x8b"):
-        raise CaptionFileError(f"{path} is compressed; give the file as gunzip makes it")
+        raise CaptionFileError(f"{path} is compressed; unpack it with gunzip first")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -236,7 +238,7 @@ def _parse(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: json alone would keep the last of several and drop the others."""
+    """A JSON object without duplicate keys, of which json.loads would silently keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         again = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
@@ -253,7 +255,7 @@ def _is_json(text: str) -> bool:
 
 
 def _from_coco(path: str, content: dict[str, Any]) -> list[_Row]:
-    """One row an annotation, and one for each image without any."""
+    """One row per annotation, and one per image without annotations."""
     files: dict[str, dict[str, int | str]] = {}
     bare: dict[str, _Row] = {}
     for number, image in enumerate(_listed(path, content.get("images", []), "images"), 1):
@@ -272,7 +274,7 @@ def _from_coco(path: str, content: dict[str, Any]) -> list[_Row]:
 
 
 def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row], list[str]]:
-    """One row an image of the split; its id is the first of cocoid, imgid and filename that tells all images apart."""
+    """One row per image of the split. Its id is the first of cocoid, imgid and filename that is unique for all images."""
     places = [(f"{path}, image {number}", image) for number, image in enumerate(_listed(path, images, "images"), 1)]
     counts = Counter(_split(image) for _, image in places)
     notes = []
@@ -281,7 +283,7 @@ def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row
     elif split is not None:
         wanted = {_SPLIT_NAMES.get(name, name) for name in split.split("+")}
         if split == TRAINING and wanted & counts.keys():
-            wanted &= counts.keys()  # not every such file has both
+            wanted &= counts.keys()  # some files lack one of them
         if missing := wanted - counts.keys():
             raise CaptionFileError(f"{path} has no split {' and '.join(sorted(missing))}; it has {_splits(counts)}")
         places = [(where, image) for where, image in places if _split(image) in wanted]
@@ -290,7 +292,7 @@ def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row
         if len({str(row[first]) for row in names if first in row}) == len(names):
             break
     else:
-        raise CaptionFileError(f"{path}: neither cocoid nor imgid nor filename is there for each image, once; one of them must be")
+        raise CaptionFileError(f"{path}: every image needs a unique cocoid, imgid or filename")
     rows = []
     for (where, image), row in zip(places, names):
         sentences = _listed(where, image.get("sentences"), "sentences")
@@ -309,12 +311,12 @@ def _splits(counts: Counter[str]) -> str:
 
 
 def _sentence(where: str, sentence: dict[str, Any]) -> str:
-    """The caption as written, or else its tokens with spaces between."""
+    """The raw caption, or its tokens joined by spaces."""
     if isinstance(raw := sentence.get("raw"), str):
         return raw
     tokens = sentence.get("tokens")
     if "raw" in sentence or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise CaptionFileError(f'{where} needs a text "raw" or a list of texts "tokens"')
+        raise CaptionFileError(f'{where} needs a string "raw" or a list of strings "tokens"')
     return " ".join(tokens)
 
 
@@ -357,7 +359,7 @@ def _listed(where: str, value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _ids(rows: Sequence[_Row]) -> list[str]:
-    """Each row's id as text; no two different ids are one as text."""
+    """The id of each row as text; raises if two different ids are equal as text."""
     first: dict[str, tuple[int | str, _Row]] = {}
     ids = []
     for row in rows:
@@ -367,13 +369,13 @@ def _ids(rows: Sequence[_Row]) -> list[str]:
         if type(other) is not type(id):
             raise CaptionFileError(
                 f"{place.where} has the id {_show(other)} and {row.where} the id {_show(id)}, which are compared as text "
-                "and would be one image; write the ids all as numbers or all as text"
+                "and would be the same image; write all ids as numbers or all as text"
             )
     return ids
 
 
 def _namings(rows: Sequence[_Row], ids: Sequence[str]) -> dict[str, Naming]:
-    """Every way of naming that tells the images apart: those in the file, then the short forms of a file name or else the id."""
+    """All kinds of names that are unique per image: those in the file, then the short forms of the file name, or else of the id."""
     kinds = dict.fromkeys(kind for row in rows for kind in row.names)
     columns = {kind: [(row.names[kind], id) for row, id in zip(rows, ids) if kind in row.names] for kind in kinds}
     longest = next((columns[kind] for kind in ("filename", "file_name") if kind in columns), next(iter(columns.values())))
@@ -393,12 +395,12 @@ def _type(names: Iterable[int | str]) -> str | None:
 
 
 def note(where: str, what: str, ids: Sequence[str]) -> list[str]:
-    """A sentence about some images; none if there are none."""
+    """A list with one sentence about some images; empty if there are none."""
     return [f"{where}: {what}: {len(ids)} ({some(ids)})"] if ids else []
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of many names."""
+    """The first five names, and the number of the others."""
     shown = ", ".join(map(_show, names[:5]))
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 

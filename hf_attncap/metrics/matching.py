@@ -1,4 +1,4 @@
-"""Bringing together the images of two files, whatever names the files give them."""
+"""Matches the images of two files, which may name them differently."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,7 +8,7 @@ from .files import SHORT, CaptionFileError, Naming, Predictions, References, not
 
 @dataclass(frozen=True)
 class Matched:
-    """The images that have both: two mappings with the references' ids as keys, in the predictions' order, and all notes."""
+    """Images with references and a prediction, by the references' ids, in the order of the predictions; and all notes."""
 
     references: dict[str, list[str]]
     predictions: dict[str, str]
@@ -16,15 +16,15 @@ class Matched:
 
 
 def match(references: References, predictions: Predictions) -> Matched:
-    """Bring together the images that have both references and a prediction.
+    """Finds the images that have both references and a prediction.
 
-    Every name that one file gives its images (`image_id`, `path`; of COCO annotations also `file_name`; of Karpathy's file
-    `cocoid`, `imgid`, `filename`) is compared, as text, with every name of the other, and the pair of names that brings
-    most predictions to references is taken. Only if none brings any, file names (or else the ids) are compared without
-    their folders and then without their endings; and only then these short forms with all other names.
+    Compares every name that one file has for its images with every name in the other file, as text. The names are `image_id` and
+    `path`; in COCO annotations also `file_name`; in Karpathy's file `cocoid`, `imgid` and `filename`. The pair of names with the
+    most matches is used. If no pair matches any image, file names (or ids) are compared without folders, then without suffixes,
+    and then these short forms with all other names.
 
     Raises:
-        CaptionFileError: no prediction has a reference, or two pairs of names are equally good and disagree.
+        CaptionFileError: no prediction has a reference, or two pairs of names match equally many but different images.
     """
     best, rival, chosen = {}, None, ("", "")
     pairs = sorted(product(references.names, predictions.names), key=_distance)
@@ -45,8 +45,8 @@ def match(references: References, predictions: Predictions) -> Matched:
         )
     if rival:
         raise CaptionFileError(
-            f"predictions fit references by {theirs} (predictions: {ours}) as well as by {rival[0]} (predictions: {rival[1]}), "
-            "and not to the same images; give each prediction the file name of its image"
+            f"predictions match references by {theirs} (predictions: {ours}) as well as by {rival[0]} (predictions: {rival[1]}), "
+            "but these are different images; give each prediction the file name of its image"
         )
     notes = [*references.notes, *predictions.notes]
     if chosen != pairs[0]:
@@ -68,7 +68,7 @@ def match(references: References, predictions: Predictions) -> Matched:
 
 
 def _distance(pair: tuple[str, str]) -> int:
-    """How far two ways of naming are from what the files themselves say: 0 both as written, 1 shortened alike, 2 otherwise."""
+    """The priority of a pair of names: 0 both as in the files, 1 both shortened in the same way, 2 otherwise."""
     short = [name in SHORT for name in pair]
     return 0 if not any(short) else 1 if pair[0] == pair[1] else 2
 

@@ -1,4 +1,4 @@
-"""Where the metrics lie that `evaluate.load` can take from this package, without the Hub."""
+"""The folders of this package's metrics for `evaluate.load`."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ _FOLDER = Path(__file__).parent / "evaluate_modules"
 
 
 def evaluate_module(name: str) -> str:
-    """The folder of a metric for `evaluate.load(evaluate_module("caption_scores"))`; nothing is fetched from anywhere.
+    """The folder of a metric for `evaluate.load(evaluate_module("caption_scores"))`, which then works offline.
 
     Args:
-        name: "caption_scores" (BLEU, ROUGE-L and CIDEr of captions against references) or "caption_diversity" (how varied
-            and well-formed captions are, without references).
+        name: "caption_scores" (BLEU, ROUGE-L and CIDEr of captions against references) or "caption_diversity" (diversity
+            and well-formedness, without references).
 
     Raises:
-        ValueError: there is no such metric; those that are there are named.
+        ValueError: the metric does not exist; the message lists those that do.
     """
     known = sorted(script.stem for script in _FOLDER.glob("*/*.py"))
     if name not in known:

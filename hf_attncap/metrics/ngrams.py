@@ -1,7 +1,7 @@
-"""N-grams of one to four words as integers, counted once for every metric that compares them.
+"""N-grams of one to four words as integer ids. BLEU and CIDEr share their counts.
 
-Captions are lists of tokens. I images have C references between them, `row` counts captions, and a `slot` is
-row * 4 + (n - 1), so that one `bincount` over slots sums every caption and every n at once.
+Captions are lists of tokens. I images have C references in total. A `row` is the index of a caption, and a `slot` is
+row * 4 + (n - 1), so that one `bincount` over slots sums for every caption and every n.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,42 +22,42 @@ LOW = (1 << 32) - 1  # the bits of an n-gram's or a word's id inside a key
 
 @dataclass(frozen=True)
 class NgramCounts:
-    """How often each n-gram occurs in each caption: K pairs of a caption and an n-gram, sorted by slot, then by id."""
+    """Counts of the n-grams of captions: K pairs of a caption and an n-gram, sorted by slot, then by id."""
 
     slots: Ints  # (K,) row * 4 + (n - 1)
-    grams: Ints  # (K,) ids; those the index does not know follow on its own
+    grams: Ints  # (K,) ids; n-grams that are not in the index have ids after those of the index
     counts: Ints  # (K,) at least 1
     lengths: Ints  # (captions,) tokens
-    fresh_words: dict[str, int]  # not in the index, with their ids
-    fresh_keys: Ints  # (F,) not in the index either; their ids follow on those of the fresh words
+    fresh_words: dict[str, int]  # words that are not in the index, with their ids
+    fresh_keys: Ints  # (F,) n-grams that are not in the index; their ids follow those of the fresh words
 
 
 class NgramIndex:
-    """Gives each word and each n-gram an id of its own: a trie, whose nodes are the n-grams.
+    """Assigns an id to each word and each n-gram: a trie whose nodes are the n-grams.
 
-    An n-gram's key is the id of its first n - 1 words, shifted left by 32 bits, and the id of its last word. Ids stay below 2^31
-    (there are fewer of them than bytes of memory), so keys of different n-grams differ, however many words there are.
+    The key of an n-gram is the id of its first n - 1 words, shifted left by 32 bits, plus the id of its last word. Ids stay below
+    2^31, so that different n-grams have different keys.
 
     Args:
         words: id of each word.
-        keys: (M,) key of each longer n-gram, in any order.
-        ids: (M,) their ids. Together with those of the words: 0 to len(index) - 1.
+        keys: (M,) the key of each n-gram of two or more words, in any order.
+        ids: (M,) their ids. Together with those of the words, they are 0 to len(index) - 1.
     """
 
     def __init__(self, words: dict[str, int], keys: Ints, ids: Ints):
-        order = np.argsort(keys, kind="stable")  # quick on what is nearly sorted
+        order = np.argsort(keys, kind="stable")  # fast on nearly sorted keys
         self.words, self.keys, self.ids = words, keys[order], ids[order]
 
     @classmethod
     def empty(cls) -> "NgramIndex":
-        """An index that knows nothing yet."""
+        """An index without n-grams."""
         return cls({}, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.words) + len(self.keys)
 
     def count(self, captions: Sequence[Tokens]) -> NgramCounts:
-        """Count the n-grams of captions; ones unknown here are told apart, too."""
+        """Counts the n-grams of captions; unknown n-grams get ids too."""
         flat = list(chain.from_iterable(captions))
         lengths = np.fromiter(map(len, captions), np.int64, len(captions))
         strange = dict.fromkeys(filterfalse(self.words.__contains__, flat))
@@ -65,7 +65,7 @@ class NgramIndex:
         words = self.words | fresh_words if fresh_words else self.words
         ids = np.fromiter(map(words.__getitem__, flat), np.int64, len(flat))  # (T,)
         rows = np.repeat(np.arange(len(captions)), lengths)  # (T,)
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # (T,) words from here to the caption's end
+        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # (T,) words from this one to the end of the caption
         prefix, found, fresh = ids.copy(), [(rows * LONGEST) << 32 | ids], []
         for n in range(2, LONGEST + 1):
             starts = np.flatnonzero(left >= n)
@@ -81,7 +81,7 @@ class NgramIndex:
         return NgramCounts(pairs >> 32, pairs & LOW, counts, lengths, fresh_words, np.concatenate(fresh))
 
     def grown(self, counts: NgramCounts) -> "NgramIndex":
-        """This index and, with the ids they have in `counts`, the words and n-grams it met as unknown."""
+        """This index plus the fresh words and n-grams of `counts`, with their ids."""
         first = len(self) + len(counts.fresh_words)
         ids = np.arange(first, first + len(counts.fresh_keys))
         return NgramIndex(
@@ -89,22 +89,22 @@ class NgramIndex:
         )
 
     def _find(self, keys: Ints) -> Ints:
-        """Ids of keys, -1 where unknown."""
+        """The ids of keys; -1 for unknown ones."""
         where = positions(self.keys, keys)
         where[where >= 0] = self.ids[where[where >= 0]]
         return where
 
 
 class References:
-    """The references of I images, counted once; `Bleu` and `CiderD` take them in place of the references themselves.
+    """The references of I images with their n-gram counts, which `Bleu` and `CiderD` can share.
 
     Args:
-        references: for each image, one or more lists of tokens.
-        index: ids to keep for n-grams known already.
+        references: one or more lists of tokens per image.
+        index: an index of n-grams that keep their ids.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: there is no image, or an image has no reference.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]], index: NgramIndex | None = None):
@@ -119,36 +119,36 @@ class References:
         rows, image_of = counts.slots // LONGEST, np.repeat(np.arange(len(references)), self.per_image)
         keys = (image_of[rows] * LONGEST + counts.slots % LONGEST) << 32 | counts.grams
         order = np.argsort(keys, kind="stable")
-        # Entries: n-grams of captions, (E,). Those of one n-gram in one image are neighbours: a group, (G,).
+        # An entry (E,) is an n-gram of a caption. The entries of one n-gram in one image are adjacent and form a group (G,).
         keys, self.rows, self.counts = keys[order], rows[order].astype(np.int32), counts.counts[order].astype(np.int32)
         self.group_starts = np.flatnonzero(np.diff(keys, prepend=-1))  # (G,)
-        self.group_keys = keys[self.group_starts]  # (G,) slot of the image and id of the n-gram
+        self.group_keys = keys[self.group_starts]  # (G,) the slot of the image and the id of the n-gram
 
     def __len__(self) -> int:
         return len(self.per_image)
 
     @cached_property
     def group_sizes(self) -> Ints:
-        """(G,): how many of an image's references hold the n-gram."""
+        """(G,): the number of the image's references that contain the n-gram."""
         return np.diff(self.group_starts, append=len(self.rows))
 
     @cached_property
     def most(self) -> NDArray[np.int32]:
-        """(G,): how often the n-gram occurs in the reference that has most of it."""
+        """(G,): the maximum count of the n-gram in one reference."""
         return np.maximum.reduceat(self.counts, self.group_starts) if len(self.rows) else self.counts
 
     def images_with(self) -> Ints:
-        """(len(index),): the number of images that have each n-gram in some reference."""
+        """(len(index),): the number of images whose references contain each n-gram."""
         return np.bincount(self.group_keys & LOW, minlength=len(self.index))
 
     def pairs(self, images: Ints) -> tuple[Ints, Ints, Ints]:
-        """The Q pairs of a prediction and a reference of its image, prediction by prediction.
+        """The Q pairs of a prediction and a reference of its image, sorted by prediction.
 
         Args:
             images: (P,) the image of each prediction.
 
         Returns:
-            (P,) the first pair of each prediction; (Q,) the prediction and (Q,) the reference of each pair.
+            (P,) the index of the first pair of each prediction; (Q,) the prediction and (Q,) the reference of each pair.
         """
         sizes = self.per_image[images]  # (P,)
         starts = np.cumsum(sizes) - sizes  # (P,)
@@ -156,15 +156,15 @@ class References:
         return starts, rows, np.arange(len(rows)) + np.repeat(self.starts[images] - starts, sizes)
 
     def match(self, predictions: "Sequence[Tokens] | Matches", images: Ints | None = None) -> "Matches":
-        """Count predictions and find their n-grams among the references of their image.
+        """Counts the n-grams of predictions and finds them in the references of their image.
 
         Args:
-            predictions: one list of tokens for each image; what this method gave before is taken as it is.
-            images: (predictions,) the image of each prediction; None: one prediction for each image, in their order.
+            predictions: one list of tokens per image; an earlier result of this method is returned unchanged.
+            images: (predictions,) the image of each prediction. None: one prediction per image, in the order of the images.
 
         Raises:
             TypeError: a prediction is a string.
-            ValueError: there are not as many predictions as images.
+            ValueError: the numbers of predictions and images differ.
         """
         if isinstance(predictions, Matches):
             if predictions.references is self:
@@ -180,17 +180,17 @@ class References:
 
 @dataclass(frozen=True)
 class Matches:
-    """Predictions and the groups of `references` their n-grams belong to; `Bleu.score` and `CiderD.score` share them."""
+    """Predictions, and the group of `references` of each of their n-grams. `Bleu.score` and `CiderD.score` can share them."""
 
     references: References
     captions: Sequence[Tokens]
     images: Ints  # (predictions,)
     found: NgramCounts
-    groups: Ints  # (K,) -1: in no reference of the image
+    groups: Ints  # (K,) -1 for n-grams that no reference of the image contains
 
 
 def positions(sorted_keys: Ints, keys: Ints) -> Ints:
-    """Where each of `keys` stands in `sorted_keys`, -1 where nowhere."""
+    """The index of each of `keys` in `sorted_keys`; -1 for missing ones."""
     if not len(sorted_keys):
         return np.full(len(keys), -1)
     where = np.searchsorted(sorted_keys, keys)
@@ -199,7 +199,7 @@ def positions(sorted_keys: Ints, keys: Ints) -> Ints:
 
 
 def check_references(references: Sequence[Sequence[Tokens]]) -> None:
-    """Raises if there is no image, an image has no reference, or a caption is no list of tokens."""
+    """Raises if there is no image, an image has no reference, or a caption is a string."""
     if not len(references):
         raise ValueError("There are no images: give at least one, with its references.")
     for image, captions in enumerate(references):
@@ -210,14 +210,16 @@ def check_references(references: Sequence[Sequence[Tokens]]) -> None:
 
 
 def check_predictions(predictions: Sequence[Tokens], images: int) -> None:
-    """Raises if there are not as many predictions as images, or one is no list of tokens."""
+    """Raises if the numbers of predictions and images differ, or a prediction is a string."""
     if len(predictions) != images:
-        raise ValueError(f"{len(predictions)} predictions for {images} images: give each image one, an empty list for no words.")
+        raise ValueError(
+            f"{len(predictions)} predictions for {images} images: give one per image, an empty list if it has no words."
+        )
     check_tokens(predictions, "a prediction")
 
 
 def check_tokens(captions: Iterable[object], what: str) -> None:
-    """Raises if one of these is a string, whose letters would pass for words."""
+    """Raises if a caption is a string, whose letters would count as words."""
     for caption in captions:
         if isinstance(caption, str):
             raise TypeError(f"{caption!r}: {what} must be a list of tokens, not a string: tokenize it first.")

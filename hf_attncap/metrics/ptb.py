@@ -1,9 +1,9 @@
-"""Penn Treebank tokens of captions: the words that the field's metrics count."""
+"""Penn Treebank tokenisation of captions, as the metrics need it."""
 
 import re
 from functools import cache, lru_cache
 
-from .ptb_rules import ABBREVIATIONS, ASSIMILATED, RULES, Rule, stand_in
+from .ptb_rules import ABBREVIATIONS, ASSIMILATED, RULES, Rule, replace_character
 
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
@@ -11,15 +11,14 @@ _PLAIN = re.compile(r"([A-Za-z]+(?:['-][A-Za-z]+)*)([.,:;?!]?)")
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words of a caption: lower-cased, punctuation dropped.
+    """The words of a caption, lower-case and without punctuation.
 
-    They are those of pycocoevalcap's `PTBTokenizer` (Stanford's, CoreNLP 3.4.1, Java), with these exceptions: that
-    one lets the end of a caption depend on the beginning of the next one ("vitamin A." before "The"), lets a line
-    break other than "\\n" shift all captions behind it, and drops letters and marks of some scripts, those that
-    Unicode took in after 2013 among them.
+    They equal those of pycocoevalcap's `PTBTokenizer` (Stanford CoreNLP 3.4.1, Java), except where that tokeniser has defects: the
+    end of a caption depends on the beginning of the next one ("vitamin A." before "The"), a line break other than "\\n" shifts all
+    later captions, and letters and marks of some scripts are dropped, among them those added to Unicode after 2013.
 
     Returns:
-        The words in their order, none for a caption without any. A word can hold a no-break space ("1 1/2").
+        The words in order; an empty list for a caption without words. A word can contain a no-break space ("1 1/2").
     """
     words: list[str] = []
     for chunk in caption.split(" "):
@@ -35,7 +34,7 @@ def tokenize(caption: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 16)
 def _plain_words(chunk: str) -> tuple[str, ...] | None:
-    """Words of what stands between two spaces; None where they may depend on what stands beyond these."""
+    """The words of the text between two spaces; None if they may depend on the text around it."""
     if not chunk or chunk in PUNCTUATION:
         return ()
     match = _PLAIN.fullmatch(chunk)
@@ -50,11 +49,11 @@ def _plain_words(chunk: str) -> tuple[str, ...] | None:
 
 
 def _tokens(caption: str, by_rules: bool = False) -> list[str]:
-    """Tokens as the tokeniser writes them; what is plain between spaces is looked up unless all is to go `by_rules`."""
+    """The tokens of a caption. Plain text between spaces takes a faster path, unless `by_rules`."""
     if caption and max(caption) > "\uffff":  # Java counts such a character as two
         return [_joined(token) for token in _tokens(_halved(caption))]
     text = caption + "\n"
-    seen = text if text.isascii() else "".join(map(stand_in, text))
+    seen = text if text.isascii() else "".join(map(replace_character, text))
     start, tokens = 0, []
     while start < len(text):
         if text[start] == " ":
@@ -69,7 +68,7 @@ def _tokens(caption: str, by_rules: bool = False) -> list[str]:
                 continue
         found = _longest(seen, start)
         if found is None:
-            start += 1  # a character that no rule knows
+            start += 1  # a character that no rule matches
             continue
         rule, end = found
         if rule.write:
@@ -79,7 +78,7 @@ def _tokens(caption: str, by_rules: bool = False) -> list[str]:
 
 
 def _longest(seen: str, start: int) -> tuple[Rule, int] | None:
-    """The rule that reads furthest from `start`, the upper one of several, and where its token ends."""
+    """The rule with the longest match at `start`, the first of a tie, and the end of its token."""
     spans = _scanner().match(seen, start).regs  # type: ignore[union-attr]  # all groups may be empty
     ends = [end for _, end in spans[1::2]]
     furthest = max(ends)
@@ -91,7 +90,7 @@ def _longest(seen: str, start: int) -> tuple[Rule, int] | None:
 
 @cache
 def _scanner() -> re.Pattern[str]:
-    """All rules at one place of a text: two groups a rule, all that it reads and the token at its beginning."""
+    """All rules as one pattern with two groups per rule: its whole match, and the token at the start of it."""
     return re.compile("".join(f"(?:(?=({rule.pattern}))|)" for rule in RULES))
 
 

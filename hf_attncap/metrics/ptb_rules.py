@@ -1,11 +1,11 @@
-r"""What the Penn Treebank tokeniser takes for a token: the rules that `ptb.py` applies, in their order.
+r"""The rules of the Penn Treebank tokeniser in the order in which `ptb.py` applies them.
 
-They state the behaviour of `PTBTokenizer` of Stanford CoreNLP 3.4.1 (2014) as pycocoevalcap calls it. Of all rules
-the one that reads furthest wins, what must follow the token included; of two that read equally far, the upper one.
+They reproduce `PTBTokenizer` of Stanford CoreNLP 3.4.1 (2014) as pycocoevalcap calls it. The rule with the longest match wins,
+including the context that must follow the token; of a tie, the first rule.
 
-A rule is a pattern whose first group is the token, with what must follow behind it; how the token is written
-(None: not at all); and how many of its last characters are read again. Words match in any case, classes of
-characters as they are written. Patterns meet a text in which `stand_in` has put one letter for all foreign letters.
+A rule has a pattern, whose first group is the token and the rest its context; a function that writes the token (None: the token is
+dropped); and the number of its last characters that are read again. Words match in any case, character classes as written. Before
+matching, `replace_character` replaces each character by the one that represents its class.
 """
 
 import re
@@ -65,15 +65,15 @@ def _first_part(token: str) -> str:
 
 
 def _initial(token: str) -> str:
-    return token[:1] if len(token) == 2 else token  # "I." leaves its full stop, "U.S." keeps it too
+    return token[:1] if len(token) == 2 else token  # "I." loses its full stop, "U.S." keeps it
 
 
-def _with_firm_spaces(token: str) -> str:
+def _with_no_break_spaces(token: str) -> str:
     return token.replace(" ", "\u00a0")
 
 
 def _brackets(token: str) -> str:
-    return _with_firm_spaces(token).replace("(", "-LRB-").replace(")", "-RRB-")
+    return _with_no_break_spaces(token).replace("(", "-LRB-").replace(")", "-RRB-")
 
 
 def _ampersands(token: str) -> str:
@@ -96,19 +96,19 @@ _NAMED = set(
     "\u2010\u2011\u2013\u2014\u2015\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2026\u2039\u203a\u2044\u2070\u20a0\u20a4\u20ac\u3000"
     "\u3001\u3002\ufeff\uffe0\uffe1\uffe5\uffe6"
 ) | {chr(code) for first, last in ((0x2000, 0x200A), (0x2074, 0x208B), (0x2153, 0x215E)) for code in range(first, last + 1)}
-_MARKS, _MARKS_TOO = ("Mn", "Mc", "Sk"), "\u03f6\u055a\u055b\u055c\u055d\u055e\u055f"
+_MARKS, _FURTHER_MARKS = ("Mn", "Mc", "Sk"), "\u03f6\u055a\u055b\u055c\u055d\u055e\u055f"
 _FOREIGN_LOWER, _FOREIGN_UPPER, _MARK, _SYMBOL, _UPPER_SYMBOL, _UPPER_NUMBER = "ªÀ\u02d8§ⒶⅠ"
 
 
 @cache
-def stand_in(character: str) -> str:
-    """The character that the rules name for all of its kind; itself where they name it or know no such kind."""
+def replace_character(character: str) -> str:
+    """The character that represents this one in the rules; the character itself if the rules name it or no class contains it."""
     category = unicodedata.category(character)
     if character.isascii() or character in _NAMED or category == "Nd":
         return character
     if category.startswith("L"):
         return _FOREIGN_UPPER if character.isupper() else _FOREIGN_LOWER
-    if (category in _MARKS and "\u02c2" <= character <= "\u0ecd") or character in _MARKS_TOO:
+    if (category in _MARKS and "\u02c2" <= character <= "\u0ecd") or character in _FURTHER_MARKS:
         return _MARK
     if _SYMBOLS.match(character):
         return _UPPER_SYMBOL if character.isupper() else _SYMBOL
@@ -119,12 +119,12 @@ def stand_in(character: str) -> str:
 
 
 def _words(text: str) -> str:
-    """The words of `text`, in any case, as alternatives."""
+    """A pattern for any of the words of `text`, ignoring case."""
     return "(?i:" + "|".join(text.split()) + ")"
 
 
 def _capitalised(text: str) -> str:
-    """The words of `text`, the first letter as it stands and the others in any case, as alternatives."""
+    """A pattern for any of the words of `text`, ignoring case except in the first letter."""
     return "(?:" + "|".join(f"{word[0]}(?i:{word[1:]})" for word in text.split()) + ")"
 
 
@@ -220,7 +220,7 @@ RULES = [
     Rule(r"(c\+\+|C\+\+|[cCfF]#)"),
     Rule("((?i:cannot|'twas))", _first_part, read_again=3),
     Rule("((?i:'tis|gonna|gotta|lemme|gimme|wanna))", _first_part, read_again=2),
-    Rule(f"({_TAG})", _with_firm_spaces),
+    Rule(f"({_TAG})", _with_no_break_spaces),
     Rule(r"((?i:&(?:md|mdash|ndash);)|[\u0096\u0097\u2013\u2014\u2015])", _always("--")),
     Rule("((?i:&amp;))", _ampersands),
     Rule("((?i:&(?:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);))"),
@@ -236,7 +236,7 @@ RULES = [
     Rule(r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4})"),
     Rule(f"([-+]?{_NUMBER})", _without_soft_hyphens),
     Rule(r"([\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+))"),
-    Rule(r"((?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4})", _with_firm_spaces),
+    Rule(r"((?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4})", _with_no_break_spaces),
     Rule(r"([\u00bc\u00bd\u00be\u2153-\u215e])", lambda token: _FRACTIONS.get(token, token)),
     Rule(r"((?i:-[rl][rcs]b-|c\.d\.s|pro-|anti-|s&(?:amp;)?p-500|s&(?:amp;)?ls))", _ampersands),
     Rule(f"((?i:cap{_APOSTROPHE}n|c{_APOSTROPHE}est))"),

@@ -12,15 +12,15 @@ from .ngrams import Floats, Tokens, check_tokens
 
 
 class CiderReward:
-    """CIDEr-D of sampled captions with fixed document frequencies, for self-critical training; references are counted once.
+    """CIDEr-D with fixed document frequencies, for self-critical training. The n-grams of the references are counted once.
 
     Args:
-        references: for each image's id, one or more lists of tokens.
-        frequencies: of the training references. Made with `end_token=True`, each reference ends with an end token here as well.
+        references: id of an image -> one or more lists of tokens.
+        frequencies: document frequencies of the training references. If they have an end token, these references get one too.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: there is no image, or an image has no reference.
     """
 
     def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies):
@@ -30,27 +30,27 @@ class CiderReward:
         self._cider = CiderD(ending(captions) if self._end_token else captions, frequencies)
 
     def reward(self, ids: Sequence[str], samples: Sequence[Tokens], ended: Sequence[bool] | None = None) -> Floats:
-        """CIDEr-D of P samples, any number for an image.
+        """CIDEr-D of P samples, any number per image.
 
         Args:
             ids: the image of each sample.
             samples: P lists of tokens, without an end token.
-            ended: whether each sample came to its end by itself; one cut off at the longest length earns less. Given with
-                frequencies that count the end of captions, and only then.
+            ended: whether each sample has an end token; a sample that was cut off at the maximum length gets a lower reward.
+                Required if the frequencies have an end token, and not allowed otherwise.
 
         Returns:
             (P,), 0 to 10.
 
         Raises:
             TypeError: a sample is a string.
-            ValueError: an id is unknown, the numbers differ, or `ended` does not go with the frequencies.
+            ValueError: an id is unknown, the lengths differ, or `ended` does not fit the frequencies.
         """
         unknown = [name for name in ids if name not in self._place]
         if unknown:
-            raise ValueError(f"There are no references for the image '{unknown[0]}': give the reward those of every image.")
+            raise ValueError(f"There are no references for the image '{unknown[0]}': give references for every image.")
         if self._end_token != (ended is not None):
-            need = "count the end of captions: say which samples `ended`" if self._end_token else "know no end: leave `ended` out"
-            raise ValueError(f"The document frequencies {need}, or make them with end_token={not self._end_token}.")
+            need = "have an end token: give `ended`" if self._end_token else "have no end token: leave `ended` out"
+            raise ValueError(f"The document frequencies {need}, or count them with end_token={not self._end_token}.")
         if len(ids) != len(samples):
             raise ValueError(f"{len(ids)} ids for {len(samples)} samples: give the id of each sample's image.")
         check_tokens(samples, "a sample")

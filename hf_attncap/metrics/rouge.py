@@ -1,8 +1,8 @@
 """ROUGE-L, as pycocoevalcap computes it.
 
-Lin (2004), "ROUGE: a package for automatic evaluation of summaries": the longest common subsequence of prediction and reference,
-as a share of either's length. The subsequences' lengths come from the bit-parallel algorithm of Hyyrö (2004), "Bit-parallel
-LCS-length computation revisited", run over all references of an image at once.
+Lin (2004), "ROUGE: a package for automatic evaluation of summaries": the length of the longest common subsequence of prediction and
+reference, relative to the length of each. It is computed with the bit-parallel algorithm of Hyyrö (2004), "Bit-parallel LCS-length
+computation revisited", for all references of an image at once.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ EMPTY = ("",)  # pycocoevalcap splits an empty caption into one empty token
 
 
 class RougeL:
-    """Scores predictions against the references of I images, prepared once.
+    """Computes ROUGE-L for I images. The references are prepared once.
 
     Args:
-        references: for each image, one or more lists of tokens.
+        references: one or more lists of tokens per image.
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: no image, or an image without a reference.
+        ValueError: there is no image, or an image has no reference.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]]):
@@ -33,30 +33,30 @@ class RougeL:
     def score(self, predictions: Sequence[Tokens]) -> Floats:
         """ROUGE-L of one prediction for each image, in the images' order.
 
-        F = (1 + beta^2) P R / (R + beta^2 P) of the best precision P and the best recall R over an image's references, which may
-        be two different ones. An empty prediction scores 0, and 1 where a reference is empty as well, as with pycocoevalcap.
+        F = (1 + beta^2) P R / (R + beta^2 P), where P and R are the best precision and the best recall over the references of the
+        image, possibly of two different ones. An empty prediction scores 0, or 1 if a reference is empty too, as in pycocoevalcap.
 
         Args:
             predictions: I lists of tokens.
 
         Returns:
-            (I,), 0 to 1; the corpus' ROUGE-L is the mean.
+            (I,), 0 to 1; the ROUGE-L of a corpus is the mean.
 
         Raises:
             TypeError: a prediction is a string.
-            ValueError: there are not as many predictions as images.
+            ValueError: the numbers of predictions and images differ.
         """
         check_predictions(predictions, len(self._images))
         return np.array([image.score(tokens or EMPTY) for image, tokens in zip(self._images, predictions)])
 
 
 class _Image:
-    """The references of one image side by side in the bits of one integer, a spare bit after each to catch its carry."""
+    """The references of one image as bits of one integer, with one spare bit after each reference for its carry."""
 
     __slots__ = ("bits", "spans", "where")
 
     def __init__(self, captions: Sequence[Tokens]):
-        self.where: dict[str, int] = {}  # the places of each token
+        self.where: dict[str, int] = {}  # token -> the bits of its positions
         self.spans: list[tuple[int, int]] = []  # (length, bits) of each reference
         self.bits = 0
         bit = 1
@@ -75,7 +75,7 @@ class _Image:
             if token in where:
                 same = state & where[token]
                 state = ((state + same) | (state - same)) & bits
-        common = ~state  # each place where the common subsequence grew
+        common = ~state  # the positions at which the common subsequence grew
         precision = recall = 0.0
         for length, span in self.spans:
             lcs = (common & span).bit_count()

@@ -1,4 +1,4 @@
-"""The field's scores of predicted captions, from text to numbers."""
+"""`CaptionMetrics`: the standard scores of predicted captions."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 
 @dataclass(frozen=True)
 class CaptionScores(Mapping[str, float]):
-    """Scores of all images together, by name, and of each image.
+    """The scores of a corpus by name, and of each image.
 
-    `bleu_1` to `bleu_4`, `rouge_l` and `meteor` range from 0 to 1, `cider` from 0 to 10; the others are those of
-    `diversity`. Published tables show the scores times 100.
+    `bleu_1` to `bleu_4`, `rouge_l` and `meteor` range from 0 to 1, `cider` from 0 to 10; the others are those of `diversity`.
+    Published tables show the scores times 100.
 
     Attributes:
-        corpus: the scores of all images together; this object is the same mapping.
-        ids: the images, I of them.
-        per_image: score -> (I,) float64. BLEU's mean over images is not the corpus' BLEU; nor is METEOR's.
+        corpus: name -> score of the corpus; this object is the same mapping.
+        ids: the I images.
+        per_image: name -> (I,) float64. BLEU and METEOR of the corpus are not the means over images.
     """
 
     corpus: dict[str, float]
@@ -51,24 +51,24 @@ class CaptionScores(Mapping[str, float]):
         return "\n".join(f"{name:18}{value:10.4f}" for name, value in self.corpus.items())
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals of BLEU, ROUGE-L and CIDEr of the corpus, by name; see `significance.bootstrap`."""
+        """95 % intervals of BLEU, ROUGE-L and CIDEr by name; see `significance.bootstrap`."""
         return bootstrap(self.statistics)
 
     def rows(self) -> Iterator[dict[str, str | float]]:
-        """The scores of each image, as JSON can hold them: `image_id` and each score."""
+        """One dictionary per image with `image_id` and the scores, ready for JSON."""
         for place, image_id in enumerate(self.ids):
             yield {"image_id": image_id, **{name: float(values[place]) for name, values in self.per_image.items()}}
 
 
 class CaptionMetrics:
-    """Scores captions as pycocoevalcap does, without Java; references are tokenised and counted once.
+    """Computes the scores of pycocoevalcap without Java. References are tokenised and counted once.
 
     Args:
         references: image id -> one or more captions. Ids are compared as text.
-        training: captions a model has learned from: then `novel` is scored as well.
+        training: the training captions of the model; adds the score `novel`.
 
     Raises:
-        ValueError: there is no image, or one without references, or both 12 and "12".
+        ValueError: there is no image, an image has no references, or 12 and "12" are both ids.
         TypeError: the references of an image are a string, not a list of strings.
     """
 
@@ -90,15 +90,15 @@ class CaptionMetrics:
         self._bleu, self._cider, self._rouge = Bleu(references_), CiderD(references_), RougeL(self._tokens)
 
     def score(self, predictions: Mapping[Any, str], *, meteor: bool = False, spice: bool = False) -> CaptionScores:
-        """Score one caption for each image.
+        """Scores one caption per image.
 
         Args:
-            predictions: image id -> caption, for exactly the images that have references. An empty caption scores 0.
-            meteor, spice: also these, through pycocoevalcap and Java (`pip install "hf_attncap[java]"`).
+            predictions: image id -> caption, for exactly the images with references. An empty caption scores 0.
+            meteor, spice: also compute these, with pycocoevalcap and Java (`pip install "hf_attncap[java]"`).
 
         Raises:
-            ValueError: an image has no prediction, or one has no references; both are named.
-            hf_attncap.metrics.java.JavaMetricError: METEOR or SPICE cannot run here.
+            ValueError: an image has no prediction, or a prediction has no references; the message lists them.
+            hf_attncap.metrics.java.JavaMetricError: METEOR or SPICE cannot be computed here.
         """
         _check_mapping(predictions, "predictions")
         texts = _by_text(predictions)
@@ -117,26 +117,26 @@ class CaptionMetrics:
     def _check(self, predictions: dict[str, str]) -> None:
         missing = [image_id for image_id in self.ids if image_id not in predictions]
         if missing:
-            raise ValueError(f"{_some(missing)} no prediction: give a caption, be it an empty one, for each image with references.")
+            raise ValueError(f"{_some(missing)} no prediction: give a caption, which may be empty, for each image with references.")
         known = set(self.ids)
         strange = [image_id for image_id in predictions if image_id not in known]
         if strange:
             raise ValueError(f"{_some(strange)} no references: leave these predictions out, or add their references.")
         wrong = [image_id for image_id, caption in predictions.items() if not isinstance(caption, str)]
         if wrong:
-            raise TypeError(f"The prediction of image '{wrong[0]}' is no string: give one caption for each image.")
+            raise TypeError(f"The prediction of image '{wrong[0]}' is not a string: give one caption per image.")
 
 
 def compare(first: CaptionScores, second: CaptionScores, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Comparison]:
-    """Is the second better than the first? BLEU, ROUGE-L and CIDEr of two systems, scored by the same `CaptionMetrics`.
+    """Compares BLEU, ROUGE-L and CIDEr of two systems, scored by the same `CaptionMetrics`, with a paired bootstrap.
 
-    The interval and p need many images, a hundred or more: of a few images they promise too much.
+    The interval and p are unreliable with fewer than 100 images.
 
     Returns:
-        For each score both values, their difference, its 95 % interval and p; see `significance.paired_bootstrap`.
+        Name -> both values, their difference, its 95 % interval and p; see `significance.paired_bootstrap`.
 
     Raises:
-        ValueError: the scores are over different images.
+        ValueError: the systems were scored on different images.
     """
     if first.ids != second.ids:
         raise ValueError("The two systems are scored on different images: score both with the same CaptionMetrics.")
@@ -149,16 +149,16 @@ def _check_mapping(captions: Any, what: str) -> None:
 
 
 def _by_text(captions: Mapping[Any, Caption]) -> dict[str, Caption]:
-    """The same, with ids as text."""
+    """The mapping with its ids as text."""
     texts = {str(image_id): caption for image_id, caption in captions.items()}
     if len(texts) < len(captions):
         twice = [str(image_id) for image_id in captions if not isinstance(image_id, str) and str(image_id) in captions]
-        raise ValueError(f"Image '{twice[0]}' is there twice, as a number and as text: name each image once.")
+        raise ValueError(f"Image '{twice[0]}' occurs twice, as a number and as text: use each id once.")
     return texts
 
 
 def _words(tokens: list[str]) -> list[str]:
-    """What BLEU and CIDEr count in the field: "1 1/2", one token with a no-break space, is two words there."""
+    """The words that BLEU and CIDEr count: "1 1/2", one token with a no-break space, counts as two words."""
     return " ".join(tokens).split()
 
 

@@ -1,4 +1,4 @@
-"""How sure is a score, and is one system better than another? Bootstraps over the captioned images."""
+"""Bootstrap intervals of scores and paired bootstrap tests of two systems, over the captioned images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 
 FEW_IMAGES = 100  # with fewer, bootstrap intervals are unreliable
-# Resampled images held at a time; 3 arrays of this many 8-byte numbers are about 100 MB.
+# Resampled images in memory at a time; 3 arrays of so many 8-byte numbers need about 100 MB.
 _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a system's metrics are made of, image by image, so that any set of images can be scored from its sum.
+    """Per-image terms of a system's metrics. The metrics of any set of images follow from the sum of its terms.
 
     Attributes:
         names: the K metrics.
-        per_image: float64 (I, S), what each image adds; row i is the same image in both systems.
-        from_totals: the metrics from sums over as many images as `per_image` has: (..., S) -> (..., K).
+        per_image: float64 (I, S), the terms of each image; row i is the same image in both systems.
+        from_totals: computes the metrics from sums over I images: (..., S) -> (..., K).
     """
 
     names: tuple[str, ...]
@@ -33,8 +33,8 @@ class Comparison:
         first, second: the metric over all images.
         difference: second - first.
         low, high: 95 % percentile interval of the difference.
-        p: two-sided p-value of "there is no difference", above 0 and up to 1; see `paired_bootstrap`.
-        resamples, seed: what the interval and p were made with.
+        p: two-sided p-value of the hypothesis of no difference, above 0 and at most 1; see `paired_bootstrap`.
+        resamples, seed: the settings of the bootstrap.
     """
 
     first: float
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def means(values: Mapping[str, np.ndarray]) -> Statistics:
-    """Statistics of metrics that are the mean of a value an image (ROUGE-L, CIDEr): name -> (I,), all of one length."""
+    """Statistics of metrics that are means over images (ROUGE-L, CIDEr), from name -> (I,)."""
     per_image = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()], axis=-1)  # (I, K)
     return Statistics(tuple(values), per_image, lambda totals: totals / len(per_image))
 
@@ -56,26 +56,24 @@ def means(values: Mapping[str, np.ndarray]) -> Statistics:
 def paired_bootstrap(
     first: Sequence[Statistics], second: Sequence[Statistics], *, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Compare two systems on the same images, in all their metrics, over one shared set of resamples.
+    """Compares two systems on the same images, with one set of resamples for all metrics.
 
-    Each resample draws as many images as there are, with replacement, and scores both systems on them (Koehn 2004,
-    "Statistical Significance Tests for Machine Translation Evaluation"). The interval holds the middle 95 % of the
-    resampled differences (Efron & Tibshirani 1993, chapter 13). For p the resampled differences are shifted to a mean of
-    no difference: p = (1 + how many lie at least as far from the observed difference as that lies from 0) /
-    (1 + resamples), so p is never 0, and 1 for a system against itself. It says nothing about another training run of
-    the same system: only the images are drawn anew. CIDEr's document frequencies stay those of all images.
+    Each resample draws I images with replacement and scores both systems on them (Koehn 2004, "Statistical Significance Tests for
+    Machine Translation Evaluation"). The interval holds the middle 95 % of the resampled differences (Efron & Tibshirani 1993,
+    chapter 13). p is (1 + the number of resampled differences at least as far from the observed difference as that is from 0) /
+    (1 + resamples). So p is never 0, and it is 1 for a system against itself. The test covers variation between images, not between
+    training runs. CIDEr keeps the document frequencies of all images.
 
     Args:
-        first, second: the two systems' statistics: the same metrics, the same images in the same order, one
-            `Statistics` a group of metrics that share sums.
+        first, second: the statistics of the two systems: the same metrics and the same images in the same order.
         resamples: default 10,000, about a second for 5,000 images.
         seed: of the resampling; the same seed gives the same result.
 
     Returns:
-        A `Comparison` for each metric, in the order of `first`.
+        Metric -> `Comparison`, in the order of `first`.
 
     Raises:
-        ValueError: the systems' metrics or numbers of images differ, there is no image, or a value is not finite.
+        ValueError: the metrics or the numbers of images of the systems differ, there is no image, or a value is not finite.
     """
     images = _check(first, second)
     names = [name for statistics in first for name in statistics.names]
@@ -86,7 +84,7 @@ def paired_bootstrap(
     )  # (R, K)
     difference = observed[1] - observed[0]
     low, high = np.quantile(differences, [0.025, 0.975], axis=0)
-    # The slack keeps ties ties where sums are rounded.
+    # The tolerance keeps ties despite rounding errors of the sums.
     far = np.abs(differences - difference) >= np.abs(difference) * (1 - 1e-9)  # (R, K)
     p = (1 + far.sum(axis=0)) / (1 + resamples)
     columns = zip(*(column.tolist() for column in (*observed, difference, low, high, p)))
@@ -94,7 +92,7 @@ def paired_bootstrap(
 
 
 def bootstrap(system: Sequence[Statistics], *, resamples: int = 10_000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of one system's metrics, by name: the images are drawn anew as in `paired_bootstrap`.
+    """95 % percentile intervals of one system's metrics by name; images are resampled as in `paired_bootstrap`.
 
     Raises:
         ValueError: there is no image, `resamples` is below 1, or a value is not finite.
@@ -106,7 +104,7 @@ def bootstrap(system: Sequence[Statistics], *, resamples: int = 10_000, seed: in
 
 
 def _resampled(resamples: int, images: int, seed: int) -> Iterator[np.ndarray]:
-    """The weights of all resamples, in parts (R, I) that fit in memory."""
+    """The weights of all resamples, in chunks (R, I) that fit in memory."""
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; give at least 1")
     random = np.random.default_rng(seed)
@@ -116,7 +114,7 @@ def _resampled(resamples: int, images: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _weights(random: np.random.Generator, resamples: int, images: int) -> np.ndarray:
-    """How often each image is drawn in each resample: float64 (R, I), rows sum to I."""
+    """float64 (R, I): how often each image occurs in each resample; rows sum to I."""
     drawn = random.integers(images, size=(resamples, images))  # (R, I)
     drawn += images * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * images)
@@ -129,7 +127,7 @@ def _scores(system: Sequence[Statistics], weights: np.ndarray) -> np.ndarray:
 
 
 def _check(first: Sequence[Statistics], second: Sequence[Statistics]) -> int:
-    """The number of images, or an error that says where the systems do not fit together."""
+    """The number of images; raises if the systems cannot be compared."""
     ours, theirs = ([name for statistics in system for name in statistics.names] for system in (first, second))
     if ours != theirs or not ours or len(set(ours)) < len(ours):
         raise ValueError(f"the systems' metrics are {ours} and {theirs}; give both the same, each once, in the same order")

@@ -1,4 +1,4 @@
-"""The scores of generated captions as transformers' Trainer asks for them."""
+"""`compute_metrics` for transformers' Seq2SeqTrainer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from .score import CaptionMetrics
 
-PADDING = -100  # what the Trainer fills rows of ids up with
+PADDING = -100  # with which the Trainer pads rows of ids
 
 
 def caption_compute_metrics(
@@ -16,17 +16,17 @@ def caption_compute_metrics(
     """`compute_metrics` for a `Seq2SeqTrainer` with `predict_with_generate=True`.
 
     Args:
-        references: all captions of each image, I of them, in the order of the evaluation dataset, which has one row an image.
-        decode: rows of generated ids, without padding, to captions without special tokens: a `lambda` over
-            `processor.batch_decode(ids, skip_special_tokens=True)`.
+        references: all captions of each of the I images, in the order of the evaluation dataset, which has one row per image.
+        decode: converts rows of generated ids without padding to captions without special tokens, such as
+            `lambda ids: processor.batch_decode(ids, skip_special_tokens=True)`.
 
     Returns:
-        A function of an `EvalPrediction`, whose `predictions` are (R, T) ids, to the scores of `CaptionMetrics`, to which the
-        Trainer puts `eval_` in front: `metric_for_best_model="cider"`. Rows behind the dataset's end, with which the last batch
-        of several processes is filled up, are left out. It raises ValueError where there are fewer rows than images, or no ids.
+        A function that maps an `EvalPrediction`, whose `predictions` are (R, T) ids, to the scores of `CaptionMetrics`. The Trainer
+        adds the prefix `eval_`; use `metric_for_best_model="cider"`. Rows after the end of the dataset, which pad the last batch of
+        several processes, are ignored. It raises a ValueError if there are fewer rows than images, or no ids.
 
     Raises:
-        ValueError, TypeError: as `CaptionMetrics`, for images without references; they go by their row.
+        ValueError, TypeError: as `CaptionMetrics`; images without references are named by their row.
     """
     metrics = CaptionMetrics({f"row {row}": captions for row, captions in enumerate(references)})
 
@@ -41,12 +41,12 @@ def caption_compute_metrics(
 
 
 def _check_surplus(ids: np.ndarray, images: int) -> None:
-    """What several processes fill the last batch up with are the first rows again; much else is another dataset."""
-    again = np.resize(np.arange(images), len(ids))  # 0 to images - 1, over and over
+    """Raises unless the rows after the last image repeat the first ones, as the padding of several processes does."""
+    again = np.resize(np.arange(images), len(ids))  # 0 to images - 1, repeated
     if len(ids) >= 2 * images and not (ids[images:] == ids[again[images:]]).all():
         raise ValueError(
-            f"There are captions for {len(ids)} rows but references for {images} images: evaluate on one row an image, with all "
-            "its references, not on one row a caption."
+            f"There are captions for {len(ids)} rows but references for {images} images: evaluate on one row per image, with all "
+            "its references, not on one row per caption."
         )
 
 
@@ -55,10 +55,10 @@ def _check_ids(ids: Any, images: int) -> None:
         found = f"of shape {ids.shape} and type {ids.dtype}" if isinstance(ids, np.ndarray) else f"a {type(ids).__name__}"
         raise ValueError(
             f"Captions are scored from generated ids, (rows, length) integers, but the predictions are {found}: set "
-            "`predict_with_generate=True` in Seq2SeqTrainingArguments, and leave `eval_do_concat_batches` as it is."
+            "`predict_with_generate=True` in Seq2SeqTrainingArguments, and do not change `eval_do_concat_batches`."
         )
     if len(ids) < images:
         raise ValueError(
             f"There are captions for {len(ids)} images but references for {images}: give the references of exactly the images "
-            "of the evaluation dataset, one entry a row."
+            "of the evaluation dataset, one entry per row."
         )

@@ -1,4 +1,4 @@
-"""The content of caption files of the two kinds that give an image several names."""
+"""Caption files of the two formats that have several names per image."""
 
 KARPATHY = {
     "images": [

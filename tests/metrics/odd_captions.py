@@ -1,4 +1,4 @@
-"""Captions that are hard to cut into words: chosen ones, and random ones from a fixed seed."""
+"""Captions that are hard to tokenise: a list, and random ones with a fixed seed."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""BLEU equals pycocoevalcap's, and the formula."""
+"""BLEU equals pycocoevalcap and the formula."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_equals_the_formula(corpus):
 
 
 @given(images, st.data())
-def test_any_number_of_predictions_for_an_image_in_any_order(corpus, data):
+def test_several_predictions_per_image_in_any_order(corpus, data):
     predictions, references = split(corpus)
     bleu = Bleu(references)
     order = data.draw(st.lists(st.sampled_from(range(len(corpus))), max_size=8))
@@ -34,7 +34,7 @@ def test_any_number_of_predictions_for_an_image_in_any_order(corpus, data):
     np.testing.assert_array_equal(bleu.statistics(matches), bleu.score(predictions).statistics[order])
 
 
-def test_statistics_say_what_was_counted():
+def test_statistics_are_the_counts():
     references = [[["a", "dog", "runs", "fast", "home"], ["a", "dog", "and", "a", "cat", "run", "home"]]]
     statistics = Bleu(references).score([["a", "a", "a", "dog", "runs", "fast"]]).statistics
     # Clipped: "a" twice. As close to 5 words as to 7: the shorter counts.
@@ -42,7 +42,7 @@ def test_statistics_say_what_was_counted():
 
 
 @given(images, st.data())
-def test_a_prediction_equal_to_a_reference_is_perfect_as_far_as_it_reaches(corpus, data):
+def test_prediction_equal_to_a_reference_has_perfect_precision(corpus, data):
     _, references = split(corpus)
     predictions = [data.draw(st.sampled_from(captions)) for captions in references]
     scores = Bleu(references).score(predictions).per_image
@@ -60,7 +60,7 @@ def test_the_order_of_images_does_not_matter(corpus, random):
     np.testing.assert_array_equal(after.statistics, before.statistics[order])
 
 
-def test_many_totals_at_once():
+def test_bleu_of_several_totals():
     totals = np.random.default_rng(0).integers(1, 50, (3, 2, 10))
     scores = corpus_bleu(totals)
     assert scores.shape == (3, 2, 4)

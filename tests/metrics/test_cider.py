@@ -1,4 +1,4 @@
-"""CIDEr-D equals pycocoevalcap's and the formula; the reward is the same with fixed frequencies."""
+"""CIDEr-D equals pycocoevalcap and the formula; the reward equals it with fixed frequencies."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_the_order_of_images_does_not_matter(corpus, random):
     np.testing.assert_allclose(after, before[order], rtol=0, atol=1e-12)
 
 
-def test_nothing_to_compare_scores_zero():
+def test_captions_without_common_words_score_zero():
     assert CiderD([[["a", "dog"]]]).score([["a", "dog"]]).tolist() == [0]  # a single image: every word is in all images
     assert CiderD([[[]], [[], []]]).score([["a", "dog"], []]).tolist() == [0, 0]
     assert CiderD(CORPUS).score([[], [], []]).tolist() == [0, 0, 0]
@@ -67,7 +67,7 @@ def test_the_reward_with_frequencies_of_the_same_references_is_cider(corpus, dat
 
 
 @given(images, st.data())
-def test_the_end_of_a_caption_is_a_word_like_others(corpus, data):
+def test_end_token_counts_as_a_word(corpus, data):
     predictions, references = split(corpus)
     ended = data.draw(st.lists(st.booleans(), min_size=len(corpus), max_size=len(corpus)))
     reward = CiderReward(dict(enumerate(references)), DocumentFrequencies.from_references(references, end_token=True))
@@ -78,7 +78,7 @@ def test_the_end_of_a_caption_is_a_word_like_others(corpus, data):
     np.testing.assert_allclose(earned, expected, rtol=0, atol=1e-9)
 
 
-def test_a_caption_that_stops_in_the_middle_earns_less_where_its_end_counts():
+def test_truncated_caption_gets_a_lower_reward_with_end_tokens():
     whole, cut = ["a", "dog", "runs", "with", "a", "ball"], ["a", "dog", "runs", "with", "a"]
     loss = {}
     for end_token in (False, True):
@@ -91,7 +91,7 @@ def test_a_caption_that_stops_in_the_middle_earns_less_where_its_end_counts():
     assert finished > unfinished
 
 
-def test_the_reward_names_what_it_does_not_know():
+def test_errors_of_the_reward_name_the_argument():
     plain = CiderReward({"dog": CORPUS[0]}, DocumentFrequencies.from_references(CORPUS))
     ending = CiderReward({"dog": CORPUS[0]}, DocumentFrequencies.from_references(CORPUS, end_token=True))
     with pytest.raises(ValueError, match="'zebra'"):
@@ -100,7 +100,7 @@ def test_the_reward_names_what_it_does_not_know():
         plain.reward(["dog", "dog"], [["a"]])
     with pytest.raises(ValueError, match="1 values of `ended` for 2 samples"):
         ending.reward(["dog", "dog"], [["a"], ["b"]], [True])
-    with pytest.raises(ValueError, match="say which samples `ended`"):
+    with pytest.raises(ValueError, match="have an end token: give `ended`"):
         ending.reward(["dog"], [["a"]])
     with pytest.raises(ValueError, match="leave `ended` out"):
         plain.reward(["dog"], [["a"]], [True])
@@ -112,7 +112,7 @@ def test_the_reward_names_what_it_does_not_know():
 
 
 @given(images, images, st.booleans())
-def test_frequencies_come_back_from_their_file(tmp_path_factory, corpus, training, end_token):
+def test_saved_frequencies_are_loaded_unchanged(tmp_path_factory, corpus, training, end_token):
     predictions, references = split(corpus)
     made = DocumentFrequencies.from_references(split(training)[1], end_token=end_token)
     path = tmp_path_factory.mktemp("frequencies") / "some name"
@@ -124,7 +124,7 @@ def test_frequencies_come_back_from_their_file(tmp_path_factory, corpus, trainin
     assert [file.name for file in path.parent.iterdir()] == ["some name"]
 
 
-def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "frequencies.npz"
     DocumentFrequencies.from_references(CORPUS).save(path)
     old = path.read_bytes()
@@ -139,7 +139,7 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
+def test_error_names_a_file_of_other_content(tmp_path):
     path = tmp_path / "frequencies.npz"
     with pytest.raises(FileNotFoundError, match="frequencies.npz"):
         DocumentFrequencies.load(path)
@@ -154,7 +154,7 @@ def test_a_file_of_something_else_is_named(tmp_path):
 
 
 @given(st.data())
-def test_a_damaged_file_is_never_taken_for_another(tmp_path_factory, data):
+def test_damaged_file_is_rejected(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("frequencies") / "damaged.npz"
     made = DocumentFrequencies.from_references(CORPUS)
     made.save(path)

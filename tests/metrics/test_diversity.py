@@ -1,4 +1,4 @@
-"""Diversity measures against hand-counted captions, and their bounds on any."""
+"""Diversity measures against hand-counted captions, and their bounds for any captions."""
 
 import json
 import math
@@ -42,13 +42,13 @@ def test_novel_needs_training_captions():
 
 
 @pytest.mark.parametrize(("predictions", "training"), [(["a dog"], None), ([["a"]], ["a dog"])])
-def test_a_string_is_not_taken_for_tokens(predictions, training):
+def test_string_instead_of_tokens_is_rejected(predictions, training):
     with pytest.raises(TypeError, match="'a dog' is a string; give its tokens"):
         diversity(predictions, training)
 
 
 @pytest.mark.parametrize("predictions", [[], [[]], [[], []]], ids=["none", "one empty", "two empty"])
-def test_nothing_said_divides_by_nothing(predictions):
+def test_empty_predictions_give_finite_values(predictions):
     measures = diversity(predictions, training=[])
     assert measures.pop("empty") == (1 if predictions else 0)
     assert set(measures.values()) == {0}
@@ -61,7 +61,7 @@ def test_bad_endings(end):
 
 
 @pytest.mark.parametrize("caption", ["a truck with its lights on", "a boy looks up", "a man with a dog", "a crowd walks by"])
-def test_ends_that_people_write(caption):
+def test_good_endings(caption):
     assert bad_endings(tokens(caption)) == 0
 
 
@@ -74,18 +74,18 @@ def test_bounds(predictions, training):
 
 
 @given(captions)
-def test_order_does_not_matter_and_learned_by_heart_is_not_novel(predictions):
+def test_order_does_not_matter_and_training_captions_are_not_novel(predictions):
     assert diversity(predictions) == pytest.approx(diversity(predictions[::-1]))
     assert novel(predictions, predictions) == 0
 
 
 @given(captions.filter(lambda predictions: any(map(len, predictions))))
-def test_saying_everything_twice_halves_distinct(predictions):
+def test_duplicating_all_captions_halves_distinct(predictions):
     assert distinct(predictions * 2, 1) == pytest.approx(distinct(predictions, 1) / 2)
 
 
 @given(st.lists(words, min_size=2, max_size=8))
-def test_a_word_after_itself_is_what_a_repeated_word_is(caption):
+def test_repeated_words_are_adjacent_duplicates(caption):
     expected = any(caption[place] == caption[place + 1] for place in range(len(caption) - 1))
     assert repeated_words([caption]) == expected
     assert repeated_ngrams([caption], 1) == pytest.approx(1 - len(set(caption)) / len(caption))

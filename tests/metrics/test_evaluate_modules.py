@@ -1,4 +1,4 @@
-"""The metrics as users of `evaluate` meet them: loaded from a folder, offline, filled in one go or row by row."""
+"""The metrics for `evaluate`: loaded from a folder, offline, filled at once or row by row."""
 
 import doctest
 import json
@@ -122,14 +122,14 @@ def test_one_image_has_no_cider(scores):
         (["a dog", "a cat"], [["a dog"], None], "Row 1 has no references"),
         (["a dog", "a cat"], [["a dog"], ["a cat", None]], "Row 1 has None among its references"),
         (["a dog", "a cat"], [["a dog"]], "[Mm]ismatch in the number of predictions .2. and references .1."),
-        (["a dog", None], [["a dog"], ["a cat"]], "prediction of image '1' is no string"),
+        (["a dog", None], [["a dog"], ["a cat"]], "prediction of image '1' is not a string"),
         (["a dog", "a cat"], ["a dog", "a cat"], "references of row 0 are one string"),
         (["a dog", "a cat"], [["a dog"], "a cat"], "references of row 1 are one string"),
         (["a dog", "a cat"], None, "`references` must be a list .* not None"),
         ("a dog", [["a dog"]], "`predictions` must be a list .* not 'a dog'"),
     ],
 )
-def test_bad_rows_are_named(scores, predictions, references, message):
+def test_errors_name_bad_rows(scores, predictions, references, message):
     with pytest.raises((ValueError, TypeError), match=message):
         scores.compute(predictions=predictions, references=references)
     assert scores.compute(predictions=PREDICTIONS, references=REFERENCES)["cider"] == expected()["cider"], "rows were left behind"
@@ -149,21 +149,21 @@ def test_single_row_with_one_string_is_refused(scores):
         ("a dog", None, "`predictions` must be a list of captions, not 'a dog'"),
     ],
 )
-def test_bad_captions_are_named(diversity, predictions, training, message):
+def test_errors_name_bad_captions(diversity, predictions, training, message):
     with pytest.raises(TypeError, match=message):
         diversity.compute(predictions=predictions, training=training)
 
 
 @pytest.mark.parametrize("name", ["caption_scores", "caption_diversity"])
-def test_documentation_runs_and_shows_where_people_look(name):
+def test_documentation_example_runs(name):
     """`compute`'s help holds the inputs and an example, which does what it says."""
     module = evaluate.load(evaluate_module(name))
     assert module.name == name and module.description and "@" in module.citation
-    assert "predictions: one caption an image" in str(module.compute.__doc__)
+    assert "predictions: one caption per image" in str(module.compute.__doc__)
     example = doctest.DocTestParser().get_doctest(module.inputs_description, {}, name, None, None)
     assert len(example.examples) > 3 and doctest.DocTestRunner().run(example).failed == 0
 
 
-def test_unknown_metric_is_refused_and_the_known_are_named():
+def test_error_of_an_unknown_metric_lists_the_known_ones():
     with pytest.raises(ValueError, match="no metric 'cider' .* only caption_diversity and caption_scores"):
         evaluate_module("cider")

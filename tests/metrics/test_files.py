@@ -1,4 +1,4 @@
-"""Caption files of every kind people have, whole and broken."""
+"""Caption files of every format, valid and broken."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ PREDICTION_FILES = {
 
 
 @pytest.mark.parametrize("values", PREDICTION_FILES.values(), ids=PREDICTION_FILES)
-def test_predictions_of_every_kind(write, values):
+def test_predictions_in_every_format(write, values):
     predictions = read_predictions(write(*values))
     assert predictions.captions == PREDICTIONS
     assert list(predictions.captions) == list(PREDICTIONS)
@@ -35,7 +35,7 @@ def test_predictions_of_every_kind(write, values):
     assert 'captions without a word: 1 ("x/y.jpg")' in predictions.notes[0]
 
 
-def test_one_line_is_a_row_too(write):
+def test_single_json_line(write):
     assert read_predictions(write({"path": "a.jpg", "caption": "A dog.", "score": -1.0})).captions == {"a.jpg": "A dog."}
 
 
@@ -50,7 +50,7 @@ REFERENCE_FILES = {
 
 
 @pytest.mark.parametrize("values", REFERENCE_FILES.values(), ids=REFERENCE_FILES)
-def test_references_of_every_kind(write, values):
+def test_references_in_every_format(write, values):
     references = read_references(write(*values))
     assert references.captions == REFERENCES
     assert references.notes == []
@@ -79,7 +79,7 @@ def test_karpathy_without_coco_ids(write):
     assert "seven.jpg" in read_references(write({"images": images})).captions
 
 
-def test_nothing_is_dropped_in_silence(write):
+def test_everything_left_out_is_noted(write):
     references = read_references(write({**COCO, "annotations": [*COCO["annotations"], {"image_id": 2, "caption": " "}]}))
     assert references.captions["2"] == ["A dog.", " "]
     assert "3" not in references.captions
@@ -94,7 +94,7 @@ def test_the_same_caption_twice_is_noted(write):
     assert 'the same caption more than once: 1 ("1")' in predictions.notes[0]
 
 
-def test_long_lists_of_ids_are_cut(write):
+def test_long_lists_of_ids_are_shortened(write):
     notes = read_predictions(write({str(number): "" for number in range(9)})).notes
     assert notes[0].endswith('captions without a word: 9 ("0", "1", "2", "3", "4" and 4 more)')
 
@@ -102,11 +102,11 @@ def test_long_lists_of_ids_are_cut(write):
 BROKEN = {
     "different captions": (
         [[{"image_id": 1, "caption": "A cat."}, {"image_id": 1, "caption": "A dog."}]],
-        'different captions for one image: "1"; keep one caption an image',
+        'different captions for one image: "1"; keep one caption per image',
     ),
     "number and text": (
         [{"image_id": 12, "caption": "a"}, {"image_id": "12", "caption": "b"}],
-        'line 1 has the id 12 and .*line 2 the id "12", .*write the ids all as numbers or all as text',
+        'line 1 has the id 12 and .*line 2 the id "12", .*write all ids as numbers or all as text',
     ),
     "several": ([{"image_id": 1, "captions": ["a", "b"]}], "line 1 has 2 captions; a prediction is exactly one"),
     "none": ([{"1": []}], 'key "1" has 0 captions'),
@@ -136,13 +136,13 @@ BROKEN = {
     "instances": ([{"annotations": [{"image_id": 1, "bbox": []}]}], 'annotation 1 has no "caption"'),
     "images alone": ([{"images": [{"filename": "a.jpg"}]}], 'image 1: "sentences" is null; expected a list'),
     "image a text": ([{"images": ["a.jpg"]}], 'number 1 of "images" is text'),
-    "no names": ([{"images": [{"sentences": []}]}], "neither cocoid nor imgid nor filename"),
-    "sentence": ([{"images": [{"imgid": 1, "sentences": [{"raw": 5}]}]}], 'image 1, sentence 1 needs a text "raw"'),
+    "no names": ([{"images": [{"sentences": []}]}], "every image needs a unique cocoid, imgid or filename"),
+    "sentence": ([{"images": [{"imgid": 1, "sentences": [{"raw": 5}]}]}], 'image 1, sentence 1 needs a string "raw"'),
 }
 
 
 @pytest.mark.parametrize(("values", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_named_with_the_place(write, values, message):
+def test_errors_name_the_position_in_a_broken_file(write, values, message):
     path = write(*values, name="broken.json")
     with pytest.raises(CaptionFileError, match=message) as error:
         read_predictions(path)
@@ -178,7 +178,7 @@ TELLING = {"images", "annotations", "image_id", "path", "file_name"}
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(min_size=1).filter(lambda id: id not in TELLING), st.text(), min_size=1))
-def test_every_kind_says_the_same(write, captions):
+def test_all_formats_give_the_same_captions(write, captions):
     """Any ids and captions, line separators of Unicode included, come out of each kind of file as they went in."""
     rows = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -204,7 +204,7 @@ def test_every_kind_says_the_same(write, captions):
         ),
     )
 )
-def test_any_json_is_read_or_refused_by_name(write, value):
+def test_any_json_is_read_or_rejected_with_its_name(write, value):
     path = write(json.dumps(value))
     for read in (read_predictions, read_references):
         try:
@@ -213,7 +213,7 @@ def test_any_json_is_read_or_refused_by_name(write, value):
             assert str(path) in str(error)
 
 
-def test_training_captions_of_karpathy_s_file_are_those_of_its_training_splits(write):
+def test_training_captions_of_a_karpathy_file(write):
     images = [{"imgid": n, "split": s, "sentences": [{"raw": s}]} for n, s in enumerate(["train", "restval", "val", "test"])]
     assert read_training(write({"images": images}, name="all.json")) == ["train", "restval"]
     assert read_training(write({"images": images[:1] + images[2:]}, name="some.json")) == ["train"]
@@ -222,9 +222,9 @@ def test_training_captions_of_karpathy_s_file_are_those_of_its_training_splits(w
         read_training(write({"images": images[2:3]}, name="none.json"))
 
 
-def test_a_compressed_file_is_named_so(tmp_path):
+def test_error_of_a_compressed_file(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(CaptionFileError, match=r"a.json.gz is compressed; give the file as gunzip makes it"):
+    with pytest.raises(CaptionFileError, match=r"a.json.gz is compressed; unpack it with gunzip first"):
         read_predictions(tmp_path / "a.json.gz")
 
 

@@ -1,4 +1,4 @@
-"""METEOR through the real Java where it is there; what is missing or fails is said in a sentence, and nothing stays running."""
+"""METEOR with the real Java if it is installed; errors are one sentence, and no process is left running."""
 
 import builtins
 import contextlib
@@ -84,7 +84,7 @@ def test_meteor(started, monkeypatch):
 
 
 @package
-def test_text_that_utf8_cannot_hold(fake_java):
+def test_text_that_is_not_valid_utf8(fake_java):
     fake_java('while read line; do case "$line" in EVAL*) echo 0.25;; esac; echo 0.25; done')
     assert meteor([[["\ud83d"]]], [["dog"]])[0] == 0.25
 
@@ -100,7 +100,7 @@ def test_text_that_utf8_cannot_hold(fake_java):
     ],
     ids=["at once", "half way", "nonsense", "without a word"],
 )
-def test_a_java_that_fails_is_an_error_and_no_hang(fake_java, started, script, message):
+def test_failing_java_raises_and_does_not_hang(fake_java, started, script, message):
     fake_java(script)
     with pytest.raises(JavaMetricError, match=message):
         meteor(*split())

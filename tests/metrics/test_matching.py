@@ -1,4 +1,4 @@
-"""Images that two files name alike or otherwise, brought together."""
+"""Matching the images of two files with different names."""
 
 import pytest
 from caption_files import COCO, KARPATHY
@@ -35,7 +35,7 @@ def test_coco_matches_by_file_name(write):
     assert matched.predictions == {"1": "x", "2": "y"}
 
 
-def test_ids_written_otherwise_match_and_are_noted(write):
+def test_ids_of_other_types_match_and_are_noted(write):
     references = read_references(write([{"image_id": 1, "caption": "A cat."}], name="references.json"))
     matched = match(references, read_predictions(write([{"image_id": "1", "caption": "A cat."}])))
     assert matched.references == {"1": ["A cat."]}
@@ -45,7 +45,7 @@ def test_ids_written_otherwise_match_and_are_noted(write):
     assert match(references, read_predictions(write({"1": "A cat."}))).notes == []  # a key has no choice
 
 
-def test_what_has_no_partner_is_named(write):
+def test_images_in_only_one_file_are_noted(write):
     references = read_references(write({"a": "x", "b": "y"}, name="references.json"))
     predictions = read_predictions(write({"b": "y", "c": "z"}))
     matched, matched_files = match(references, predictions), (predictions.path, references.path)
@@ -56,13 +56,13 @@ def test_what_has_no_partner_is_named(write):
     ]
 
 
-def test_no_partner_at_all(write):
+def test_files_without_common_images(write):
     references = read_references(write(KARPATHY, "", name="references.json"), "test")
     with pytest.raises(CaptionFileError, match='by key \\("other"\\).*references.json by cocoid \\("391895"\\) or imgid'):
         match(references, read_predictions(write({"other": "x"})))
 
 
-def test_file_names_that_are_numbers_are_not_taken_for_ids(write):
+def test_numeric_file_names_are_not_ids(write):
     images = [{"imgid": n, "filename": f"{n + 1}.jpg", "sentences": [{"raw": f"number {n}"}]} for n in range(3)]
     references = read_references(write({"images": images}, name="references.json"))
     for name in ("{}.jpg", "photos/{}.jpg"):
@@ -70,14 +70,14 @@ def test_file_names_that_are_numbers_are_not_taken_for_ids(write):
         assert list(matched.references.values()) == [["number 0"], ["number 1"]]
 
 
-def test_ids_that_could_be_either_are_an_error(write):
+def test_ambiguous_ids_are_an_error(write):
     images = [{"cocoid": n, "imgid": 2 - n, "sentences": [{"raw": "x"}]} for n in range(3)]
     references = read_references(write({"images": images}, name="references.json"))
-    with pytest.raises(CaptionFileError, match="fit references by cocoid .* as well as by imgid"):
+    with pytest.raises(CaptionFileError, match="match references by cocoid .* as well as by imgid"):
         match(references, read_predictions(write({"0": "x", "2": "y"})))
 
 
-def test_short_names_that_two_images_share_are_not_used(write):
+def test_ambiguous_short_names_are_not_used(write):
     references = read_references(write({"a/1.jpg": "x", "b/1.jpg": "y"}, name="references.json"))
     with pytest.raises(CaptionFileError, match="no caption of .* has a reference"):
         match(references, read_predictions(write({"1.jpg": "x"})))

@@ -1,4 +1,4 @@
-"""N-grams as integers: none lost, none taken for another, however many words there are."""
+"""N-grams as integer ids: complete and unique for vocabularies of any size."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ def names(index: NgramIndex) -> dict[int, tuple[str, ...]]:
 
 
 @given(captions, captions)
-def test_counts_are_those_of_the_tokens_whatever_the_index_knew_before(before, now):
+def test_counts_do_not_depend_on_earlier_ngrams_of_the_index(before, now):
     index = NgramIndex.empty()
     index = index.grown(index.count(before))
     earlier = names(index)
@@ -43,7 +43,7 @@ def test_counts_are_those_of_the_tokens_whatever_the_index_knew_before(before, n
     assert found.lengths.tolist() == [len(caption) for caption in now]
 
 
-def test_no_two_ngrams_share_an_id_where_four_words_of_the_vocabulary_exceed_64_bits():
+def test_ngrams_of_a_huge_vocabulary_have_different_ids():
     words = 100_000
     assert words**4 > 2**64
     random = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_no_two_ngrams_share_an_id_where_four_words_of_the_vocabulary_exceed_64_
 
 
 @given(images)
-def test_scorers_share_what_was_counted_once(corpus):
+def test_scorers_share_counts(corpus):
     predictions, references = split(corpus)
     prepared = References(references)
     matches = prepared.match(predictions)
@@ -68,7 +68,7 @@ def test_scorers_share_what_was_counted_once(corpus):
 
 
 @pytest.mark.parametrize("scorer", [Bleu, CiderD, RougeL])
-def test_bad_input_is_named(scorer):
+def test_errors_name_bad_input(scorer):
     with pytest.raises(ValueError, match="There are no images"):
         scorer([])
     with pytest.raises(ValueError, match="Image 1 has no reference"):

@@ -1,4 +1,4 @@
-"""The tokeniser: token for token what pycocoevalcap's gives, kept in a fixture, and what must hold for any text."""
+"""The tokeniser against stored tokens of pycocoevalcap, and properties for any text."""
 
 import json
 import lzma
@@ -26,24 +26,24 @@ def joined(caption: str) -> str:
     return " ".join(tokenize(caption))
 
 
-def test_captions_of_a_real_dataset_give_the_field_s_tokens(expected):
+def test_tokens_of_dataset_captions_equal_pycocoevalcap(expected):
     assert len(expected["tables"]) > 1000
     assert {caption: joined(caption) for caption in expected["tables"]} == expected["tables"]
 
 
 @pytest.mark.parametrize("number", range(len(CHOSEN)), ids=lambda number: CHOSEN[number][:20])
-def test_chosen_captions_give_the_field_s_tokens(expected, number):
+def test_tokens_of_hard_captions_equal_pycocoevalcap(expected, number):
     assert joined(CHOSEN[number]) == expected["chosen"][number]
 
 
-def test_twenty_thousand_random_strings_give_the_field_s_tokens(expected):
+def test_tokens_of_random_strings_equal_pycocoevalcap(expected):
     captions = random_captions(20_000, seed=0)
     assert len(captions) == len(expected["random"]) == 20_000
     differing = [(caption, joined(caption), java) for caption, java in zip(captions, expected["random"]) if joined(caption) != java]
     assert differing == []
 
 
-def test_words_come_lower_cased_and_without_punctuation():
+def test_words_are_lower_case_without_punctuation():
     assert tokenize("A man's dog, \"Rex\", doesn't bark.") == ["a", "man", "'s", "dog", "rex", "does", "n't", "bark"]
     assert tokenize("") == tokenize(" ") == tokenize(" . , !") == []
 
@@ -67,7 +67,7 @@ ENDING = st.sampled_from(["", "", "'s", "'ll", ".", ",", "!", "?", ";", " -", "-
 
 
 @given(st.lists(st.tuples(WORD, ENDING).map("".join), max_size=12))
-def test_tokens_of_words_give_themselves(words):
+def test_tokenising_tokens_changes_nothing(words):
     once = tokenize(" ".join(words))
     assert tokenize(" ".join(once)) == once
 
@@ -81,13 +81,13 @@ def test_tokens_of_words_give_themselves(words):
         ("wanna 's", "wan na 's"),
     ],
 )
-def test_two_words_in_one_are_cut_only_where_they_stand_alone(caption, expected):
+def test_contracted_words_are_split_only_alone(caption, expected):
     """As the Java tokeniser does, which was asked: so tokens of such a caption do not give themselves."""
     assert joined(caption) == expected
 
 
 @given(TEXT)
-def test_any_text_gives_words_that_a_line_can_hold(text):
+def test_words_contain_no_line_breaks(text):
     for word in tokenize(text):
         assert word and " " not in word and "\n" not in word
         assert word not in PUNCTUATION
@@ -100,18 +100,18 @@ def test_a_line_break_is_a_space(first, second):
 
 
 @given(st.sampled_from(CHOSEN), st.integers(0, 5))
-def test_the_way_through_plain_words_gives_what_the_rules_give(caption, spaces):
+def test_fast_path_equals_the_rules(caption, spaces):
     """A bell is no printable character, so such a caption goes by the rules alone; a bell itself is dropped."""
     padded = caption.replace(" ", " " * (1 + spaces))
     assert tokenize(padded + " \x07") == tokenize(padded + " ")
 
 
 @pytest.mark.parametrize("text", ["a" * 20_000, "a-" * 10_000, "<a b=" * 4_000, "1." * 10_000, "www." * 5_000, "a'" * 10_000])
-def test_long_texts_are_cut_in_a_moment(text):
+def test_long_texts_are_tokenised_quickly(text):
     assert tokenize(text)
 
 
-def test_tokens_of_real_captions_give_themselves(expected):
+def test_tokenising_tokens_of_dataset_captions_changes_nothing(expected):
     """As metrics that join tokens with spaces and split them again rely on."""
     for tokens in expected["tables"].values():
         assert joined(tokens) == tokens

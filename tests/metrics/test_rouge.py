@@ -1,4 +1,4 @@
-"""ROUGE-L equals pycocoevalcap's, and the formula."""
+"""ROUGE-L equals pycocoevalcap and the formula."""
 
 import numpy as np
 import pytest
@@ -45,6 +45,6 @@ def test_best_precision_and_best_recall_may_come_from_different_references():
     assert RougeL([references]).score([["a", "dog", "runs", "home"]])[0] == pytest.approx(expected)
 
 
-def test_an_empty_prediction_is_worth_something_only_beside_an_empty_reference():
+def test_empty_prediction_scores_only_with_an_empty_reference():
     scorer = RougeL([[["a", "dog"], []], [["a", "dog"]]])
     assert scorer.score([[], []]).tolist() == [1, 0]

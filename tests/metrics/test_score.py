@@ -1,4 +1,4 @@
-"""`CaptionMetrics` and `compare`: from text to the scores of pycocoevalcap."""
+"""`CaptionMetrics` and `compare` give the scores of pycocoevalcap."""
 
 import json
 from pathlib import Path
@@ -70,9 +70,9 @@ def test_captions_of_the_training_set_are_not_novel():
 def test_ids_are_compared_as_text():
     numbers = {int(name): captions for name, captions in REFERENCES.items()}
     assert dict(CaptionMetrics(numbers).score(PREDICTIONS)) == dict(CaptionMetrics(REFERENCES).score(PREDICTIONS))
-    with pytest.raises(ValueError, match="Image '1' is there twice, as a number and as text"):
+    with pytest.raises(ValueError, match="Image '1' occurs twice, as a number and as text"):
         CaptionMetrics({1: ["a dog"], "1": ["a cat"]})
-    with pytest.raises(ValueError, match="Image '3' is there twice"):
+    with pytest.raises(ValueError, match="Image '3' occurs twice"):
         CaptionMetrics(REFERENCES).score({**PREDICTIONS, 3: "a dog"})
 
 
@@ -89,13 +89,13 @@ def test_references_that_are_missing(references, message):
         CaptionMetrics(references)
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_name_predictions_that_do_not_fit():
     metrics = CaptionMetrics(REFERENCES)
     with pytest.raises(ValueError, match="2 images \\('1', '3'\\) have no prediction"):
         metrics.score({"2": "dogs"})
     with pytest.raises(ValueError, match="Image 'x' has no references: leave"):
         metrics.score({**PREDICTIONS, "x": "a dog"})
-    with pytest.raises(TypeError, match="prediction of image '2' is no string"):
+    with pytest.raises(TypeError, match="prediction of image '2' is not a string"):
         metrics.score({**PREDICTIONS, "2": ["a dog"]})
     with pytest.raises(TypeError, match="references of image 'a' are one string"):
         CaptionMetrics({"a": "a dog"})
@@ -107,7 +107,7 @@ def test_a_system_against_itself_gains_nothing():
         assert (comparison.difference, comparison.low, comparison.high, comparison.p) == (0, 0, 0, 1)
 
 
-def test_a_clear_gain_is_told_from_luck():
+def test_clear_gain_is_significant():
     references = {
         str(n): [f"a {animal} runs over the {place} at noon", f"one {animal} in the {place}"] for n, (animal, place) in ANIMALS
     }
@@ -133,13 +133,13 @@ def test_scores_stay_in_their_range(captions, prediction):
         assert all(-1e-12 <= value <= (10 if name == "cider" else 1) + 1e-9 for value in values)
 
 
-def test_metrics_in_java_are_refused_in_a_sentence_where_there_is_no_java(monkeypatch, tmp_path):
+def test_meteor_and_spice_without_java_raise_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(JavaMetricError, match="METEOR needs (pycocoevalcap|a Java runtime)"):
         CaptionMetrics(REFERENCES).score(PREDICTIONS, meteor=True)
 
 
-def test_the_numbers_are_those_of_pycocoevalcap():
+def test_scores_equal_pycocoevalcap():
     """From text: the fixture's captions are tokens joined by spaces, which give themselves."""
     content = json.loads((Path(__file__).parents[1] / "data" / "caption_scores.json").read_text(encoding="utf-8"))
     for corpus in content.values():

@@ -25,7 +25,7 @@ def system(seed: int, images: int = 40, gain: float = 0.0) -> list[Statistics]:
     return [means({"cider": random.normal(1 + gain, 0.3, images)}), Statistics(("precision", "squared"), counts, ratio)]
 
 
-def test_interval_of_one_system_is_its_gain_over_a_system_that_scores_nothing():
+def test_interval_of_one_system_equals_its_gain_over_zero():
     values = np.random.default_rng(0).normal(1, 0.3, 60)
     nothing, something = [means({"cider": np.zeros(60)})], [means({"cider": values})]
     gain = paired_bootstrap(nothing, something)["cider"]
@@ -46,7 +46,7 @@ def test_a_system_against_itself(seed, images, resamples):
 
 
 @given(st.integers(0, 1000), st.integers(2, 30))
-def test_exchanging_the_systems_flips_the_sign(seed, images):
+def test_swapping_the_systems_flips_the_sign(seed, images):
     one, other = system(seed, images), system(seed + 1, images)
     there, back = paired_bootstrap(one, other, resamples=200), paired_bootstrap(other, one, resamples=200)
     for name, comparison in there.items():
@@ -57,7 +57,7 @@ def test_exchanging_the_systems_flips_the_sign(seed, images):
         assert 0 < comparison.p <= 1
 
 
-def test_equals_a_plain_loop_however_it_is_cut(monkeypatch):
+def test_equals_a_plain_loop_for_any_chunk_size(monkeypatch):
     first, second = system(1, 30), system(2, 30)
     random = np.random.default_rng(7)
     differences = []
@@ -81,7 +81,7 @@ def test_equals_a_plain_loop_however_it_is_cut(monkeypatch):
             assert (comparison.resamples, comparison.seed) == (500, 7)
 
 
-def test_a_metric_is_the_same_alone_and_in_company():
+def test_metrics_do_not_depend_on_each_other():
     first, second = system(1), system(2)
     together = paired_bootstrap(first, second, resamples=300)
     assert together["cider"] == paired_bootstrap(first[:1], second[:1], resamples=300)["cider"]
@@ -95,7 +95,7 @@ def test_scores_are_those_over_all_images():
     assert result["precision"].second == pytest.approx(second[1].per_image[:, 0].sum() / second[1].per_image[:, 1].sum())
 
 
-def test_a_large_gain_is_seen_through_spread_between_images():
+def test_large_gain_is_significant_despite_variation_between_images():
     random = np.random.default_rng(0)
     hardness = random.normal(1, 0.5, 400)
     first = [means({"cider": hardness + random.normal(0, 0.1, 400)})]
@@ -105,7 +105,7 @@ def test_a_large_gain_is_seen_through_spread_between_images():
     assert 0 < comparison.low < 0.05 < comparison.high
 
 
-def test_no_gain_gives_every_p_alike():
+def test_p_is_uniform_without_a_gain():
     """300 pairs of equal systems: p is uniform, so its distribution function is the diagonal."""
     p = []
     for seed in range(300):
@@ -124,7 +124,7 @@ def test_interval_is_that_of_normal_theory():
     assert (comparison.low, comparison.high) == pytest.approx((gain.mean() - half, gain.mean() + half), abs=0.05 * half)
 
 
-def test_interval_holds_the_truth_as_often_as_it_says():
+def test_interval_has_its_nominal_coverage():
     held = 0
     for seed in range(300):
         random = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def test_corpus_bleu(seed):
     assert [comparison.second for comparison in result.values()] == pytest.approx(list(scores[1].corpus))
 
 
-def test_results_go_into_json():
+def test_results_can_be_written_as_json():
     comparison = paired_bootstrap(system(1), system(2), resamples=10)["cider"]
     assert {type(value) for value in asdict(comparison).values()} == {float, int}
 
@@ -162,7 +162,7 @@ def test_results_go_into_json():
     ],
     ids=["images", "metrics", "none", "nan"],
 )
-def test_systems_that_do_not_fit(first, second, message):
+def test_systems_that_cannot_be_compared(first, second, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap([means(first)], [means(second)], resamples=10)
 

@@ -1,4 +1,4 @@
-"""What the Trainer hands over, to scores: generated ids, padded, sometimes too many rows of them."""
+"""`caption_compute_metrics` on padded predictions of the Trainer."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_decoded_captions(compute):
 
 
 @given(captions=st.lists(st.lists(st.integers(3, len(WORDS) - 1), max_size=6), min_size=3, max_size=3), extra=st.integers(0, 3))
-def test_rows_that_fill_up_the_last_batch_do_not_count(captions, extra):
+def test_padding_rows_of_the_last_batch_are_ignored(captions, extra):
     compute = caption_compute_metrics(REFERENCES, decode)
     rows = [[1, *caption, 2] for caption in captions]
     assert compute(evaluation(padded(rows + rows[:extra]))) == expected(decode(captions))
@@ -76,19 +76,19 @@ def test_references_are_prepared_once(monkeypatch):
         (padded(IDS[:2]), "captions for 2 images but references for 3"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(compute, predictions, message):
+def test_predictions_that_cannot_be_scored_are_rejected(compute, predictions, message):
     with pytest.raises(ValueError, match=message):
         compute(evaluation(predictions))
 
 
-def test_image_without_references_is_named():
+def test_error_names_an_image_without_references():
     with pytest.raises(ValueError, match="'row 1' has no references"):
         caption_compute_metrics([["a dog"], []], decode)
 
 
-def test_a_row_a_caption_is_refused():
+def test_one_row_per_caption_is_rejected():
     compute = caption_compute_metrics([["a"], ["b"]], lambda ids: ["a"] * len(ids))
     again = np.array([[1, 2], [3, 4]] * 3)  # what several processes fill up with
     assert compute(SimpleNamespace(predictions=again[:5]))["mean_length"] == 1
-    with pytest.raises(ValueError, match="captions for 4 rows but references for 2 images: evaluate on one row an image"):
+    with pytest.raises(ValueError, match="captions for 4 rows but references for 2 images: evaluate on one row per image"):
         compute(SimpleNamespace(predictions=np.array([[1, 2], [3, 4], [5, 6], [7, 8]])))

@@ -13,8 +13,8 @@ import fsspec
 import PIL.Image
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from hf_attncap.image_files_attncap import open_image
 from hf_attncap.images import ImageError, load_image
-from hf_attncap.pictures_attncap import open_image
 
 from ..arguments import SettingError
 from .table import Table

@@ -1,6 +1,6 @@
-"""How varied and well-formed captions are, as a measurement of the `evaluate` library.
+"""Diversity and well-formedness of captions as a measurement of the `evaluate` library.
 
-`evaluate` copies this file away and reads its imports line by line: each stands on a line of its own and names a package.
+`evaluate` copies this file and parses its imports: each import needs its own line and must name a package.
 """
 
 from typing import Any
@@ -12,24 +12,24 @@ from hf_attncap.metrics.diversity import diversity
 from hf_attncap.metrics.ptb import tokenize
 
 DESCRIPTION = """\
-How varied and well-formed captions are, without any reference: distinct words and word pairs, the size of the vocabulary, the mean
-length, repetitions, captions that break off behind a word like "a" or "with", empty ones, and, where the captions that a model
-learned from are given, how many captions are new. Words are Penn Treebank words, lower-cased, without punctuation.
+Diversity and well-formedness of captions, without references: distinct words and bigrams, size of the vocabulary, mean length,
+repetitions, captions that end in a word like "a" or "with", empty captions, and, given a model's training captions, the fraction of
+novel captions. Words are lower-case Penn Treebank words without punctuation.
 """
 
 INPUTS = """
 Args:
-    predictions: one caption an image, a string.
-    training: optional, only in `compute`: the captions that the model learned from, a list of strings.
+    predictions: one caption per image, a string.
+    training: optional, only in `compute`: the training captions of the model, a list of strings.
 Returns:
-    distinct_1, distinct_2: distinct words and word pairs over all of them, 0 to 1; they fall as captions grow in number.
+    distinct_1, distinct_2: distinct words (bigrams) / all words (bigrams), 0 to 1; falls with the number of captions.
     vocabulary: number of distinct words.
-    mean_length: words a caption.
-    repeated_words: share of captions in which a word directly follows itself, 0 to 1.
-    repeated_bigrams: share of a caption's word pairs that it has said before, mean over captions, 0 to 1.
-    bad_endings: share of captions that end in an article, a conjunction or the like, 0 to 1.
-    empty: share of captions without a word, 0 to 1.
-    novel: only with `training`: share of captions that are no training caption, word for word, 0 to 1.
+    mean_length: words per caption.
+    repeated_words: fraction of captions in which a word directly follows itself, 0 to 1.
+    repeated_bigrams: fraction of a caption's bigrams that repeat an earlier one, mean over captions, 0 to 1.
+    bad_endings: fraction of captions that end in an article, a conjunction or a similar word, 0 to 1.
+    empty: fraction of captions without a word, 0 to 1.
+    novel: only with `training`: fraction of captions that equal no training caption, 0 to 1.
 Example:
     >>> import evaluate
     >>> from hf_attncap.metrics import evaluate_module
@@ -62,7 +62,7 @@ CITATION = """\
 
 
 class CaptionDiversity(evaluate.Measurement):
-    """`hf_attncap.metrics.diversity` under the names of `evaluate`."""
+    """`hf_attncap.metrics.diversity` as an `evaluate` measurement."""
 
     def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
@@ -73,7 +73,7 @@ class CaptionDiversity(evaluate.Measurement):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add captions, one a row."""  # `evaluate` writes the inputs behind
+        """Adds captions, one per row."""  # `evaluate` appends INPUTS
         if predictions is None or isinstance(predictions, str):
             raise TypeError(f"`predictions` must be a list of captions, not {predictions!r:.100}.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
@@ -87,7 +87,7 @@ class CaptionDiversity(evaluate.Measurement):
             for row, caption in enumerate(captions):
                 if not isinstance(caption, str):
                     raise TypeError(
-                        f"Row {row} of `{name}` is {caption!r:.100}, no string: give one caption a row, be it an empty one."
+                        f"Row {row} of `{name}` is {caption!r:.100}, not a string: give one caption per row, which may be empty."
                     )
         words = None if training is None else [tokenize(caption) for caption in training]
         return diversity([tokenize(caption) for caption in predictions], words)

@@ -1,6 +1,6 @@
 """BLEU, ROUGE-L and CIDEr of captions, as a metric of the `evaluate` library.
 
-`evaluate` copies this file away and reads its imports line by line: each stands on a line of its own and names a package.
+`evaluate` copies this file and parses its imports: each import needs its own line and must name a package.
 """
 
 from typing import Any
@@ -11,19 +11,19 @@ import evaluate
 from hf_attncap.metrics import CaptionMetrics
 
 DESCRIPTION = """\
-BLEU-1 to BLEU-4, ROUGE-L and CIDEr of image captions on the scale of pycocoevalcap, on the Penn Treebank words that it counts
-(lower-cased, without punctuation), without Java. CIDEr is CIDEr-D: it weighs words by how few of the scored images have them in
-their references, so its value belongs to this set of images, and for one image alone it is 0 by definition.
+BLEU-1 to BLEU-4, ROUGE-L and CIDEr of image captions as in pycocoevalcap, on the same Penn Treebank words (lower-case, without
+punctuation), without Java. CIDEr is CIDEr-D: it weights n-grams by how few images have them in their references. So its value
+depends on the set of images, and for a single image it is 0 by definition.
 """
 
 INPUTS = """
 Args:
-    predictions: one caption an image, a string; an empty one scores 0.
-    references: the captions that people wrote for the image, a list of one or more strings; their number may vary.
+    predictions: one caption per image, a string; an empty one scores 0.
+    references: one or more reference captions per image, a list of strings; their number may vary.
 Returns:
-    bleu_1, bleu_2, bleu_3, bleu_4: 0 to 1, of all images together, with the reference length closest to each prediction's.
+    bleu_1, bleu_2, bleu_3, bleu_4: 0 to 1, of the corpus, with the reference length closest to each prediction's.
     rouge_l: 0 to 1, mean over images, beta 1.2.
-    cider: 0 to 10, mean over images; 0 for one image alone.
+    cider: 0 to 10, mean over images; 0 for a single image.
 Example:
     >>> import evaluate
     >>> from hf_attncap.metrics import evaluate_module
@@ -67,7 +67,7 @@ SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
 
 class CaptionScores(evaluate.Metric):
-    """`hf_attncap.metrics.CaptionMetrics` under the names of `evaluate`: rows in the place of image ids."""
+    """`hf_attncap.metrics.CaptionMetrics` as an `evaluate` metric, with rows instead of image ids."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -80,12 +80,12 @@ class CaptionScores(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add captions, a row an image, and the references of each."""  # `evaluate` writes the inputs behind
+        """Adds one caption and its references per image."""  # `evaluate` appends INPUTS
         for name, rows in (("predictions", predictions), ("references", references)):
             if rows is None or isinstance(rows, str):
-                raise TypeError(f"`{name}` must be a list with an entry for each image, not {rows!r:.100}.")
+                raise TypeError(f"`{name}` must be a list with one entry per image, not {rows!r:.100}.")
         for row, captions in enumerate(references):
-            if isinstance(captions, str):  # it would count as a list of letters
+            if isinstance(captions, str):  # would count as a list of letters
                 raise TypeError(f"The references of row {row} are one string: give a list of captions for each image.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Pretrained word vectors from a text file: word2vec, GloVe or fastText."""
+"""Reads pretrained word vectors from word2vec, GloVe and fastText text files."""
 
 import os
 
@@ -9,22 +9,24 @@ logger = logging.get_logger(__name__)
 
 
 def read_word_vectors(path: str | os.PathLike, vocabulary: dict[str, int], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of the words of a vocabulary; how many were found is logged.
+    """The vectors of the words of a vocabulary. Logs how many words were found.
+
+    A word of the file that is not in the vocabulary is looked up in lower case, unless the file also has the vocabulary's
+    spelling. If two lines match equally well, the first one counts.
 
     Args:
-        path: a UTF-8 text file, a word and its numbers a line, with or without a first line of counts.
-        vocabulary: words and their ids.
-        dim: the dimension wanted.
+        path: a UTF-8 text file with one word and its numbers per line. It may start with a line of counts.
+        vocabulary: words and their ids, such as `tokenizer.get_vocab()`.
+        dim: the dimension of the vectors, `AttnCapConfig.word_embed_dim`.
 
     Returns:
-        Ids (n) and vectors (n, dim) of the words found. A word of the file that the vocabulary lacks counts in lower case,
-        unless the file has that spelling too; of lines with equal claim the first wins.
+        Ids (n) and vectors (n, dim) of the n words found, for `from_pretrained_parts(word_vectors=...)`.
 
     Raises:
-        ValueError: if the file has another dimension, is not such a file or has none of the words.
+        ValueError: the file has another dimension, is not a file of word vectors, or has none of the words.
     """
     found: dict[int, list[float]] = {}
-    exact: set[int] = set()  # found in their own spelling
+    exact: set[int] = set()  # ids found in the vocabulary's spelling
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             pieces = line.rstrip().split(" ") if " " in line.strip() else line.split()
@@ -43,16 +45,16 @@ def read_word_vectors(path: str | os.PathLike, vocabulary: dict[str, int], dim: 
                 if is_exact:
                     exact.add(index)
     if not found:
-        raise ValueError(f"'{path}' has none of the {len(vocabulary)} words of the vocabulary: is it of the same language?")
+        raise ValueError(f"'{path}' has none of the {len(vocabulary)} words of the vocabulary: give vectors of the same language.")
     logger.warning("word vectors: %d of %d words found in %s", len(found), len(vocabulary), path)
     return torch.tensor(sorted(found)), torch.tensor([found[index] for index in sorted(found)])
 
 
-def _check_dimension(path: str | os.PathLike, dimension: int, wanted: int) -> None:
-    if dimension != wanted:
+def _check_dimension(path: str | os.PathLike, dimension: int, expected: int) -> None:
+    if dimension != expected:
         raise ValueError(
-            f"'{path}' holds vectors of {dimension} dimensions, the model wants {wanted}: set `word_embed_dim={dimension}` in the "
-            "config, or use other vectors."
+            f"'{path}' holds vectors of {dimension} dimensions, the model expects {expected}: set `word_embed_dim={dimension}` in "
+            "the config, or use other vectors."
         )
 
 
@@ -64,6 +66,3 @@ def _numbers(path: str | os.PathLike, line: int, pieces: list[str], dim: int) ->
     if len(values) != dim:
         raise ValueError(f"'{path}', line {line}: expected a word and {dim} numbers.")
     return values
-
-
-__all__ = ["read_word_vectors"]

@@ -1,4 +1,4 @@
-"""Image files to upright pictures. Broken metadata never costs an image, here or in `pipeline("image-captioning")`."""
+"""Decodes image files and applies their EXIF orientation; damaged metadata is ignored."""
 
 import io
 import struct
@@ -7,8 +7,8 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, and fails where another tag is malformed.
-TURNS = {
+# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, and fails if another tag is malformed.
+TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -19,28 +19,26 @@ TURNS = {
 }
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What a TIFF decoder needs to find and read the pixels; orientation is among them, and is dropped if its type is wrong.
+# The tags that a TIFF decoder needs to read the pixels. Orientation is kept only if its type is valid.
 TIFF_TAGS = {*range(254, 260), 262, 263, 266, *range(273, 285), 292, 293, 297, 301, 317, 318, 319, *range(320, 326), 332, 338, 339}
 TIFF_TAGS |= {347, *range(512, 522), *range(529, 533)}
 TIFF_ORIENTATION, TIFF_SHORT = 274, 3
 
 
 class FormatError(ValueError):
-    """A file of a kind that is not read; the message says which, and the way out."""
+    """A file of an unsupported format; the message says which and what to do."""
 
 
 def open_image(stream: BinaryIO) -> Image.Image:
-    """Decode the image file in a seekable stream.
-
-    If that fails, it is tried again without the file's metadata: the error may have been in them alone.
+    """Decodes the image file in a seekable stream. If that fails, it tries again without the file's metadata.
 
     Returns:
-        The loaded image, or the first frame of an animation, as stored: neither turned nor converted.
+        The image, or the first frame of an animation, neither rotated nor converted.
 
     Raises:
         FormatError: PostScript, or HEIC without `pillow-heif`.
-        PIL.UnidentifiedImageError: no image, or of an unknown format.
-        Exception: of nearly any type, from Pillow's decoders, for damaged files.
+        PIL.UnidentifiedImageError: not an image, or an unknown format.
+        Exception: any type, from Pillow's decoders, for damaged files.
     """
     try:
         return _loaded(stream)
@@ -54,18 +52,18 @@ def open_image(stream: BinaryIO) -> Image.Image:
             try:
                 return _loaded(io.BytesIO(bare))
             except Exception:
-                pass  # the first error says more
+                pass  # the first error is more informative
         raise
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, or itself where that says nothing that can be understood."""
+    """The image rotated or flipped by its EXIF orientation; the image itself if that is missing or invalid."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's parser raises nearly every type there is on damaged EXIF
+    except Exception:  # Pillow raises errors of any type on damaged EXIF
         return image
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    transposition = TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _loaded(stream: BinaryIO) -> Image.Image:
@@ -79,14 +77,14 @@ def _loaded(stream: BinaryIO) -> Image.Image:
         stream.seek(0)
         image = Image.open(stream)
     with image:
-        if image.format == "EPS":  # Pillow would run Ghostscript on it, a whole language from a stranger
-            raise FormatError("PostScript, not a picture; save it as JPEG or PNG")
+        if image.format == "EPS":  # Pillow would run Ghostscript, which executes the file's program
+            raise FormatError("PostScript, not an image; save it as JPEG or PNG")
         image.load()
         return image
 
 
 def _reads_heif(header: bytes) -> bool:
-    """Whether this is the beginning of a HEIC or HEIF file, which Pillow reads from now on."""
+    """Whether a file starts like HEIC or HEIF; if so, registers the decoder with Pillow."""
     if header[4:8] != b"ftyp" or header[8:12] not in HEIF_BRANDS:
         return False
     try:
@@ -98,7 +96,7 @@ def _reads_heif(header: bytes) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A PNG, JPEG or TIFF file without what is not needed to decode its pixels; sound EXIF stays. Other files as they are."""
+    """A PNG, JPEG or TIFF file reduced to what its pixels need, and valid EXIF; other files unchanged."""
     try:
         if data.startswith(PNG_SIGNATURE):
             return _bare_png(data)
@@ -106,7 +104,7 @@ def without_metadata(data: bytes) -> bytes:
             return _bare_jpeg(data)
         if data.startswith((b"II*\0", b"MM\0*")):
             return _bare_tiff(data)
-    except (struct.error, IndexError):  # cut off within metadata
+    except (struct.error, IndexError):  # truncated inside the metadata
         pass
     return data
 
@@ -117,9 +115,9 @@ def _bare_png(data: bytes) -> bytes:
         (length,) = struct.unpack_from(">I", data, place)
         whole = data[place : place + length + 12]
         kind, end = whole[4:8], whole[-4:]
-        sound = zlib.crc32(whole[4:-4]).to_bytes(4, "big") == end
-        # A capital letter marks what no decoder can do without.
-        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+        valid = zlib.crc32(whole[4:-4]).to_bytes(4, "big") == end
+        # An upper-case first letter marks a chunk as critical.
+        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and valid):
             kept.append(whole)
         place += length + 12
     return b"".join(kept)
@@ -129,12 +127,12 @@ def _bare_jpeg(data: bytes) -> bytes:
     kept, place = [data[:2]], 2
     while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the first scan
         marker = data[place + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # padding
             place += 1
             continue
         (length,) = struct.unpack_from(">H", data, place + 2)
         body = data[place + 4 : place + 2 + length]
-        # The Adobe segment says how colours are stored.
+        # The Adobe segment defines the colour encoding.
         needed = (marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12) or (
             marker == 0xE1 and body.startswith(b"Exif\0\0")
         )
@@ -153,7 +151,7 @@ def _bare_tiff(data: bytes) -> bytes:
         tag, kind = struct.unpack_from(f"{order}HH", data, place)
         if tag in TIFF_TAGS and (tag != TIFF_ORIENTATION or kind == TIFF_SHORT):
             kept.append(data[place : place + 12])
-    entries = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # only the first picture
+    entries = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # only the first image
     return data[:start] + entries + data[start + len(entries) :]
 
 
