@@ -125,7 +125,9 @@ def test_scores_in_readme_and_results_are_those_of_the_checkpoint():
             shown.append(f"{value} ({low} to {high})" if kind in ("bleu_4", "cider") else value)
         assert rows[title] == " | ".join(shown)
     flickr8k, coco = (own["scores"] for own in found)
-    figures = rf"\*\*{100 * flickr8k['bleu_4']:.1f}\*\* \| \*\*{100 * flickr8k['cider']:.1f}\*\* \| \*\*{100 * coco['cider']:.1f}\*\*"
+    figures = (
+        rf"\*\*{100 * flickr8k['bleu_4']:.1f}\*\* \| \*\*{100 * flickr8k['cider']:.1f}\*\* \| \*\*{100 * coco['cider']:.1f}\*\*"
+    )
     assert re.search(rf"^\| \*\*released:.*{figures}", read("RESULTS.md"), flags=re.M)
 
 

@@ -158,17 +158,21 @@ def test_script_of_the_released_checkpoint_runs_valid_commands(tmp_path):
         write_table(tmp_path / "data" / name / "validation.parquet", 1, shade + 20)
     record = f"""{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]), file=open("commands", "a"))'"""
     python = f'if [ "$1" = - ] || [ "$1" = -c ]; then {sys.executable} "$@"; else {record} python "$@"; fi'
-    functions = f"attncap() {{ {record} attncap \"$@\"; }}; python() {{ {python}; }}; export -f attncap python"
+    functions = f'attncap() {{ {record} attncap "$@"; }}; python() {{ {python}; }}; export -f attncap python'
     command = ["bash", "-c", f'{functions}; bash "$0" data weights.pth out', str(ROOT / SCRIPT)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ})
     assert result.returncode == 0, result.stderr
-    rows = {name: len(Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet"))) for name in ("coco_twice", "coco_once", "both")}
+    rows = {
+        name: len(Dataset.from_parquet(str(tmp_path / "out" / f"{name}.parquet"))) for name in ("coco_twice", "coco_once", "both")
+    }
     assert rows == {"coco_twice": 7, "coco_once": 5, "both": 2}
     commands = [json.loads(line) for line in (tmp_path / "commands").read_text().splitlines()]
     assert [words[1] for words in commands if words[0] == "attncap"] == [
         "train", "train", "train", "train", "average", "train", "average", "pack", "calibrate", "card",
     ]  # fmt: skip
-    check_arguments([[word.replace(f"{ROOT}/", "") for word in words] for words in commands if words[1] not in ("calibrate", "card")])
+    check_arguments(
+        [[word.replace(f"{ROOT}/", "") for word in words] for words in commands if words[1] not in ("calibrate", "card")]
+    )
 
 
 def run_block(source: str, names: dict[str, Any]) -> None:
