@@ -53,7 +53,7 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_signatures_in_the_reference_are_those_of_the_code():
-    lines = [line for block in blocks("py", "docs/reference.md") for line in block.splitlines()]
+    lines = [line for block in blocks("text", "docs/reference.md") for line in block.splitlines()]
     assert len(lines) > 25
     for line in lines:
         assert line == line.partition("(")[0] + signature(line.partition("(")[0]), line

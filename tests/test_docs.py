@@ -1,4 +1,4 @@
-"""Runs the commands, Python blocks and notebook of the documentation on small data, and compares the outputs that the pages show."""
+"""Runs the commands, Python blocks and notebook of the documentation on small data, and compares the outputs that it shows."""
 
 import contextlib
 import io
