@@ -1,10 +1,14 @@
 """Reads the documentation: its pages and their code blocks."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from hf_attncap.cli import main
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -44,3 +48,16 @@ def check_commands(folder: Path, commands: list[str], training_options: str = ""
         assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
         output = result.stdout
     return output
+
+
+def help_text(*words: str) -> str:
+    """What `attncap ... --help` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    return printed.getvalue()
+
+
+def command_options(command: str) -> set[str]:
+    """The options of a command of `attncap`, except `--help`."""
+    return set(re.findall(r"(?<!\w)--[a-z][\w-]*", help_text(command))) - {"--help"}

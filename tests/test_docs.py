@@ -18,10 +18,8 @@ import torch
 import torchvision
 from datasets import Dataset
 from hf_attncap.training.arguments import parse_arguments
-from pages import BIN, PAGES, ROOT, SCRIPT, blocks, check_commands, read, run, shell_commands
+from pages import BIN, PAGES, ROOT, SCRIPT, blocks, check_commands, command_options, read, run, shell_commands
 from PIL import Image
-
-from hf_attncap.cli import main
 
 INSTALL = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q (-e )?\"\.\[\w+\]\" && ")
 PARSED = ("RESULTS.md", "docs/experiments.md")  # pages with commands that take hours: only their arguments are checked
@@ -127,27 +125,27 @@ def test_commands_that_take_hours_are_valid(page):
 
 
 def check_arguments(commands: list[list[str]]) -> None:
-    """Each command names a script and options that exist, and checkpoints of `runs/` that an earlier command made."""
-    made = set()
+    """Each command names a script and options that exist, and checkpoints that an earlier command wrote."""
+    written: set[str | None] = {None, "hf_attncap/checkpoint"}
     for words in commands:
+        options = {word for word in words if word.startswith("--")}
+        used: list[Any] = []
         if words[:2] == ["attncap", "train"]:
             model, _, training = parse_arguments([*words[2:], "--use_cpu", "True"])
             used, new = [model.model_name_or_path], training.output_dir
+        elif words[:2] == ["attncap", "average"]:
+            place = words.index("--output")
+            used, new = words[2:place], words[place + 1]
         elif words[0] == "attncap":
-            with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()):
-                main([*words[1:], "--help"])  # options before --help are checked
-            assert stop.value.code == 0, words
-            is_output = words[1] in ("average", "pack")
-            used = [word for word, before in zip(words[2:], words[1:]) if "/both_" in word or word.startswith("runs/")]
-            new = used.pop() if is_output else None
+            used, new = [words[2]], words[3] if words[1] == "pack" else None
         else:
-            assert words[0] == "python"
-            file = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+            file, new = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1], None
             text = (ROOT / file).read_text(encoding="utf-8")
-            assert not [word for word in words if word.startswith("--") and f'"{word}"' not in text], words
-            continue
-        assert {name for name in used if name} <= made, words
-        made |= {new} - {None}
+            assert {option for option in options if f'"{option}"' in text} == options, words
+        if words[0] == "attncap" and words[1] != "train":
+            assert options <= command_options(words[1]), words
+        assert set(used) <= written, words
+        written.add(new)
 
 
 def test_script_of_the_released_checkpoint_runs_valid_commands(tmp_path):
