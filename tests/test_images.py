@@ -21,7 +21,7 @@ from hf_attncap.images import ImageError, load_image
 
 
 def scene(width: int = 24, height: int = 16) -> Image.Image:
-    """A picture that looks different under each turn and reflection: a red corner on a grey ramp."""
+    """An image that changes under each rotation and reflection: a red corner on a grey ramp."""
     ramp = np.linspace(0, 200, width * height).reshape(height, width, 1).repeat(3, axis=2).astype(np.uint8)
     ramp[: height // 2, : width // 2] = (255, 0, 0)
     return Image.fromarray(ramp)

@@ -1,4 +1,4 @@
-"""Importance of regions: against a plain reference, in batches, for every kind of captioner, from Python and the command line."""
+"""Importance of regions: against a plain reference, in batches, for every attention variant, in Python and on the command line."""
 
 import json
 

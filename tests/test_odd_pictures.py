@@ -1,4 +1,4 @@
-"""Pictures whose pixels are fine are captioned, whatever their metadata say, by every way in."""
+"""Images with valid pixels and damaged metadata are captioned by the captioner and the pipeline."""
 
 import base64
 import functools

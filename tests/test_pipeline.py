@@ -1,4 +1,4 @@
-"""Pictures go in however people hold them; the captions, scores and attention are the same for each way and batch."""
+"""The pipeline gives the same captions, scores and attention for every kind of input and every batch size."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Images, prompts and captions go in together; what comes out fits training, `generate` and the pipeline."""
+"""The processor: images, prompts and captions together, for training, `generate` and the pipeline."""
 
 from types import SimpleNamespace
 from typing import Literal
