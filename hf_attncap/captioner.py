@@ -83,7 +83,10 @@ class CaptionResult:
     confidence: float | None = None
 
     def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
-        """Plots the attention of each word over the image: `hf_attncap.visualize.plot_attention`.
+        """Plots the image and, for each word, the image in grey with the attended regions in colour.
+
+        The colours show attention relative to uniform attention, 1 / (H * W). Regions at or below uniform stay grey. All words
+        share one colour scale.
 
         Args:
             path: also save the figure here, replacing a file of that name. The suffix sets the format (.png, .pdf, .svg).
@@ -95,7 +98,9 @@ class CaptionResult:
         return visualize.plot_attention(self.image, self.text, self.words, self.attention, path)
 
     def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
-        """Plots attention and importance of each word over the image: `hf_attncap.visualize.plot_importance`.
+        """Plots the attention of each word and, below it, its importance, each with its own colour scale.
+
+        Importance is in nats; regions at or below 0 stay grey.
 
         Args:
             path: as for `plot_attention`.

@@ -43,18 +43,7 @@ class Layer(NamedTuple):
 def plot_attention(
     image: Image.Image, text: str, words: list[str], attention: np.ndarray, path: str | os.PathLike | None = None
 ) -> "Figure":
-    """Plots attention (T, H, W) over the image, one panel per word.
-
-    The colours show attention relative to uniform attention, 1 / (H * W). Regions at or below uniform stay grey. All words
-    share one colour scale.
-
-    Args:
-        path: also save the figure here. The suffix sets the format (.png, .pdf, .svg).
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: `path` cannot be written.
-    """
+    """`CaptionResult.plot_attention` for attention (T, H, W)."""
     return _plot(image, text, words, [_attention_layer(attention)], path)
 
 
@@ -66,16 +55,7 @@ def plot_importance(
     importance: np.ndarray,
     path: str | os.PathLike | None = None,
 ) -> "Figure":
-    """Plots attention (T, H, W) and, below it, importance (T, H, W), each with its own colour scale.
-
-    Importance is in nats; regions at or below 0 stay grey.
-
-    Args:
-        path: as for `plot_attention`.
-
-    Raises:
-        ImportError, OSError: as `plot_attention`.
-    """
+    """`CaptionResult.plot_importance` for attention and importance (T, H, W)."""
     high = max(MIN_IMPORTANCE_SCALE, float(importance.max(initial=0)))
     layer = Layer(importance, "importance (nats)", "viridis", 0.0, high)
     return _plot(image, text, words, [_attention_layer(attention), layer], path)
@@ -173,13 +153,10 @@ def is_own_plot(path: Path) -> bool:
 
 
 def plot_path(source: str, kind: str, folder: Path, taken: Collection[str]) -> Path:
-    """FOLDER/STEM.KIND.png for an image's path or URL, or STEM-2, STEM-3, ... if the name is used.
+    """FOLDER/STEM.KIND.png for an image's path or URL; STEM-2, STEM-3, ... if that is `taken` or another program's file.
 
     Args:
-        source: the image, "photos/dog.jpg" for dog.attention.png.
-        kind: "attention" or "importance".
-        folder: where the plot goes.
-        taken: paths that must not be used, as `path_key` gives them. Files that `save_plot` did not write are not used either.
+        taken: paths that must not be used, as `path_key` gives them.
     """
     stem = Path(urlsplit(source).path if "://" in source else source).stem
     stem = os.fsencode(stem)[:MAX_STEM_BYTES].decode(errors="ignore") or "image"

@@ -1,4 +1,4 @@
-"""Damaged and odd image files, and such whose pixels are fine and whose metadata is not, by a name that says what is wrong."""
+"""Damaged and unusual image files, and files with valid pixels and damaged metadata, by a name that describes the defect."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ ORIENTATIONS = [
 
 
 def scene(width: int = 48, height: int = 32) -> Image.Image:
-    """A picture that looks different under each turn and reflection: a red corner on a grey ramp."""
+    """An image that changes under each rotation and reflection: a red corner on a grey ramp."""
     ramp = np.linspace(0, 200, width * height).reshape(height, width, 1).repeat(3, axis=2).astype(np.uint8)
     ramp[: height // 2, : width // 2] = (255, 0, 0)
     return Image.fromarray(ramp)
@@ -48,7 +48,7 @@ def directory(*tags: tuple[int, int, int, bytes], after: bytes = b"\0\0\0\0") ->
 
 
 def exif_blocks() -> Iterator[tuple[str, bytes]]:
-    """EXIF blocks without their "Exif" mark, none of which turns the picture."""
+    """EXIF blocks without their "Exif" mark, none of which rotates the image."""
     for name, kind, count, value in ORIENTATIONS:
         yield f"orientation {name}", directory((ORIENTATION, kind, count, value))
     whole = directory((RATIONAL, 5, 1, struct.pack("<I", 26)), after=b"\0\0\0\0" + struct.pack("<II", 72, 0))
@@ -80,7 +80,7 @@ def jpeg_with(*segments: tuple[int, bytes]) -> bytes:
 
 
 def webp_with(kind: bytes, body: bytes, flag: int) -> bytes:
-    """A lossless WebP with one more chunk, and the flag in its header that says so."""
+    """A lossless WebP with one more chunk and its flag in the header."""
     frame = encode(scene(), "WEBP", lossless=True)[12:]
     size = struct.pack("<I", scene().width - 1)[:3] + struct.pack("<I", scene().height - 1)[:3]
     parts = b"VP8X" + struct.pack("<I", 10) + bytes([flag, 0, 0, 0]) + size + frame
@@ -104,7 +104,7 @@ def tiff_with(tag: int, kind: int, count: int, value: bytes) -> bytes:
 
 
 def odd_metadata() -> Iterator[tuple[str, bytes]]:
-    """Whole pictures of `scene` with metadata that is broken in one way each."""
+    """Valid images of `scene`, each with one defect in its metadata."""
     for name, block in exif_blocks():
         yield f"JPEG exif {name}", jpeg_with((0xE1, b"Exif\0\0" + block))
         yield f"PNG exif {name}", png_with(chunk(b"eXIf", block))
@@ -172,7 +172,7 @@ def odd_metadata() -> Iterator[tuple[str, bytes]]:
 
 
 def odd_contents() -> Iterator[tuple[str, bytes]]:
-    """File names and contents: every format that Pillow writes, in every mode that it takes, whole, cut and damaged; no images."""
+    """File names and contents: every format and mode of Pillow, valid, truncated and damaged; and files that are no images."""
     picture = scene()
     grey = np.linspace(0, 65535, 48 * 32).reshape(32, 48)
     images = {mode: picture.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")}

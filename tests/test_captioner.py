@@ -32,13 +32,13 @@ def loaded(tiny_checkpoint) -> Captioner:
 
 @pytest.fixture
 def captioner(loaded) -> Captioner:
-    """One that a test may change."""
+    """A copy that a test may change."""
     return copy.deepcopy(loaded)
 
 
 @pytest.fixture
 def result() -> CaptionResult:
-    """Of a landscape picture; the model looked at a region on the upper right for "two" and evenly for "dogs"."""
+    """The result of a landscape image; attention at one region on the upper right for "two" and uniform for "dogs"."""
     attention = np.full((2, 5, 7), 1 / 35, np.float32)
     attention[0] = 0
     attention[0, 1, 5] = 1
@@ -46,7 +46,7 @@ def result() -> CaptionResult:
 
 
 def forced_score(captioner: Captioner, picture, text: str, prompt: str = "") -> float:
-    """The score of a caption of whole-word tokens, by one forward pass over it and plain sums."""
+    """The score of a caption of whole-word tokens from one forward pass and plain sums."""
     tokenizer = captioner.processor.tokenizer
     words, given_words = tokenizer(text).input_ids, tokenizer(prompt).input_ids
     generated = words[len(given_words) :]
@@ -159,7 +159,7 @@ def test_attention_of_subword_tokens_is_merged(make_checkpoint, pictures):
     with torch.no_grad():
         out = captioner.model(pixel_values=pixel_values, decoder_input_ids=ids[:, :-1], output_attentions=True)
     regions, words = out.cross_attentions[0][0, 0].numpy(), out.decoder_attentions[0][0, 0].numpy()
-    for word in range(2):  # the model may have gone on with the third
+    for word in range(2):  # the model may have continued the third
         of_word = regions[word_of == word].mean(axis=0)
         assert np.allclose(result.attention[word].flatten(), of_word, atol=TINY)
         rows = words[word_of == word].mean(axis=0)
@@ -308,7 +308,7 @@ def test_attention_plot_is_brightest_at_the_attended_region(result):
     light /= light.sum()
     centre = (light.sum(axis=1) @ np.arange(height) / height, light.sum(axis=0) @ np.arange(width) / width)
     assert np.allclose(centre, (1.5 / 5, 5.5 / 7), atol=0.01)  # the middle of the region
-    assert np.ptp(other) < 0.01 and other.max() < one.max()  # one scale for all: even attention does not shine
+    assert np.ptp(other) < 0.01 and other.max() < one.max()  # one colour scale: uniform attention stays grey
 
 
 @pytest.mark.parametrize("size", [(30, 300), (300, 30)])

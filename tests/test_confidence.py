@@ -44,7 +44,7 @@ def calibrated(tiny_checkpoint, tmp_path) -> Path:
 
 @pytest.fixture
 def packable(calibrated) -> Path:
-    """The same with weights that fit half precision."""
+    """The same checkpoint with weights in the range of float16."""
     model = AttnCapForConditionalGeneration.from_pretrained(calibrated)
     model.model.encoder.windows.weight.data.clamp_(-1, 1)
     model.save_pretrained(calibrated)
@@ -53,7 +53,7 @@ def packable(calibrated) -> Path:
 
 @pytest.fixture(scope="module")
 def sixty(tmp_path_factory, tiny_checkpoint) -> Path:
-    """60 noise images in a Parquet file; the references of every second one are what the captioner says of it."""
+    """60 noise images in a Parquet file; every second one has its generated caption as a reference."""
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("sixty")
     files = [folder / f"{number}.png" for number in range(60)]

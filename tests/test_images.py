@@ -21,7 +21,7 @@ from hf_attncap.images import ImageError, load_image
 
 
 def scene(width: int = 24, height: int = 16) -> Image.Image:
-    """A picture that looks different under each turn and reflection: a red corner on a grey ramp."""
+    """An image that changes under each rotation and reflection: a red corner on a grey ramp."""
     ramp = np.linspace(0, 200, width * height).reshape(height, width, 1).repeat(3, axis=2).astype(np.uint8)
     ramp[: height // 2, : width // 2] = (255, 0, 0)
     return Image.fromarray(ramp)
@@ -536,7 +536,7 @@ def test_url_that_refuses_the_connection():
             load_image(url, allow_private_urls=True)
 
 
-def test_https_wants_a_certificate(site):
+def test_https_requires_a_valid_certificate(site):
     url = site.replace("http:", "https:")
     with pytest.raises(ImageError, match=f"{url}/a.png could not be fetched .*SSL"):
         load_image(f"{url}/a.png", allow_private_urls=True)
@@ -549,7 +549,7 @@ def test_url_byte_limit(site, monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["drip", "drip-headers"])
-def test_a_dripping_server_is_left(site, monkeypatch, page):
+def test_slow_server_is_disconnected(site, monkeypatch, page):
     monkeypatch.setattr(images, "TIMEOUT", 0.4)
     start = time.monotonic()
     with pytest.raises(ImageError, match=rf"{page} could not be fetched \(timed out after 0.4 s\)"):
@@ -578,7 +578,7 @@ PRIVATE_HOSTS = [
 
 
 @pytest.mark.parametrize("host", PRIVATE_HOSTS)
-def test_addresses_that_are_not_public_are_never_dialled(host, monkeypatch):
+def test_private_addresses_are_never_connected_to(host, monkeypatch):
     monkeypatch.setattr(images.socket, "create_connection", lambda *a, **k: pytest.fail("dialled"))
     with pytest.raises(ImageError, match="is refused: .* not a public address; set allow_private_urls=True"):
         load_image(f"http://{host}/a.png")
@@ -595,7 +595,7 @@ def test_private_url_is_refused_by_default(site):
     assert Pages.asked == []
 
 
-def test_public_url_dials_the_checked_address(public_site):
+def test_public_url_connects_to_the_checked_address(public_site):
     assert close(load_image("http://pictures.example/moved"), scene())
     assert public_site == [PUBLIC, PUBLIC]
 
@@ -606,7 +606,7 @@ def test_redirect_to_a_private_address_is_refused(public_site):
     assert public_site == [PUBLIC] and Pages.asked == ["/to-private"]
 
 
-def test_dns_that_changes_its_mind_gains_nothing(public_site, monkeypatch):
+def test_changing_dns_cannot_reach_a_private_address(public_site, monkeypatch):
     answers = iter([PUBLIC, "127.0.0.1", "127.0.0.1"])
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(*entry, (next(answers), 80))])
@@ -616,7 +616,7 @@ def test_dns_that_changes_its_mind_gains_nothing(public_site, monkeypatch):
         load_image("http://pictures.example/picture.png")
 
 
-def test_a_name_with_one_private_address_is_refused(monkeypatch):
+def test_host_with_one_private_address_is_refused(monkeypatch):
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     found = [(*entry, (PUBLIC, 80)), (*entry, ("10.0.0.7", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found)
@@ -638,12 +638,12 @@ def test_redirect_to_a_host_name_of_another_script(public_site):
     assert Pages.hosts == ["pictures.example", IN_LETTERS]
 
 
-def test_a_host_name_keeps_the_letters_that_browsers_keep():
+def test_host_names_are_encoded_as_browsers_do():
     assert images._ascii_host("faß.de") == "xn--fa-hia.de"
     assert images._ascii_host("fe80::1%25eth0") == "fe80::1%25eth0"
 
 
-def test_tls_is_asked_for_the_encoded_host_name(public_site, monkeypatch):
+def test_tls_uses_the_encoded_host_name(public_site, monkeypatch):
     names = []
     monkeypatch.setattr(images.socket, "create_connection", lambda *args, **kwargs: socket.socket())
 
@@ -662,14 +662,14 @@ def test_tls_is_asked_for_the_encoded_host_name(public_site, monkeypatch):
 @pytest.mark.parametrize(
     "url", ["http://\udcff/a.png", "http://a℀b.example/a.png", "http://-ü-.example/", f"http://{'ü' * 70}.example/"]
 )
-def test_host_names_that_cannot_be(url):
+def test_invalid_host_names(url):
     with pytest.raises(ImageError, match="(cannot|could not) be fetched"):
         load_image(url)
 
 
 @settings(max_examples=100)
 @given(st.text(max_size=20))
-def test_any_text_behind_http_is_an_image_error_or_never_dialled(text):
+def test_any_text_after_http_raises_an_image_error(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [])
         with pytest.raises(ImageError):

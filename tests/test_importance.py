@@ -1,4 +1,4 @@
-"""Importance of regions: against a plain reference, in batches, for every kind of captioner, from Python and the command line."""
+"""Importance of regions: against a plain reference, in batches, for every attention variant, in Python and on the command line."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_importance_equals_a_plain_loop_over_hidden_regions(captioner, window, m
     assert found.abs().max() > 0.01
 
 
-def test_padding_behind_the_end_changes_nothing(captioner):
+def test_padding_after_the_end_changes_nothing(captioner):
     encoded = GridEncoderOutput(last_hidden_state=torch.randn(1, 6, 16), grid_shape=(2, 3))
     short = word_importance(captioner.model, torch.tensor([[BOS, 5, 7, EOS]]), encoded)
     long = word_importance(captioner.model, torch.tensor([[BOS, 5, 7, EOS, PAD, PAD]]), encoded)
@@ -81,7 +81,7 @@ def test_the_default_window_fits_the_grid(tiny_checkpoint, grid, window):
 
 
 @torch.no_grad()
-def test_a_word_that_one_region_brings_about_points_there(tiny_checkpoint):
+def test_importance_of_a_word_peaks_at_the_region_that_causes_it(tiny_checkpoint):
     model = Captioner.from_pretrained(tiny_checkpoint, device="cpu").model
     regions = torch.zeros(1, 35, 16)
     regions[0, 12] = 8 * torch.randn(16, generator=torch.Generator().manual_seed(0))  # row 1, column 5 of (5, 7)
@@ -116,7 +116,7 @@ def test_explain_is_caption_with_importance(make_checkpoint, pictures, checkpoin
     assert max(np.abs(each.importance).max(initial=0) for each in found) > 0.01
 
 
-def test_importance_of_a_word_is_the_sum_over_its_pieces(make_checkpoint, pictures):
+def test_importance_of_a_word_is_the_sum_over_its_tokens(make_checkpoint, pictures):
     captioner = Captioner.from_pretrained(make_checkpoint("bpe"), device="cpu")
     tokenizer, prompt = captioner.processor.tokenizer, "beaching dogred"
     ids = [BOS, *tokenizer(prompt).input_ids]

@@ -1,4 +1,4 @@
-"""Pictures whose pixels are fine are captioned, whatever their metadata say, by every way in."""
+"""Images with valid pixels and damaged metadata are captioned by the captioner and the pipeline."""
 
 import base64
 import functools
@@ -45,26 +45,26 @@ def outcome(source, name: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_broken_metadata_cost_no_picture():
+def test_images_with_broken_metadata_are_read():
     assert len(ODD) > 150
     assert {outcome(data, name) for name, data in ODD.items()} == {"sound"}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_broken_exif_of_an_open_picture_costs_nothing():
+def test_open_images_with_broken_exif_are_read():
     opened = {name: Image.open(io.BytesIO(data)) for name, data in ODD.items() if " exif " in name}
     assert {outcome(image, name) for name, image in opened.items()} == {"sound"}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_captioner_takes_them(tiny_checkpoint):
+def test_captioner_reads_images_with_broken_metadata(tiny_checkpoint):
     captioner = Captioner.from_pretrained(tiny_checkpoint)
     results = captioner.caption([load_image(ODD[name]) for name in FEW])
     assert all(same_pixels(result.image, name) for name, result in zip(FEW, results))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pipeline_takes_them(tiny_checkpoint, tmp_path):
+def test_pipeline_reads_images_with_broken_metadata(tiny_checkpoint, tmp_path):
     captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
     files = [tmp_path / f"{number}.img" for number in range(len(FEW))]
     for file, name in zip(files, FEW):
@@ -90,7 +90,7 @@ def test_pipeline_reads_urls_with_broken_metadata(tiny_checkpoint, tmp_path):
         server.shutdown()
 
 
-def test_a_sound_orientation_beside_a_broken_profile_counts():
+def test_valid_orientation_is_applied_despite_a_broken_profile():
     sideways = directory((0x0112, 3, 1, b"\6\0\0\0"))
     turned = [
         jpeg_with((0xE1, b"Exif\0\0" + sideways), (0xE2, b"ICC_PROFILE\0")),
@@ -100,12 +100,12 @@ def test_a_sound_orientation_beside_a_broken_profile_counts():
         assert load_image(data).size == scene().size[::-1]
 
 
-def test_transparency_beside_a_broken_chunk_is_laid_on_white():
+def test_transparency_becomes_white_despite_a_broken_chunk():
     data = encode(Image.new("L", (4, 4)), "PNG", transparency=0)
     assert load_image(data[:33] + chunk(b"gAMA", b"") + data[33:]).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_damaged_picture_with_broken_metadata_is_still_refused():
+def test_damaged_image_with_broken_metadata_is_refused():
     data = jpeg_with((0xE2, b"ICC_PROFILE\0"))
     with pytest.raises(ImageError, match="the bytes object of length"):
         load_image(data[: len(data) // 2])
@@ -116,7 +116,7 @@ def heic(**options) -> bytes:
     return encode(scene(64, 48), "HEIF", quality=95, **options)
 
 
-def test_heic_is_read_and_turned_once(monkeypatch):
+def test_heic_is_read_and_rotated_once(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
     upright, turned = heic(), heic(exif=exif.tobytes())
@@ -129,7 +129,7 @@ def test_heic_is_read_and_turned_once(monkeypatch):
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"mif1"])
-def test_heic_without_its_package_names_it(monkeypatch, brand):
+def test_error_of_heic_names_the_missing_package(monkeypatch, brand):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
     data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100)
@@ -144,7 +144,7 @@ def test_video_is_not_read_as_heic(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (1, 100_000), (100_000, 1)])
-def test_extreme_shapes_are_captioned_and_drawn(tiny_checkpoint, tmp_path, size):
+def test_extreme_shapes_are_captioned_and_plotted(tiny_checkpoint, tmp_path, size):
     result = Captioner.from_pretrained(tiny_checkpoint).caption(Image.new("RGB", size, "teal"))
     assert result.image.size == size
     result.plot_attention(tmp_path / "strip.png")
@@ -154,7 +154,7 @@ def test_extreme_shapes_are_captioned_and_drawn(tiny_checkpoint, tmp_path, size)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, pipes")
-def test_every_odd_file_is_captioned_or_named(tiny_checkpoint, tmp_path, capfdbinary):
+def test_every_unusual_file_is_captioned_or_reported(tiny_checkpoint, tmp_path, capfdbinary):
     files = write_odd_files(tmp_path / "odd", metadata=8)
     assert len(files) > 200
     assert main(["caption", "--model", str(tiny_checkpoint), *files]) == 1

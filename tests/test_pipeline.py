@@ -1,4 +1,4 @@
-"""Pictures go in however people hold them; the captions, scores and attention are the same for each way and batch."""
+"""The pipeline gives the same captions, scores and attention for every kind of input and every batch size."""
 
 import base64
 import io
@@ -56,7 +56,7 @@ def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 1}, {"num_beams": 2, "max_new_tokens": 4}])
-def test_it_says_what_generate_says(pipe, images, options):
+def test_captions_equal_those_of_generate(pipe, images, options):
     assert issubclass(type(pipe), AttnCapPipeline)
     inputs = pipe.processor(images=images, return_tensors="pt")
     expected = pipe.processor.batch_decode(pipe.model.generate(**inputs, **options), skip_special_tokens=True)
@@ -65,7 +65,7 @@ def test_it_says_what_generate_says(pipe, images, options):
     assert texts(pipe(images, generate_kwargs=options)) == [[text] for text in expected]
 
 
-def test_one_picture_however_it_is_held(pipe, images, tmp_path):
+def test_one_image_of_every_kind_of_source(pipe, images, tmp_path):
     file = tmp_path / "picture.png"
     images[0].save(file)
     data = io.BytesIO()
@@ -97,7 +97,7 @@ class Streamed(IterableDataset):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_many_pictures_however_they_are_held(pipe, images, batch_size):
+def test_many_images_of_every_kind_of_collection(pipe, images, batch_size):
     expected = [pipe(picture, output_attentions=True) for picture in images]
     in_memory = [images, tuple(images)]
     lazy = [(picture for picture in images), Stored(images), Streamed(images), iter(images)]
@@ -115,11 +115,11 @@ def test_a_column_of_a_dataset(pipe, images):
     assert texts(pipe(dataset["image"], batch_size=2)) == texts(pipe(images))
 
 
-def test_no_pictures_no_captions(pipe):
+def test_empty_list_gives_an_empty_list(pipe):
     assert pipe([]) == []
 
 
-def test_reading_is_as_lazy_as_the_results(pipe, images):
+def test_images_are_read_lazily(pipe, images):
     read = []
 
     def source():
@@ -132,7 +132,7 @@ def test_reading_is_as_lazy_as_the_results(pipe, images):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1, "do_sample": True}])
-def test_several_captions_a_picture(pipe, images, options):
+def test_several_captions_per_image(pipe, images, options):
     results = pipe(images, batch_size=2, num_return_sequences=2, output_attentions=True, **options)
     assert [len(captions) for captions in results] == [2, 2, 2]
     for captions in results:
@@ -177,7 +177,7 @@ def test_a_prompt_begins_all_captions(pipe, images, name):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_prompts_of_a_batch_do_not_meet(pipe, images, options):
+def test_prompts_of_a_batch_are_independent(pipe, images, options):
     options = {**options, "output_attentions": True}
     singles = [pipe(picture, text=text, **options) for picture, text in zip(images, PROMPTS, strict=True)]
     together = [
@@ -190,7 +190,7 @@ def test_prompts_of_a_batch_do_not_meet(pipe, images, options):
             assert_same(actual, single)
 
 
-def test_options_of_the_pipeline_hold_for_each_call(checkpoint, pipe, images):
+def test_options_of_the_pipeline_apply_to_each_call(checkpoint, pipe, images):
     options = {"text": "a dog", "num_beams": 2, "max_new_tokens": 4, "output_attentions": True, "batch_size": 2}
     fixed = make_pipeline("image-captioning", model=checkpoint, device="cpu", **options)
     for actual, expected in zip(fixed(images), pipe(images, **options), strict=True):
@@ -247,7 +247,7 @@ TOKENIZERS = {kind: build_tokenizer(CAPTIONS, kind, min_count=1) for kind in ("w
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
 @given(data=st.data())
 @settings(max_examples=60)
-def test_any_tokens_give_words_that_add_up(kind, data):
+def test_words_and_attention_of_any_tokens_are_consistent(kind, data):
     tokenizer = TOKENIZERS[kind]
     body = data.draw(st.lists(st.integers(4, len(tokenizer) - 1), min_size=1, max_size=8))
     left, right = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
@@ -267,7 +267,7 @@ def test_any_tokens_give_words_that_add_up(kind, data):
     assert pieces.merge(torch.ones(T, 2, 3)).shape == (len(pieces.words), 2, 3)
 
 
-def test_pieces_of_a_word_stay_together():
+def test_tokens_of_a_word_are_merged():
     tokenizer = TOKENIZERS["bpe"]
     vocabulary = tokenizer.get_vocab()
     tokens = ["▁", "d", "o", "g", "▁", "b", "a"]
@@ -330,7 +330,7 @@ def stock(checkpoint) -> Any:
 
 @pytest.mark.parametrize("text", ["", "a dog"])
 @pytest.mark.parametrize("options", [{}, {"generate_kwargs": {"num_beams": 1}}])
-def test_the_stock_pipeline_captions_and_continues(stock, pipe, images, text, options):
+def test_image_text_to_text_pipeline_captions_and_continues(stock, pipe, images, text, options):
     for picture in images:
         [expected] = pipe(picture, text=text, **options)
         [record] = stock(picture, text=text, **options)
@@ -338,7 +338,7 @@ def test_the_stock_pipeline_captions_and_continues(stock, pipe, images, text, op
         assert record["input_text"] == text
 
 
-def test_the_stock_pipeline_on_many_pictures(stock, pipe, images):
+def test_image_text_to_text_pipeline_on_many_images(stock, pipe, images):
     expected = [text for [text] in texts(pipe(images, text=PROMPTS))]
     assert [record["generated_text"] for record in stock(images, text=PROMPTS)] == expected
     for batch_size in (1, 3):

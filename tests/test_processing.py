@@ -1,4 +1,4 @@
-"""Images, prompts and captions go in together; what comes out fits training, `generate` and the pipeline."""
+"""The processor: images, prompts and captions together, for training, `generate` and the pipeline."""
 
 from types import SimpleNamespace
 from typing import Literal
@@ -51,7 +51,7 @@ def test_training_batch(processor):
 
 
 @kinds
-def test_cut_caption_has_no_end_token(kind):
+def test_truncated_caption_has_no_end_token(kind):
     processor = PROCESSORS[kind]
     captions = ["a black dog", "a black dog is"]
     labels = processor(text_target=captions, max_target_length=3, return_tensors="pt")["labels"]
@@ -72,7 +72,7 @@ def test_twenty_words_are_kept_by_default(processor):
     limit=st.integers(1, 9),
 )
 @settings(max_examples=60)
-def test_labels_say_the_caption_then_the_end_then_nothing(kind, captions, limit):
+def test_labels_are_caption_end_token_and_padding(kind, captions, limit):
     processor = PROCESSORS[kind]
     labels = processor(text_target=captions, max_target_length=limit, return_tensors="pt")["labels"]
     for caption, row in zip(captions, labels.tolist(), strict=True):
@@ -100,7 +100,7 @@ def test_empty_prompt_has_no_tokens(processor, text):
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
 
 
-def test_one_prompt_serves_all_images(processor):
+def test_one_prompt_is_used_for_all_images(processor):
     batch = processor(images=[IMAGE, IMAGE], text="a dog", return_tensors="pt")
     assert texts(processor, batch["input_ids"]) == ["a dog", "a dog"]
 
@@ -113,7 +113,7 @@ def test_rows_keep_their_batch_axis_in_every_return_type(processor):
         assert np.array_equal(lists[name], arrays[name]) and arrays[name].dtype == np.int64
 
 
-def test_options_reach_their_part(processor):
+def test_options_reach_tokenizer_and_image_processor(processor):
     batch = processor(
         images=IMAGE,
         text="a dog",
@@ -168,7 +168,7 @@ def test_save_and_load(kind, tmp_path):
         ([IMAGE, IMAGE], ["", "a dog"], ["is running", "a dog is running"]),
     ],
 )
-def test_stock_pipeline_prepares_and_reads_with_it(kind, images, text, full):
+def test_image_text_to_text_pipeline_uses_the_processor(kind, images, text, full):
     processor = PROCESSORS[kind]
     pipe = SimpleNamespace(processor=processor, tokenizer=processor.tokenizer, dtype=torch.float16)
     inputs = ImageTextToTextPipeline.preprocess(pipe, {"images": images, "text": text})  # pyright: ignore

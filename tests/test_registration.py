@@ -1,4 +1,4 @@
-"""Importing the package registers it with transformers, in every script and order, and costs nothing without it."""
+"""Importing the package registers it with transformers, in any order of imports, and does not import transformers itself."""
 
 import os
 import subprocess

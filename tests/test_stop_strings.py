@@ -24,7 +24,7 @@ def captioner(make_checkpoint, kind):
 
 @kinds
 @pytest.mark.parametrize("length", ["a word", "part of a word", "two words"])
-def test_captions_end_with_the_word_that_completes_the_text(captioner, length):
+def test_captions_end_with_the_stop_string(captioner, length):
     caption, tokenizer = captioner
     whole = caption()
     words = next(text.split() for text in whole if len(set(text.split())) > 2)

@@ -17,40 +17,22 @@ FEW_IMAGES = 100  # below, the bootstrap's intervals are too narrow
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a file of predictions, optionally compared with those of a baseline.
+    """The scores of a file of predictions and their comparison with a baseline."""
 
-    Attributes:
-        predictions, references, baseline: the files.
-        scores: of the predictions.
-        comparison: score -> the predictions against the baseline; empty without one.
-        notes: one sentence for each irregularity of the files.
-    """
-
-    predictions: str
-    references: str
-    baseline: str | None
+    files: dict[str, str]  # "predictions", "references" and, with a baseline, "compared_with"
     scores: CaptionScores
-    comparison: dict[str, Comparison]
-    notes: list[str]
+    comparison: dict[str, Comparison]  # empty without a baseline
+    notes: list[str]  # one sentence for each irregularity of the files
 
     def tables(self) -> str:
         """The scores and the comparison as plain text."""
-        tables = [score_table(self.scores)]
-        return "\n\n".join([*tables, comparison_table(self.comparison)] if self.comparison else tables)
+        return score_table(self.scores) + (f"\n\n{comparison_table(self.comparison)}" if self.comparison else "")
 
     def to_json(self) -> str:
         """The scores, the comparison and the notes as one JSON object."""
-        result: dict[str, Any] = {
-            "predictions": self.predictions,
-            "references": self.references,
-            "images": len(self.scores.ids),
-            "scores": self.scores.corpus,
-            "notes": self.notes,
-        }
-        if self.comparison:
-            result["compared_with"] = self.baseline
-            result["comparison"] = {name: asdict(found) for name, found in self.comparison.items()}
-        return json.dumps(result, indent=1) + "\n"
+        result = {**self.files, "images": len(self.scores.ids), "scores": self.scores.corpus, "notes": self.notes}
+        compared = {"comparison": {name: asdict(found) for name, found in self.comparison.items()}} if self.comparison else {}
+        return json.dumps(result | compared, indent=1) + "\n"
 
     def rows_to_json(self) -> str:
         """The scores of each image as JSON lines."""
@@ -92,15 +74,15 @@ def evaluate_files(
         for system in matched
     ]
     comparison = compare(scores[1], scores[0]) if baseline else {}
-    notes = _notes(gold, matched, len(shared), [predictions, *([baseline] if baseline else [])])
-    return Evaluation(predictions, references, baseline, scores[0], comparison, notes)
+    files = {"predictions": predictions, "references": references} | ({"compared_with": baseline} if baseline else {})
+    return Evaluation(files, scores[0], comparison, _notes(files, gold, matched, len(shared)))
 
 
-def _notes(references: References, matched: list[Matched], shared: int, files: list[str]) -> list[str]:
+def _notes(files: dict[str, str], references: References, matched: list[Matched], shared: int) -> list[str]:
     notes = list(dict.fromkeys(note for system in matched for note in system.notes))
     lost = sum(len(system.references) - shared for system in matched)
     if lost:
-        notes.append(f"images with a caption in only one of {' and '.join(files)}, left out: {lost}")
+        notes.append(f"images with a caption in only one of {files['predictions']} and {files['compared_with']}, left out: {lost}")
     if all(len(captions) == 1 for captions in references.captions.values()):
         notes.append(f"{references.path} has one reference per image; with several, scores are higher and more reliable")
     if len(matched) > 1 and shared < FEW_IMAGES:

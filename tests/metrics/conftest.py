@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file with an ending that says nothing: JSON of a value, lines of several, or text and bytes as they are."""
+    """Writes a file: JSON of one value, JSON lines of several, or text and bytes unchanged. The suffix does not give the format."""
 
     def write(*values: Any, name: str = "file.txt") -> Path:
         path = tmp_path / name

@@ -86,7 +86,7 @@ _PIECES = """
 
 
 def random_captions(count: int = 20_000, seed: int = 0) -> list[str]:
-    """Strings of 1 to 7 pieces: characters that captions hold, words and marks that tokenisers stumble over."""
+    """Strings of 1 to 7 pieces: characters of captions, and words and marks that are hard to tokenise."""
     chance = random.Random(seed)
     pieces = _PIECES.split()
 

@@ -23,7 +23,7 @@ images = st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=4)), m
 
 
 def split(corpus: Sequence[Image]) -> tuple[list[Tokens], list[list[Tokens]]]:
-    """Predictions and references, as the scorers take them."""
+    """Predictions and references in the form that the scorers take."""
     return [prediction for prediction, _ in corpus], [references for _, references in corpus]
 
 
@@ -54,7 +54,7 @@ def bleu(corpus: Sequence[Image]) -> list[float]:
 
 
 def lcs(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common subsequence, by the table every textbook has."""
+    """Length of the longest common subsequence by dynamic programming."""
     row = [0] * (len(b) + 1)
     for x in a:
         above = row

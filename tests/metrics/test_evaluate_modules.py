@@ -43,7 +43,7 @@ print(json.dumps(both.compute()))
 
 @pytest.fixture(scope="module", autouse=True)
 def caches(tmp_path_factory):
-    """`evaluate` copies modules here instead of into the user's cache."""
+    """The folder to which `evaluate` copies modules, instead of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path_factory.mktemp("rows"))
@@ -81,7 +81,7 @@ def test_loaded_offline_with_an_empty_home_in_another_folder(tmp_path):
 
 
 def test_scores_are_those_of_caption_metrics(scores):
-    """Also where images have one reference, or five."""
+    """With one or five references per image too."""
     wanted = expected()
     assert scores.compute(predictions=PREDICTIONS, references=REFERENCES) == {name: wanted[name] for name in SCORES}
     assert 0 < wanted["cider"] < 10 and 0 < wanted["bleu_4"] < 1
@@ -110,7 +110,7 @@ def test_rows_added_one_by_one_or_in_batches_give_the_same(scores, diversity):
 
 
 def test_one_image_has_no_cider(scores):
-    """Every word of a single image is in every image, so that none says anything; BLEU does not mind."""
+    """All words of a single image occur in every image, so that their weight is 0; BLEU is not affected."""
     values = scores.compute(predictions=["a dog runs on the beach"], references=[["A dog runs on the beach ."]])
     assert values["cider"] == 0 and values["bleu_4"] == pytest.approx(1)
 
@@ -132,7 +132,7 @@ def test_one_image_has_no_cider(scores):
 def test_errors_name_bad_rows(scores, predictions, references, message):
     with pytest.raises((ValueError, TypeError), match=message):
         scores.compute(predictions=predictions, references=references)
-    assert scores.compute(predictions=PREDICTIONS, references=REFERENCES)["cider"] == expected()["cider"], "rows were left behind"
+    assert scores.compute(predictions=PREDICTIONS, references=REFERENCES)["cider"] == expected()["cider"], "earlier rows were kept"
 
 
 def test_single_row_with_one_string_is_refused(scores):
@@ -156,7 +156,7 @@ def test_errors_name_bad_captions(diversity, predictions, training, message):
 
 @pytest.mark.parametrize("name", ["caption_scores", "caption_diversity"])
 def test_documentation_example_runs(name):
-    """`compute`'s help holds the inputs and an example, which does what it says."""
+    """The help of `compute` lists the inputs and has an example with the right output."""
     module = evaluate.load(evaluate_module(name))
     assert module.name == name and module.description and "@" in module.citation
     assert "predictions: one caption per image" in str(module.compute.__doc__)

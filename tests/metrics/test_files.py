@@ -150,7 +150,7 @@ def test_errors_name_the_position_in_a_broken_file(write, values, message):
 
 
 def test_metadata_of_a_folder_of_pictures_are_references(write):
-    """What `datasets` calls ImageFolder; predictions may have the paths of its pictures."""
+    """An ImageFolder of `datasets`; predictions may have the paths of its images."""
     path = write(
         {"file_name": "1.jpg", "captions": ["a dog", "it runs"]}, {"file_name": "2.jpg", "captions": ["a cat"]}, name="m.jsonl"
     )
@@ -179,7 +179,7 @@ TELLING = {"images", "annotations", "image_id", "path", "file_name"}
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(min_size=1).filter(lambda id: id not in TELLING), st.text(), min_size=1))
 def test_all_formats_give_the_same_captions(write, captions):
-    """Any ids and captions, line separators of Unicode included, come out of each kind of file as they went in."""
+    """Any ids and captions, including Unicode line separators, are read unchanged from each format."""
     rows = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     kinds = [

@@ -32,7 +32,7 @@ def split(references=REFERENCES, predictions=PREDICTIONS):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The processes that a test starts."""
+    """The processes that a test has started."""
     processes = []
     start = subprocess.Popen.__init__
 
@@ -116,7 +116,7 @@ def test_package_missing(monkeypatch):
 
 
 class StandInSpice:
-    """Scores the share of a prediction's words that are in the references; prints, as a download would."""
+    """Scores the fraction of a prediction's words that are in the references, and prints like a download."""
 
     fails: Exception | None = None
 
@@ -133,7 +133,7 @@ class StandInSpice:
 
 @pytest.fixture
 def stand_in(monkeypatch, fake_java):
-    """A pycocoevalcap with nothing but SPICE in it."""
+    """A pycocoevalcap that contains only SPICE."""
     fake_java("exit 1")
     for name in ("pycocoevalcap", "pycocoevalcap.spice", "pycocoevalcap.spice.spice"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

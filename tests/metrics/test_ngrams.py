@@ -17,7 +17,7 @@ captions = st.lists(tokens, max_size=5)
 
 
 def names(index: NgramIndex) -> dict[int, tuple[str, ...]]:
-    """What each id of an index stands for."""
+    """The n-gram of each id of an index."""
     known = {i: (word,) for word, i in index.words.items()}
     for i, key in sorted(zip(index.ids.tolist(), index.keys.tolist())):
         known[i] = known[key >> 32] + known[key & (2**32 - 1)]

@@ -58,7 +58,7 @@ def test_letters_of_later_unicode_are_kept():
 
 @given(st.lists(st.text("abcdefghijklmnopqrstuvwxyzABCXYZ", min_size=1, max_size=8), max_size=12))
 def test_no_word_is_lost(words):
-    """What is left out is punctuation alone: letters come out as they went in, wherever words are cut."""
+    """Only punctuation is left out: all letters are kept, wherever words are split."""
     assert "".join(tokenize(" ".join(words))) == "".join(words).lower()
 
 
@@ -82,7 +82,7 @@ def test_tokenising_tokens_changes_nothing(words):
     ],
 )
 def test_contracted_words_are_split_only_alone(caption, expected):
-    """As the Java tokeniser does, which was asked: so tokens of such a caption do not give themselves."""
+    """As in the Java tokeniser, so that tokenising such tokens again changes them."""
     assert joined(caption) == expected
 
 
@@ -101,7 +101,7 @@ def test_a_line_break_is_a_space(first, second):
 
 @given(st.sampled_from(CHOSEN), st.integers(0, 5))
 def test_fast_path_equals_the_rules(caption, spaces):
-    """A bell is no printable character, so such a caption goes by the rules alone; a bell itself is dropped."""
+    """A bell character forces the rules and is dropped itself."""
     padded = caption.replace(" ", " " * (1 + spaces))
     assert tokenize(padded + " \x07") == tokenize(padded + " ")
 
@@ -112,6 +112,6 @@ def test_long_texts_are_tokenised_quickly(text):
 
 
 def test_tokenising_tokens_of_dataset_captions_changes_nothing(expected):
-    """As metrics that join tokens with spaces and split them again rely on."""
+    """Metrics that join tokens with spaces and split them again rely on this."""
     for tokens in expected["tables"].values():
         assert joined(tokens) == tokens

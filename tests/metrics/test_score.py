@@ -140,7 +140,7 @@ def test_meteor_and_spice_without_java_raise_one_sentence(monkeypatch, tmp_path)
 
 
 def test_scores_equal_pycocoevalcap():
-    """From text: the fixture's captions are tokens joined by spaces, which give themselves."""
+    """The captions of the fixture are tokens joined by spaces; tokenising them again changes nothing."""
     content = json.loads((Path(__file__).parents[1] / "data" / "caption_scores.json").read_text(encoding="utf-8"))
     for corpus in content.values():
         images = {image["name"]: image for image in corpus["images"]}

@@ -13,7 +13,7 @@ from hf_attncap.metrics.significance import Statistics, bootstrap, means, paired
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
-    """A corpus metric that is no mean of images: matches / guesses and its square, (..., 2) -> (..., 2)."""
+    """A corpus metric that is not a mean over images: matches / guesses and its square, (..., 2) -> (..., 2)."""
     precision = totals[..., 0] / totals[..., 1]
     return np.stack([precision, precision**2], axis=-1)
 

@@ -54,7 +54,7 @@ def test_padding_rows_of_the_last_batch_are_ignored(captions, extra):
 
 
 def test_references_are_prepared_once(monkeypatch):
-    """Evaluation runs every epoch; the references of thousands of images need not be counted again."""
+    """Evaluation runs every epoch; thousands of references must not be counted again."""
     compute = caption_compute_metrics(REFERENCES, decode)
     first = compute(evaluation(padded(IDS)))
 
