@@ -407,7 +407,7 @@ def test_unreadable_images_are_skipped(checkpoint, pictures, tmp_path, caplog):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [{"image": "broken.jpg", "captions": ["a dog"]}, *lines])))
     (found,) = measure.measure(Captioner.from_pretrained(checkpoint), [str(tmp_path / "data.jsonl")])["sets"]
     assert len(found["captions"]) == len(pictures) == found["data"]["images"]
-    assert "1 broken pictures are left out" in caplog.text and "broken.jpg" in caplog.text
+    assert "1 broken images are left out" in caplog.text and "broken.jpg" in caplog.text
 
 
 def tokens(*captions: str) -> list[list[str]]:

@@ -355,7 +355,7 @@ def test_train_reports_missing_settings(tmp_path, capsys):
     assert main(["train", "--config", "finetune.yaml", "--output_dir", str(tmp_path)]) == 2
     assert "give `--train_file`, `--dataset_name` or `--data_dir`" in capsys.readouterr().err
     assert main(["train", "--config", "fientune.yaml", "--output_dir", str(tmp_path)]) == 2
-    assert "No such config file: fientune.yaml. Those that come with the package: " in capsys.readouterr().err
+    assert "No such config file: fientune.yaml. The package has " in capsys.readouterr().err
 
 
 def test_average_and_pack_write_checkpoints(tiny_checkpoint, tmp_path, capsys):

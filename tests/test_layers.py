@@ -53,7 +53,7 @@ LAYERS = {
     "hf_attncap.model_card": [{"build_card", "calibration"}, {"measure"}, {"error_analysis"}],
     "hf_attncap.training": [
         {"train"},
-        {"trainers"},
+        {"model", "trainers"},
         {"data", "checkpoints"},
         {"processes"},
         {"arguments"},

@@ -336,7 +336,7 @@ def test_document_frequencies_come_from_training_captions_and_are_reused_when_re
         ({"self_critical": True, "samples_per_image": 1}, "`samples_per_image` is 1"),
         ({"self_critical": True, "cross_entropy_weight": 1.5}, "`cross_entropy_weight` is 1.5"),
         ({"metric_for_best_model": "cider"}, "set `predict_with_generate`"),
-        ({"cross_entropy_weight": 0.5}, "goes with `self_critical`"),
+        ({"cross_entropy_weight": 0.5}, "needs `self_critical`"),
         ({"self_critical": True, "input_dropout": 0.1}, "leave it out"),
         ({"ema_decay": 1.0}, "`ema_decay` is 1.0"),
         ({"input_dropout": 1.0}, "`input_dropout` is 1.0"),
@@ -479,7 +479,7 @@ def test_command_line_run_stops_early_and_keeps_the_best_checkpoint(warm, parque
 def test_self_critical_training_needs_a_trained_checkpoint(parquet, tmp_path, capsys):
     argv = options("", parquet, tmp_path)
     assert main(argv[2:]) == 2
-    assert "give `--model_name_or_path`" in capsys.readouterr().err
+    assert "set `--model_name_or_path`" in capsys.readouterr().err
 
 
 # Deterministic samples that do not depend on the process of an image: the i-th sample takes the i-th most likely word at each step.

@@ -326,7 +326,7 @@ def test_averaged_checkpoint_is_the_weighted_mean(processor, tmp_path):
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         average_checkpoints([tmp_path / "first", tmp_path / "second"], tmp_path / "first")
-    with pytest.raises(OSError, match="nowhere.*is no folder"):
+    with pytest.raises(OSError, match="nowhere.*is not a folder"):
         average_checkpoints([tmp_path / "first", tmp_path / "nowhere"], tmp_path / "wrong")
 
 
