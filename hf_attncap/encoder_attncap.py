@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from .backbone_attncap import blocks_of, build_trunk, run_checkpointed, trunk_channels
+from .backbone_attncap import backbone_blocks, build_backbone, run_checkpointed, count_channels
 from .configuration_attncap import AttnCapConfig
 
 
@@ -37,10 +37,10 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
-        self.backbone = build_trunk(config.backbone, config.backbone_padding)
+        self.backbone = build_backbone(config.backbone, config.backbone_padding)
         for module in self.backbone.modules():
             module.keep_torchvision_init = True  # type: ignore[assignment]
-        self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
+        self.windows = nn.Conv2d(count_channels(self.backbone), config.encoder_channels, kernel_size=1)
         grid = config.grid_size
         self.pool = nn.Identity() if grid is None else nn.AdaptiveAvgPool2d(grid if isinstance(grid, int) else tuple(grid))
         blocks = len(self.blocks())
@@ -65,7 +65,7 @@ class GridEncoder(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The trunk, block by block."""
-        return blocks_of(self.backbone)
+        return backbone_blocks(self.backbone)
 
     def freeze(self) -> None:
         """Frozen blocks need no gradients."""

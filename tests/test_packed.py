@@ -5,7 +5,6 @@ import torch
 from torch.testing import assert_close
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
-from hf_attncap.packed_attncap import SharedLinear
 
 KINDS = ["none", "score", "channel", "history"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -99,21 +98,3 @@ def test_half_precision_by_autocast():
     half.backward()
     assert_close(half.float(), whole, rtol=0.02, atol=0.02)
     assert model.model.decoder.cell.weight_hh.grad.dtype == torch.float32
-
-
-def test_a_shared_product_has_the_gradients_of_plain_ones():
-    torch.manual_seed(0)
-    weight, bias = (
-        torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, dtype=torch.float64, requires_grad=True),
-    )
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-
-    def twice(linear):
-        y = linear(x)
-        return linear(torch.tanh(y[:2, :3])).square().sum() + y.sin().sum()
-
-    def gradients(linear):
-        return torch.autograd.grad(twice(linear), (weight, bias, x))
-
-    assert_close(gradients(SharedLinear(weight, bias)), gradients(lambda x: torch.nn.functional.linear(x, weight, bias)), **EXACT)

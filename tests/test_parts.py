@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_trunk, load_backbone_weights, trunk_channels
+from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_backbone, load_backbone_weights, count_channels
 from hf_attncap.configuration_attncap import AttnCapConfig
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
 from hf_attncap.word_vectors_attncap import read_word_vectors
@@ -48,7 +48,7 @@ POOLED = ["resnet18", "densenet121", "googlenet", "inception_v3", "mobilenet_v2"
 @pytest.mark.parametrize("name", [*POOLED, "squeezenet1_1", "mnasnet0_5", "shufflenet_v2_x0_5"])
 def test_trunk_gives_what_torchvision_pools(name, monkeypatch):
     torch.manual_seed(0)
-    net, trunk = torchvision_classifier(name), build_trunk(name).eval()
+    net, trunk = torchvision_classifier(name), build_backbone(name).eval()
     calibrate(net)
     wanted = trunk.state_dict()
     assert set(wanted) <= set(net.state_dict()), "torchvision's state dicts must fit"
@@ -69,7 +69,7 @@ def test_trunk_gives_what_torchvision_pools(name, monkeypatch):
             want = net.layers(picture) if name == "mnasnet0_5" else children_until_fc(net, picture)
     assert want.std() > 0.01
     assert_close(got, want)
-    assert trunk_channels(trunk) == want.shape[1]
+    assert count_channels(trunk) == want.shape[1]
 
 
 def children_until_fc(net, x: torch.Tensor) -> torch.Tensor:
@@ -79,9 +79,9 @@ def children_until_fc(net, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_counting_channels_leaves_the_trunk_alone():
-    trunk = build_trunk("shufflenet_v2_x0_5").train()
+    trunk = build_backbone("shufflenet_v2_x0_5").train()
     before = {key: value.clone() for key, value in trunk.state_dict().items()}
-    assert trunk_channels(trunk) == 1024
+    assert count_channels(trunk) == 1024
     assert trunk.training
     assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
 
@@ -114,7 +114,7 @@ def test_every_cnn_of_torchvision_ends_in_a_map():
     names = torchvision.models.list_models(module=torchvision.models)
     for name in (name for name in names if name.split("_")[0] not in ("vit", "swin", "maxvit")):
         with torch.device("meta"):
-            assert trunk_channels(build_trunk(name)) >= 256, name
+            assert count_channels(build_backbone(name)) >= 256, name
 
 
 @pytest.mark.slow
@@ -196,8 +196,8 @@ def test_same_padding_of_pools(rows, columns):
 def test_a_trunk_padded_like_tensorflow():
     """Same tensors, same sizes of the map; strided layers pad right and bottom first."""
     torch.manual_seed(0)
-    ours: Any = build_trunk("resnet18", "same").eval()
-    theirs = build_trunk("resnet18").eval()
+    ours: Any = build_backbone("resnet18", "same").eval()
+    theirs = build_backbone("resnet18").eval()
     theirs.load_state_dict(ours.state_dict())
     picture = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def unreadable_files(folder) -> dict[str, str]:
 
 
 def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
-    trunk = build_trunk("squeezenet1_1")
+    trunk = build_backbone("squeezenet1_1")
     for name, said in unreadable_files(tmp_path).items():
         expected = "expected squeezenet1_1 in torchvision's layout as a .safetensors file, or"
         with pytest.raises(ValueError, match=f"{name}' {said}.*: {expected}"):
@@ -332,7 +332,6 @@ def test_torchvision_weights_by_name_bring_mean_and_std(backbone, name, monkeypa
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "dog", "runs", ".", "café", "the", "5", "at"]
 VOCABULARY = {word: index for index, word in enumerate(WORDS)}
-TOKENIZER = SimpleNamespace(get_vocab=lambda: VOCABULARY)
 
 
 def write(path, *lines: str):
@@ -406,7 +405,7 @@ def test_coverage_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_new_model_from_word_vectors(freeze, tmp_path):
     path = write(tmp_path / "vectors.txt", *BODY)
-    model = new_model(word_vectors=path, tokenizer=TOKENIZER, freeze_word_embeddings=freeze)
+    model = new_model(word_vectors=read_word_vectors(path, VOCABULARY, 5), freeze_word_embeddings=freeze)
     embedding = model.get_input_embeddings().weight
     assert_close(embedding[sorted(FOUND)], torch.tensor([FOUND[i] for i in sorted(FOUND)]).to(embedding))
     assert not embedding[PAD].any() and embedding[[4, 6, 7]].all(), "words without a vector begin at random"
@@ -418,10 +417,15 @@ def test_a_new_model_from_word_vectors(freeze, tmp_path):
     assert loaded.get_input_embeddings().weight.requires_grad == (not freeze)
 
 
-def test_word_vectors_need_a_tokenizer_and_an_untied_output(tmp_path):
-    path = write(tmp_path / "vectors.txt", *BODY)
-    with pytest.raises(ValueError, match="`word_vectors` needs the `tokenizer`"):
-        new_model(word_vectors=path)
+def test_word_vectors_need_an_untied_output(tmp_path):
+    vectors = read_word_vectors(write(tmp_path / "vectors.txt", *BODY), VOCABULARY, 5)
     tied = tiny_model(tie_word_embeddings=True).config
     with pytest.raises(StrictDataclassError, match="`tie_word_embeddings=False`"):
-        AttnCapForConditionalGeneration.from_pretrained_parts(tied, word_vectors=path, tokenizer=TOKENIZER)
+        AttnCapForConditionalGeneration.from_pretrained_parts(tied, word_vectors=vectors)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_of_word_vectors_names_the_function_that_reads_it(kind):
+    wanted = r"word_vectors.read_word_vectors\('vectors.txt', tokenizer.get_vocab\(\), 5\)"
+    with pytest.raises(ValueError, match=wanted):
+        new_model(word_vectors=kind("vectors.txt"))
