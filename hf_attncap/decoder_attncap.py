@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from .attention_attncap import DualAttention
 from .cache_attncap import AttnCapCache
 from .configuration_attncap import AttnCapConfig
+from .lstm_attncap import LSTMCell, WeightGradients
 
 
 @dataclass
@@ -46,7 +47,7 @@ class AttnCapDecoder(nn.Module):
         self.attention = DualAttention(config)
         self.init_h = nn.Linear(channels, state)  # W_h
         self.init_c = nn.Linear(channels, state)  # W_c
-        self.cell = nn.LSTMCell(embed + channels, state)  # its input is [x ; z]
+        self.cell = LSTMCell(embed + channels, state)  # its input is [x ; z]
         self.gate = nn.Linear(state, channels) if config.gate else None  # W_g
         self.deep_output = config.deep_output
         if config.deep_output:
@@ -63,12 +64,14 @@ class AttnCapDecoder(nn.Module):
         e: torch.Tensor,
         u: torch.Tensor | None,
         mask: torch.Tensor | None = None,
+        gradients: WeightGradients | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Read one word: attention, gate and LSTM. Training and generation both call it.
 
         Args:
             h, c: the LSTM state before the word, (R, S) each.
             keys, regions, e, u, mask: as in [`DualAttention.forward`].
+            gradients: in training, the object that all steps of a loop share.
 
         Returns:
             h and c after the word (R, S), the gated context vector z (R, C), alpha (R, N) and beta as the attention returns it.
@@ -76,7 +79,7 @@ class AttnCapDecoder(nn.Module):
         z, alpha, x, beta = self.attention(h, keys, regions, e, u, mask)  # (R, C), (R, N), (R, E)
         if self.gate is not None:
             z = torch.sigmoid(self.gate(h)) * z  # (R, C)
-        h, c = self.cell(torch.cat([x, z], dim=-1), (h, c))  # (R, S), (R, S)
+        h, c = self.cell(torch.cat([x, z], dim=-1), (h, c), gradients)  # (R, S), (R, S)
         return h, c, z, alpha, beta
 
     def forward(
@@ -153,7 +156,7 @@ class AttnCapDecoder(nn.Module):
         regions = regions[order]  # (B, N, C)
         e, u = self._embed(input_ids[rows])  # (R, T, E), (R, T, A)
         h, c, keys = self._init_state(regions, R)  # (R, S), (R, S), (B, N, A)
-        states, contexts, alphas = [], [], []
+        states, contexts, alphas, gradients = [], [], [], WeightGradients()
         for count, words in zip(running, self._words_per_step(e, u, None, T)):
             if count == 0:
                 break
@@ -161,7 +164,7 @@ class AttnCapDecoder(nn.Module):
             if n < len(h):  # the gradient of a slice is not free
                 h, c, keys, regions = h[:n], c[:n], keys[:count], regions[:count]
             words = [x if x is None or n == R else x[:n] for x in words]  # (n, t, .)
-            h, c, z, alpha, _ = self.step(h, c, keys, regions, *words)
+            h, c, z, alpha, _ = self.step(h, c, keys, regions, *words, gradients)
             states.append(h)
             contexts.append(z)
             alphas.append(alpha)

@@ -35,7 +35,7 @@ FLOORS = [
     {"image_processing_attncap"},
     {"modeling_attncap"},
     {"decoder_attncap", "encoder_attncap", "generation_attncap", "loss_attncap"},
-    {"attention_attncap", "cache_attncap", "backbone_attncap", "word_vectors_attncap"},
+    {"attention_attncap", "lstm_attncap", "cache_attncap", "backbone_attncap", "word_vectors_attncap"},
     {"configuration_attncap"},
     {"efficientnet_lite_attncap", "pictures_attncap"},
     {"metrics"},

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
+from hf_attncap.lstm_attncap import LSTMCell, WeightGradients
 
 KINDS = ["none", "score", "channel", "history"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -98,3 +99,20 @@ def test_half_precision_by_autocast():
     half.backward()
     assert_close(half.float(), whole, rtol=0.02, atol=0.02)
     assert model.model.decoder.cell.weight_hh.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_weight_gradients_of_the_lstm_equal_those_of_torch(frozen):
+    torch.manual_seed(0)
+    cell, x = LSTMCell(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    cell.weight_hh.requires_grad_(not frozen)
+    start = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def derivatives(*gradients):
+        state = start.unbind()
+        for step in x:
+            state = cell(step, state, *gradients)
+        wanted = [p for p in (*cell.parameters(), x, start) if p.requires_grad]
+        return state, torch.autograd.grad(state[0].square().sum() + state[1].sin().sum(), wanted)
+
+    assert_close(derivatives(WeightGradients()), derivatives(), **EXACT)
