@@ -4,6 +4,8 @@ Shapes as in docs/model.md: B images, R caption rows (a multiple of B; the rows 
 N = H * W regions, t words so far, C region channels, E word embedding, S LSTM state, A attention space.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,7 +42,7 @@ class DualAttention(GradientCheckpointingLayer):
         keys: torch.Tensor,
         regions: torch.Tensor,
         e: torch.Tensor,
-        u: torch.Tensor | None,
+        u: Any,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Compute the context vector and the LSTM's word input for one step.
@@ -56,7 +58,7 @@ class DualAttention(GradientCheckpointingLayer):
             z (R, C), alpha (R, N), x (R, E), and beta: (R, t) for `"history"`, (R, E) for `"channel"`, else None.
         """
         q = self.query_proj(h)  # (R, A)
-        query = q if u is None else q + u[:, -1]  # (R, A)
+        query = q if self.word_attention == "none" else q + u[:, -1]  # (R, A)
         z, alpha = self.attend_regions(query, keys, regions)  # (R, C), (R, N)
         if self.word_attention == "history":
             x, beta = self.attend_words(q, e, u, mask)  # (R, E), (R, t)
@@ -66,9 +68,7 @@ class DualAttention(GradientCheckpointingLayer):
             x, beta = e[:, -1], None  # (R, E)
         return z, alpha, x, beta
 
-    def attend_regions(
-        self, query: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_regions(self, query: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z = sum_i alpha_i a_i (R, C) and alpha = softmax_i(v_r . tanh(K_i + query)) (R, N)."""
         query = query.unflatten(0, (keys.shape[0], -1))  # (B, R/B, A)
         scores = self.region_score(torch.tanh(keys[:, None] + query[:, :, None])).squeeze(-1)  # (B, R/B, N)

@@ -100,9 +100,10 @@ class AttnCapDecoder(nn.Module):
             attention_mask: (R, T), False at padding, which leaves the state unchanged; None if there is none.
             past: the cache to continue and to update.
             output_attentions, output_hidden_states: return them too.
-            lengths: (R), for training without mask and cache: steps from `lengths` on are skipped where possible, and 0 in the output,
-                which then has `last_hidden_state` and `region_attention`.
+            lengths: (R), for training without mask and cache: steps from `lengths` on are skipped where possible, and 0 in the
+                output, which then has `last_hidden_state` and `region_attention`.
         """
+        _check_rows(input_ids, regions)
         if lengths is not None:
             return self._forward_packed(input_ids, regions, lengths)
         e, u = self._embed(input_ids)  # (R, T, E), (R, T, A)
@@ -163,8 +164,8 @@ class AttnCapDecoder(nn.Module):
             n = count * (R // B)  # captions of these images
             if n < len(h):  # the gradient of a slice is not free
                 h, c, keys, regions = h[:n], c[:n], keys[:count], regions[:count]
-            words = [x if x is None or n == R else x[:n] for x in words]  # (n, t, .)
-            h, c, z, alpha, _ = self.step(h, c, keys, regions, *words, gradients)
+            words: Any = [x if x is None or n == R else x[:n] for x in words]  # (n, t, .)
+            h, c, z, alpha, _ = self.step(h, c, keys, regions, *words, gradients=gradients)
             states.append(h)
             contexts.append(z)
             alphas.append(alpha)
@@ -214,6 +215,14 @@ class AttnCapDecoder(nn.Module):
     def project_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Return the input of the output layer: W_e e + W_s h + W_z z (..., E), or h (..., S) without deep output."""
         return self.word_out(e) + self.state_out(h) + self.region_out(z) if self.deep_output else h
+
+
+def _check_rows(input_ids: torch.Tensor, regions: torch.Tensor | None) -> None:
+    if regions is not None and input_ids.shape[0] % regions.shape[0] != 0:
+        raise ValueError(
+            f"{input_ids.shape[0]} rows of words for {regions.shape[0]} images: give every image the same number of captions, "
+            "those of one image in adjacent rows."
+        )
 
 
 def _repeat_at_padding(hidden: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:

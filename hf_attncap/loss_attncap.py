@@ -106,8 +106,8 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, config: A
         raise ValueError(f"`labels` contain padding (id {pad}), which the model would learn to generate: {MAKE_LABELS}.")
     if not any_end:
         logger.warning_once(
-            f"No label of this batch is an end token, so the model may not learn to end captions: {MAKE_LABELS}. Ignore this warning "
-            "if all captions of the batch were truncated."
+            f"No label of this batch is an end token, so the model may not learn to end captions: {MAKE_LABELS}. Ignore this "
+            "warning if all captions of the batch were truncated."
         )
 
 

@@ -24,7 +24,7 @@ class LSTMCell(nn.LSTMCell):
 
 
 class WeightGradients:
-    """Linear layers for the steps of one loop. A weight's gradient is one product after the loop, not a sum of one product per step."""
+    """Linear layers for the steps of a loop. The gradient of a weight is one product after the loop, not a sum over the steps."""
 
     def __init__(self):
         self._weights: dict[int, tuple[torch.Tensor, torch.Tensor, list]] = {}

