@@ -193,7 +193,7 @@ class AttnCapCache(Cache):
         return self.state.is_initialized
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows; from now on each row has regions of its own."""
+        """Keep these rows; from now on each row has its own regions."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)

@@ -107,10 +107,10 @@ class GridEncoder(nn.Module):
         f = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
         if self.frozen_blocks:
             f = self._run_blocks(self.blocks()[self.frozen_blocks :], f)  # (B, D, h, w)
-        channels = self.windows(f)  # (B, C, h, w)
-        grid = self.pool(channels)  # (B, C, H, W)
+        unpooled = self.windows(f).flatten(2).mT  # (B, h * w, C)
+        grid = self.pool(unpooled.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
         a = grid.flatten(2).mT  # (B, N, C)
-        hidden_states = (channels.flatten(2).mT, a) if output_hidden_states else None  # (B, h * w, C), (B, N, C)
+        hidden_states = (unpooled, a) if output_hidden_states else None
         return GridEncoderOutput(last_hidden_state=a, grid_shape=tuple(grid.shape[-2:]), hidden_states=hidden_states)
 
 

@@ -63,7 +63,7 @@ class AttnCapPreTrainedModel(PreTrainedModel):
             init.zeros_(module.distance_bias)
 
     def _init_backbone(self, encoder: GridEncoder) -> None:
-        """Initialise as torchvision does what no checkpoint has set; each of its models has an initialisation of its own."""
+        """Give weights that no checkpoint has set the initialisation of torchvision, which differs between its models."""
         own = {**dict(encoder.backbone.named_parameters()), **dict(encoder.backbone.named_buffers())}
         if all(value.is_meta or getattr(value, "_is_hf_initialized", False) for value in own.values()):
             return
