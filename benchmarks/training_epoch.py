@@ -6,7 +6,8 @@ The model is a frozen ResNet-152 with random weights at 224 pixels, with 49 regi
 
 - Plain: each step runs the backbone, each row has its own image, each word projects the regions again and computes its logits, and
   padding is computed.
-- This package: cached backbone features, one or five captions per image, regions projected once, few steps after the end of a caption.
+- This package: cached backbone features, one or five captions per image, regions projected once, and few steps after the end of
+  a caption.
 
 The script checks that both give the same loss and gradients. The time is that of forward pass, backward pass and Adam.
 """
