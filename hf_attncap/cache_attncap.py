@@ -1,7 +1,7 @@
-"""The decoder's state between words, as a `transformers` cache.
+"""The decoder's state between words as a `transformers` cache.
 
-Three layers: the LSTM state, the words so far (for the attention over words) and the image's regions with their projection.
-All rows that caption one image are adjacent and share its regions, so that beams and samples never copy them.
+It has three layers: the LSTM state, the words so far (for the attention over words), and the regions of the images with their
+projection. The rows of one image are adjacent and share its regions, so that beams and samples never copy them.
 """
 
 from dataclasses import fields
@@ -11,12 +11,12 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-# What transformers calls the cache among arguments and outputs: "cache" from 5.24 on, "past_key_values" before.
+# transformers' name of the cache in arguments and outputs: "cache" since 5.24, "past_key_values" before.
 CACHE_NAME = "cache" if any(field.name == "cache" for field in fields(Seq2SeqLMOutput)) else "past_key_values"
 
 
 class _Layer(CacheLayerMixin):
-    """What the three layers have in common; tensors are rebound, never written in place, as autograd needs."""
+    """Base class of the layers. They replace their tensors and never write in place, because autograd may need the old ones."""
 
     keys: Any  # a tensor from the first update on
     values: Any
@@ -44,7 +44,7 @@ class _Layer(CacheLayerMixin):
         pass
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep the given rows, in that order."""
+        """Keep these rows, in this order."""
         if self.is_initialized:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
@@ -61,10 +61,10 @@ class _Layer(CacheLayerMixin):
 
 
 class StateLayer(_Layer):
-    """`keys` = h and `values` = c, each (R, S), after the last word; the length is counted in positions.
+    """`keys` = h and `values` = c, (R, S) each, after the last word.
 
-    Earlier states are kept for `crop` by reference, which costs no copy. Selecting rows would copy them all, so it drops them
-    unless `activate_past_recording` was called.
+    It keeps references to earlier states for `crop`. Selecting rows drops them, because it would copy them all, unless
+    `activate_past_recording` was called.
     """
 
     def __init__(self):
@@ -74,14 +74,14 @@ class StateLayer(_Layer):
         self.past: list[tuple[torch.Tensor, ...]] = []  # the state before each position
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Take h and c (R, S) after one more position."""
+        """Store h and c (R, S) after one more position."""
         self.past.append((self.keys, self.values))
         self.keys, self.values = key_states, value_states
         self.length += 1
         return self.keys, self.values
 
     def start(self, h: torch.Tensor, c: torch.Tensor) -> None:
-        """Take h and c (R, S) before the first word."""
+        """Store h and c (R, S) before the first word."""
         self.lazy_initialization(h, c)
         self.keys, self.values = h, c
 
@@ -117,9 +117,9 @@ class StateLayer(_Layer):
 
 
 class WordLayer(_Layer):
-    """The words so far: `keys` = u (R, t, A), `values` = e (R, t, E), `mask` (R, t), False where a position is padding.
+    """The words so far: `keys` = u (R, t, A), `values` = e (R, t, E), `mask` (R, t), False at padding.
 
-    `all_words` says that no mask was ever given, which spares the attention the masking.
+    `all_words` is True until a mask is given; without padding, the attention needs no mask.
     """
 
     mask: Any = None  # a tensor from the first update on
@@ -154,7 +154,7 @@ class WordLayer(_Layer):
 
 
 class RegionLayer(_Layer):
-    """The image's regions: `keys` = K (B, N, A), projected once, `values` = a (B, N, C); B images, not rows."""
+    """The regions of the B images: `values` = a (B, N, C), `keys` = their projection K (B, N, A)."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.lazy_initialization(key_states, value_states)
@@ -162,14 +162,14 @@ class RegionLayer(_Layer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beams only trade places within their image."""
+        """Do nothing: beams change places only within their image."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """More rows an image share the same regions."""
+        """Do nothing: all rows of an image share its regions."""
 
 
 class AttnCapCache(Cache):
-    """Everything that captioning needs to go on after the words so far; `get_seq_length()` counts their positions."""
+    """The decoder's cache; `get_seq_length()` counts the positions of the words so far."""
 
     layers: list
 
@@ -193,7 +193,7 @@ class AttnCapCache(Cache):
         return self.state.is_initialized
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the given rows; from then on each row has regions of its own."""
+        """Keep these rows; from now on each row has its own regions."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)

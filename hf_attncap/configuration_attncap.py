@@ -1,4 +1,4 @@
-"""Configuration of the AttnCap captioner: every choice of the architecture as a checked field."""
+"""Configuration of the AttnCap captioner."""
 
 import math
 from typing import Any, Literal
@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig
 
 from .efficientnet_lite_attncap import EFFICIENTNET_LITE
 
-# Their last hidden state is a sequence of windows or patches, not the map of a convolution.
+# Their output is a sequence of patches, not a convolutional feature map.
 ATTENTION_BACKBONES = ("vit_", "swin_", "maxvit_")
 
-# What a confidence is computed from; `generate_captions` says what they are.
+# The inputs of a confidence; `generate_captions` defines them.
 SIGNALS = ("score", "lowest", "entropy")
 
 
@@ -21,52 +21,88 @@ class AttnCapConfig(PreTrainedConfig):
     r"""Configuration of [`AttnCapModel`] and [`AttnCapForConditionalGeneration`].
 
     Args:
-        backbone: name of a torchvision CNN classifier (`torchvision.models.list_models`), or `"efficientnet_lite0"` to 4; its
-            trunk, without pooling and classifier, is the encoder.
-        backbone_padding: `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's (right and bottom first),
-            which weights that come from TensorFlow need.
-        freeze_backbone: keep the trunk's weights and its batch norm statistics as they are during training.
-        trainable_blocks: where the trunk is trained, how many of its last blocks are, of 19 in MobileNetV2 and of 9 in
-            EfficientNets, where each stage is one; those before stay as they are. `None` for all of them.
-        freeze_batch_norm: where the trunk is trained, keep its batch norm statistics, which small batches would spoil.
-        image_mean, image_std: what the backbone's weights expect of their input, one value or one per channel.
-            `AttnCapImageProcessor.from_config` makes the processor of a new model from them. Afterwards the saved processor's
-            own values are used, and loading warns if they differ from these.
-        encoder_channels: C, the windows of the 1x1 convolution that replaces the classifier.
-        grid_size: side or (height, width) of the region grid, by adaptive average pooling; `None` keeps the trunk's own grid.
-        vocab_size: V, words in the vocabulary, special tokens included.
-        word_embed_dim: E, width of the word embedding.
-        hidden_size: S, width of the LSTM state.
-        attention_dim: A, width of the space in which regions, words and state are compared.
-        word_attention: how words are attended: `"none"` (classic attention over the regions only), `"score"` (the previous
-            word also scores the regions), `"channel"` (and its components are weighted), `"history"` (and all earlier words
-            are attended).
-        max_word_distance: how many distances to earlier words have a learned bias of their own (`"history"` only); farther
-            words share the last.
-        gate: scale the attended region by a sigmoid of the state (Show, Attend and Tell, section 4.2.1).
-        deep_output: predict the next word from previous word, state and attended region (ibid., equation 7) instead of
-            the state alone.
-        freeze_word_embeddings: keep the word vectors as they are during training; only for vectors that were loaded.
-        tie_word_embeddings: share the word embedding with the output layer.
-        dropout: dropout before the output layer, in training.
-        alpha_c: weight of the doubly stochastic regulariser (ibid., equation 14).
-        label_smoothing: of the cross-entropy, in [0, 1).
-        confidence: the calibration that `attncap calibrate` fitted to these weights and to the default decoding, or `None`.
-            It has `weights` of the signals `score`, `lowest` and `entropy`, a `bias`, the `threshold` of CIDEr from which a
-            caption counts as good, and the number of `images` it was fitted on. Fine-tuning removes it.
-        pad_token_id, decoder_start_token_id: what fills up short captions, and what every caption begins with; both are needed.
-        bos_token_id, eos_token_id: the first word of a caption and its end, the end also as a list; `None` if there is none.
-        unk_token_id: the unknown word, which generation leaves out by default; `None` if there is none.
+        backbone (`str`, *optional*, defaults to `"resnet152"`):
+            A torchvision CNN classifier (`torchvision.models.list_models`) or `"efficientnet_lite0"` to `"efficientnet_lite4"`,
+            used without its pooling and classification layers.
+        backbone_padding (`str`, *optional*, defaults to `"torch"`):
+            `"torch"` for torchvision's symmetric padding, `"same"` for TensorFlow's, which weights from TensorFlow need.
+        freeze_backbone (`bool`, *optional*, defaults to `True`):
+            Keep the weights and the batch norm statistics of the backbone fixed during training.
+        trainable_blocks (`int`, *optional*):
+            Number of final backbone blocks to train if `freeze_backbone` is false: of 19 in MobileNetV2, of 9 in EfficientNets,
+            where each stage is one block. The default trains all of them.
+        freeze_batch_norm (`bool`, *optional*, defaults to `True`):
+            Keep the batch norm statistics of trained blocks fixed, because small batches give poor ones.
+        image_mean, image_std (`float` or `list[float]`, *optional*, default to ImageNet's values):
+            Normalisation that the backbone's weights expect, one value or one per channel. `AttnCapImageProcessor.from_config`
+            makes the processor of a new model from them. A saved processor uses its own values; loading warns if they differ.
+        encoder_channels (`int`, *optional*, defaults to 512):
+            C, output channels of the 1x1 convolution that replaces the classifier.
+        grid_size (`int` or `list[int]`, *optional*):
+            Side or (height, width) of the region grid, by adaptive average pooling. The default keeps the backbone's grid.
+        vocab_size (`int`, *optional*, defaults to 10000):
+            V, number of words in the vocabulary, with special tokens.
+        word_embed_dim (`int`, *optional*, defaults to 256):
+            E, dimension of the word embedding.
+        hidden_size (`int`, *optional*, defaults to 512):
+            S, dimension of the LSTM state.
+        attention_dim (`int`, *optional*, defaults to 512):
+            A, dimension of the space in which regions, words and state are compared.
+        word_attention (`str`, *optional*, defaults to `"score"`):
+            The role of words in the attention. `"none"`: attention over the regions from the state alone. `"score"`: the previous
+            word also enters the region scores. `"channel"`: also, the channels of its embedding are weighted. `"history"`: as
+            `"score"`, with attention over all earlier words.
+        max_word_distance (`int`, *optional*, defaults to 16):
+            Number of distances to earlier words with a learned bias each (`"history"` only); longer distances share the last one.
+        gate (`bool`, *optional*, defaults to `True`):
+            Multiply the context vector by a sigmoid of the state (Show, Attend and Tell, section 4.2.1).
+        deep_output (`bool`, *optional*, defaults to `True`):
+            Predict the next word from the previous word, the state and the context vector (same paper, equation 7), not from the
+            state alone.
+        freeze_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Keep pretrained word vectors fixed during training.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Share the weights of the word embedding with the output layer.
+        dropout (`float`, *optional*, defaults to 0.5):
+            Dropout before the output layer during training.
+        alpha_c (`float`, *optional*, defaults to 1.0):
+            Weight of the doubly stochastic regulariser (same paper, equation 14), which draws the attention that each region gets
+            over a caption, in total, towards 1.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Label smoothing of the cross-entropy, in [0, 1).
+        confidence (`dict`, *optional*):
+            The calibration that `attncap calibrate` fitted to these weights and to the default decoding: `weights` of the signals
+            `score`, `lowest` and `entropy`, a `bias`, the `threshold` of CIDEr from which a caption counts as good, and the number
+            of `images` used. Fine-tuning removes it.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Padding token; required.
+        bos_token_id (`int`, *optional*, defaults to 1):
+            First token of a caption, or `None`.
+        eos_token_id (`int` or `list[int]`, *optional*, defaults to 2):
+            Token or tokens that end a caption, or `None`.
+        decoder_start_token_id (`int`, *optional*, defaults to 1):
+            First input of the decoder; required.
+        unk_token_id (`int`, *optional*, defaults to 3):
+            Unknown word, which generation suppresses by default, or `None`.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: for contradictory or impossible settings, with what to change. It is no
-            `ValueError`, but has one (or, for a value of the wrong type, a `TypeError`) as its cause.
+        huggingface_hub.errors.StrictDataclassError: for invalid or contradictory values, with a way to fix them. Its cause is a
+            `ValueError`, or a `TypeError` for a value of the wrong type.
+
+    Example:
+
+    ```python
+    from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
+
+    config = AttnCapConfig(backbone="mobilenet_v2", word_attention="history", vocab_size=3000)
+    model = AttnCapForConditionalGeneration(config)  # random weights
+    ```
     """
 
     model_type = "attncap"
     keys_to_ignore_at_inference = [
         "past_key_values",
-        "cache",  # the same, as transformers calls it from 5.24 on
+        "cache",  # its name since transformers 5.24
         "encoder_last_hidden_state",
         "encoder_hidden_states",
         "decoder_hidden_states",
@@ -123,7 +159,7 @@ class AttnCapConfig(PreTrainedConfig):
             self.image_mean = [self.image_mean] * 3
         if isinstance(self.image_std, (int, float)):
             self.image_std = [self.image_std] * 3
-        # Checkpoints of earlier versions say it; most of them say False.
+        # Checkpoints of earlier versions have this field, mostly False.
         if kwargs.pop("dilate_last_stage", False):
             raise ValueError(
                 "`dilate_last_stage` is no longer supported: load this checkpoint with the version of hf_attncap that trained it."
@@ -131,7 +167,7 @@ class AttnCapConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved. The code that an exported Hub folder names stays with that folder, unless it was loaded from there."""
+        """Return the fields to save, without an exported Hub folder's references to its code unless the config uses that code."""
         fields = super().to_dict()
         if self._auto_class is None:
             for name in ("auto_map", "custom_pipelines"):
@@ -139,7 +175,7 @@ class AttnCapConfig(PreTrainedConfig):
         return fields
 
     def validate_architecture(self) -> None:
-        """Called when the configuration is made; each message says what to change."""
+        """Check all fields; `__init__` calls it."""
         _check_backbone(self.backbone)
         for name in (
             "encoder_channels",

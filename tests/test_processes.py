@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
-from hf_attncap.backbone_attncap import build_trunk
+from hf_attncap.backbone_attncap import build_backbone
 
 ROOT = Path(__file__).parent.parent
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 220), (240, 240, 240), (10, 10, 10), (230, 220, 30), (150, 30, 160)]
@@ -110,7 +110,7 @@ def metrics(folder) -> dict[str, float]:
 def new(tmp_path_factory) -> dict[str, Any]:
     """Settings of a new captioner whose random backbone is normalised, so that its features differ between images."""
     torch.manual_seed(0)
-    trunk = build_trunk(MODEL["backbone"]).train()
+    trunk = build_backbone(MODEL["backbone"]).train()
     for module in trunk.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the mean over all batches

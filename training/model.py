@@ -54,7 +54,7 @@ def build_captioner(
     try:
         found = None if vectors is None else read_word_vectors(vectors, tokenizer.get_vocab(), config.word_embed_dim)
         model = AttnCapForConditionalGeneration.from_pretrained_parts(
-            config, arguments.backbone_weights, found, tokenizer, freeze_word_embeddings=freeze
+            config, arguments.backbone_weights, found, freeze_word_embeddings=freeze
         )
     except (StrictDataclassError, ValueError) as error:
         raise SettingError(str(error)) from error
