@@ -137,7 +137,7 @@ def main() -> None:
     medians = {name: statistics.median(spent) for name, spent in times.items()}
     print(f"{args.dtype}, {torch.get_num_threads()} threads of {os.cpu_count()}, largest difference {apart:.1e}")
     for name, spent in medians.items():
-        print(f"{name:32}{1000 * spent:9.1f} ms per caption{medians['first way'] / spent:8.1f} times as fast as plain")
+        print(f"{name:32}{1000 * spent:9.1f} ms per caption{medians['plain'] / spent:8.1f} times as fast as plain")
     if args.output:
         result = {
             "date": str(date.today()),
