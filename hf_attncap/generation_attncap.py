@@ -10,6 +10,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
+from .search_attncap import beam_search, greedy_search, is_supported, pad_after_end
 
 # Modes that transformers 5 removed, with a replacement each.
 REMOVED_MODES = {
@@ -167,6 +168,20 @@ class AttnCapGenerationMixin(GenerationMixin):
             widths = [step.stop if self.config.word_attention == "history" else words.shape[-1] for step in steps]
             result.decoder_attentions = tuple((words[:, :, step, :width],) for step, width in zip(steps, widths))
         return result
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any):
+        if is_supported(self, stopping_criteria, generation_config, synced_gpus, kwargs):
+            return greedy_search(self, input_ids, logits_processor, generation_config, kwargs)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any):
+        if is_supported(self, stopping_criteria, generation_config, synced_gpus, kwargs):
+            return beam_search(self, input_ids, logits_processor, generation_config, kwargs)
+        out: Any = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        # If the padding token is 0, transformers pads finished captions with the end token.
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences  # (R, T)
+        pad_after_end(sequences[:, input_ids.shape[1] :], generation_config)
+        return out
 
     def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -1,0 +1,91 @@
+"""The fast greedy and beam search equal transformers' loops, and every other setting falls back to them."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import EOS, PAD
+from test_generation import WORDS, images, talker
+from torch.testing import assert_close
+from transformers.generation.stopping_criteria import MaxTimeCriteria
+
+from hf_attncap import generation_attncap
+
+FULL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_attentions": True}
+
+
+def search(fast: bool, kind: str, seed: int, regions: Any, **options: Any) -> Any:
+    """The output of `generate`, by the fast loops or by transformers'."""
+    supported = generation_attncap.is_supported
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation_attncap, "is_supported", supported if fast else lambda *_: False)
+        return talker(kind, seed).generate(encoder_outputs=regions, **{**FULL, **options})
+
+
+def assert_same(fast: Any, stock: Any) -> None:
+    assert torch.equal(fast.sequences, stock.sequences)
+    assert fast.keys() == stock.keys()
+    for name in ("sequences_scores", "scores", "logits", "cross_attentions", "decoder_attentions"):
+        if stock.get(name) is not None:
+            assert_close(fast[name], stock[name], rtol=1e-5, atol=1e-6)
+    if "beam_indices" in stock:
+        assert torch.equal(fast.beam_indices, stock.beam_indices)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["none", "score", "channel", "history"]),
+    seed=st.integers(0, 9),
+    batch=st.integers(1, 3),
+    beams=st.integers(1, 5),
+    length=st.integers(1, 9),
+    penalty=st.sampled_from([-1.0, 0.0, 0.7, 1.0, 1.5, 3.0]),
+    early=st.sampled_from([False, True, "never"]),
+    returned=st.integers(1, 5),
+    ngram=st.sampled_from([0, 2, 3]),
+    more=st.sampled_from([{}, {"suppress_tokens": [4, 5]}, {"min_new_tokens": 3}, {"repetition_penalty": 1.3}]),
+    ends=st.sampled_from([EOS, [EOS, 6], None]),
+    prompt=st.sampled_from([None, [[4, 5]], [[PAD, 5]]]),
+)
+def test_results_equal_those_of_transformers(kind, seed, batch, beams, length, penalty, early, returned, ngram, more, ends, prompt):
+    options = {"num_beams": beams, "max_new_tokens": length, "no_repeat_ngram_size": ngram, "eos_token_id": ends, **more}
+    if beams > 1:
+        options |= {"length_penalty": penalty, "early_stopping": early, "num_return_sequences": min(returned, beams)}
+    if ends is None:
+        options.pop("min_new_tokens", None)
+    if prompt is not None:
+        options |= {
+            "decoder_input_ids": torch.tensor(prompt * batch),
+            "decoder_attention_mask": torch.tensor(prompt * batch) != PAD,
+        }
+    regions = images(batch, kind)
+    assert_same(search(True, kind, seed, regions, **options), search(False, kind, seed, regions, **options))
+
+
+def test_finished_captions_are_padded_with_the_padding_token():
+    """transformers' beam search pads with the end token if the padding token is 0."""
+    for fast in (True, False):
+        sequences = search(fast, "score", 17, images(4, "score"), num_beams=3, max_new_tokens=WORDS).sequences
+        for row in sequences.tolist():
+            rest = row[row.index(EOS) + 1 :] if EOS in row else []
+            assert set(rest) <= {PAD}
+        assert (sequences == PAD).any(), "all captions are equally long"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "num_beams": 2},
+        {"use_cache": False},
+        {"output_hidden_states": True},
+        {"stopping_criteria": [MaxTimeCriteria(60.0)]},
+    ],
+    ids=["sampling", "beam sampling", "no cache", "hidden states", "own criterion"],
+)
+def test_other_settings_use_transformers(options, monkeypatch):
+    for name in ("greedy_search", "beam_search"):
+        monkeypatch.setattr(generation_attncap, name, lambda *_: pytest.fail("the fast loop was used"))
+    talker("score").generate(encoder_outputs=images(2, "score"), max_new_tokens=WORDS, **options)
