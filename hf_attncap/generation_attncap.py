@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
@@ -49,6 +49,22 @@ class NoRepeatedTokens(LogitsProcessor):
         self.repeatable = self.repeatable.to(input_ids.device)
         banned = ~torch.isin(input_ids, self.repeatable)  # (R, T)
         return scores.scatter(1, input_ids, scores.gather(1, input_ids).masked_fill(banned, -torch.inf))  # (R, V)
+
+
+class NoRepeatedNgrams(LogitsProcessor):
+    """Bans the tokens that would complete an n-gram that the row already has: transformers' processor, on tensors."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if input_ids.shape[1] < self.size:
+            return scores
+        ngrams = input_ids.unfold(1, self.size, 1)  # (R, n-grams, size)
+        last = input_ids[:, None, input_ids.shape[1] - self.size + 1 :]  # (R, 1, size - 1)
+        banned = (ngrams[..., :-1] == last).all(dim=-1)  # (R, n-grams)
+        limit = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)  # (R, n-grams)
+        return scores.scatter_reduce(1, ngrams[..., -1], limit, "amin")  # (R, V)
 
 
 class AttnCapGenerationMixin(GenerationMixin):
@@ -98,7 +114,11 @@ class AttnCapGenerationMixin(GenerationMixin):
                 )
             own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids]))
         own.extend(logits_processor or [])
-        return super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        processors = super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for place, processor in enumerate(processors):
+            if type(processor) is NoRepeatNGramLogitsProcessor:
+                processors[place] = NoRepeatedNgrams(processor.ngram_size)
+        return processors
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

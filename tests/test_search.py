@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reference import EOS, PAD
 from test_generation import WORDS, images, talker
 from torch.testing import assert_close
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 from hf_attncap import generation_attncap
@@ -62,6 +63,15 @@ def test_results_equal_those_of_transformers(kind, seed, batch, beams, length, p
         }
     regions = images(batch, kind)
     assert_same(search(True, kind, seed, regions, **options), search(False, kind, seed, regions, **options))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 6))
+def test_banned_ngrams_are_those_of_transformers(size, rows, length):
+    input_ids = torch.tensor(rows)[:, :length]
+    scores = torch.randn(len(rows), 5, generator=torch.Generator().manual_seed(length))
+    expected = NoRepeatNGramLogitsProcessor(size)(input_ids, scores.clone())
+    assert torch.equal(generation_attncap.NoRepeatedNgrams(size)(input_ids, scores), expected)
 
 
 def test_finished_captions_are_padded_with_the_padding_token():
