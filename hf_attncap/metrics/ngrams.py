@@ -96,7 +96,7 @@ class NgramIndex:
 
 
 class References:
-    """The references of I images with their n-gram counts, which `Bleu` and `CiderD` can share.
+    """The references of I images with their n-gram counts, which BLEU and CIDEr share.
 
     Args:
         references: one or more lists of tokens per image.
@@ -109,7 +109,6 @@ class References:
 
     def __init__(self, references: Sequence[Sequence[Tokens]], index: NgramIndex | None = None):
         check_references(references)
-        self.captions = references
         index = index or NgramIndex.empty()
         counts = index.count(list(chain.from_iterable(references)))
         self.index = index.grown(counts)
@@ -155,36 +154,24 @@ class References:
         rows = np.repeat(np.arange(len(images)), sizes)  # (Q,)
         return starts, rows, np.arange(len(rows)) + np.repeat(self.starts[images] - starts, sizes)
 
-    def match(self, predictions: "Sequence[Tokens] | Matches", images: Ints | None = None) -> "Matches":
-        """Counts the n-grams of predictions and finds them in the references of their image.
+    def match(self, predictions: Sequence[Tokens], images: Ints | None = None) -> "Matches":
+        """Counts the n-grams of P predictions and finds them in the references of their image.
 
         Args:
-            predictions: one list of tokens per image; an earlier result of this method is returned unchanged.
-            images: (predictions,) the image of each prediction. None: one prediction per image, in the order of the images.
-
-        Raises:
-            TypeError: a prediction is a string.
-            ValueError: the numbers of predictions and images differ.
+            images: (P,) the image of each prediction. None: one prediction per image, in the order of the images.
         """
-        if isinstance(predictions, Matches):
-            if predictions.references is self:
-                return predictions
-            predictions, images = predictions.captions, predictions.images
-        if images is None:
-            check_predictions(predictions, len(self))
-            images = np.arange(len(self))
+        images = np.arange(len(self)) if images is None else images  # (P,)
         found = self.index.count(predictions)
         slots = images[found.slots // LONGEST] * LONGEST + found.slots % LONGEST
-        return Matches(self, predictions, images, found, positions(self.group_keys, slots << 32 | found.grams))
+        return Matches(self, images, found, positions(self.group_keys, slots << 32 | found.grams))
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Predictions, and the group of `references` of each of their n-grams. `Bleu.score` and `CiderD.score` can share them."""
+    """The n-grams of P predictions, and the group of `references` of each."""
 
     references: References
-    captions: Sequence[Tokens]
-    images: Ints  # (predictions,)
+    images: Ints  # (P,)
     found: NgramCounts
     groups: Ints  # (K,) -1 for n-grams that no reference of the image contains
 
@@ -207,15 +194,6 @@ def check_references(references: Sequence[Sequence[Tokens]]) -> None:
             raise ValueError(f"Image {image} has no reference: give it at least one, or leave it out.")
     check_tokens(references, "references")
     check_tokens(chain.from_iterable(references), "a reference")
-
-
-def check_predictions(predictions: Sequence[Tokens], images: int) -> None:
-    """Raises if the numbers of predictions and images differ, or a prediction is a string."""
-    if len(predictions) != images:
-        raise ValueError(
-            f"{len(predictions)} predictions for {images} images: give one per image, an empty list if it has no words."
-        )
-    check_tokens(predictions, "a prediction")
 
 
 def check_tokens(captions: Iterable[object], what: str) -> None:
