@@ -209,7 +209,7 @@ class AttnCapConfig(PreTrainedConfig):
                 f"`{name}` is {values}, but it needs one value for each of the 3 colour channels.",
             )
         _check(
-            isinstance(self.image_std, (int, float)) or all(value > 0 for value in self.image_std),
+            all(value > 0 for value in self.image_std),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
         self._validate_confidence()
@@ -223,7 +223,9 @@ class AttnCapConfig(PreTrainedConfig):
         weights = self.confidence.get("weights")
         values = [*weights.values(), self.confidence.get("bias")] if isinstance(weights, dict) else [None]
         _check(
-            isinstance(weights, dict) and set(weights) <= set(SIGNALS) and all(map(_is_finite, values)),
+            isinstance(weights, dict)
+            and set(weights) <= set(SIGNALS)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values),
             f"`confidence` is {self.confidence}, but it needs finite `weights` of {', '.join(SIGNALS)} and a finite `bias`: run "
             "`attncap calibrate`, or set it to None.",
         )
@@ -256,10 +258,6 @@ class AttnCapConfig(PreTrainedConfig):
             f"`hidden_size` ({self.hidden_size}) against `word_embed_dim` ({self.word_embed_dim}): make the two equal, set "
             "`deep_output=True` or `tie_word_embeddings=False`.",
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check(condition: bool, message: str) -> None:
