@@ -155,7 +155,7 @@ def test_stream_with_importance_and_its_plot(tiny_checkpoint, pictures, tmp_path
         captioner.caption(pictures[0]).plot_importance()
 
 
-def test_a_word_that_depends_on_nothing_stays_grey(tiny_checkpoint, pictures):
+def test_a_word_without_importance_stays_grey(tiny_checkpoint, pictures):
     result = Captioner.from_pretrained(tiny_checkpoint, device="cpu").explain(pictures[0])
     result.words, result.attention = result.words[:2], result.attention[:2]
     result.importance = np.full_like(result.attention, -3.0)
