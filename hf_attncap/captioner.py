@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from .captions_attncap import CaptionPieces, generate_captions
 from .confidence import estimate_confidence
 from .configuration_attncap import SIGNALS, AttnCapConfig
 from .images import ImageError, describe_error, load_batches, load_image
 from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
-from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
+from .pipeline_attncap import check_prompt
 from .processing_attncap import AttnCapProcessor
 from .visualize import attention_layer, importance_layer, plot_layers
 

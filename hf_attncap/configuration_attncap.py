@@ -208,8 +208,9 @@ class AttnCapConfig(PreTrainedConfig):
                 len(values) == 3,
                 f"`{name}` is {values}, but it needs one value for each of the 3 colour channels.",
             )
+        deviations: Any = self.image_std
         _check(
-            all(value > 0 for value in self.image_std),
+            all(value > 0 for value in deviations),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
         self._validate_confidence()

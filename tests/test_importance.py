@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from hf_attncap import Captioner
+from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.cli import main
 from hf_attncap.encoder_attncap import GridEncoderOutput
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
-from hf_attncap.pipeline_attncap import CaptionPieces
 
 KINDS = ("none", "score", "channel", "history")
 BOS, EOS, PAD = 1, 2, 0

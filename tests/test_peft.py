@@ -97,16 +97,6 @@ def test_changes_by_a_hook_affect_training(kind, name):
     assert_close(loss, model.eval()(backbone_features=FEATURES, labels=LABELS).loss, **EXACT)
 
 
-def test_a_hook_of_all_modules_fires_in_training():
-    model, seen = tiny().train(), set()
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
-    try:
-        model(backbone_features=FEATURES, labels=LABELS)
-    finally:
-        handle.remove()
-    assert set(model.model.decoder.modules()) <= seen
-
-
 def test_parametrized_weights_are_used():
     model = tiny()
     torch.nn.utils.parametrizations.weight_norm(model.model.decoder.gate)
