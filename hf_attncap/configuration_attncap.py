@@ -66,8 +66,8 @@ class AttnCapConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.5):
             Dropout before the output layer during training.
         alpha_c (`float`, *optional*, defaults to 1.0):
-            Weight of the doubly stochastic regulariser (same paper, equation 14), which draws the attention that each region gets
-            over a caption, in total, towards 1.
+            Weight of the doubly stochastic regulariser (same paper, equation 14), which pushes the total attention of each region
+            over a caption towards 1.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the cross-entropy, in [0, 1).
         confidence (`dict`, *optional*):

@@ -31,7 +31,7 @@ def score_bleu(matches: Matches) -> BleuScores:
     matching 4-gram, BLEU-4 is close to 0. An empty prediction scores 0.
     """
     found, inside, rows = matches.found, matches.groups >= 0, len(matches.images)
-    clipped = np.minimum(found.counts[inside], matches.references.most[matches.groups[inside]])
+    clipped = np.minimum(found.counts[inside], matches.references.max_counts[matches.groups[inside]])
     correct = np.bincount(found.slots[inside], weights=clipped, minlength=rows * LONGEST).reshape(rows, LONGEST)  # (P, 4)
     guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (P, 4)
     lengths = np.stack([found.lengths, _closest_lengths(matches)], axis=1)  # (P, 2)

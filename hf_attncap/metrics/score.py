@@ -78,10 +78,10 @@ class CaptionMetrics:
         wrong = [image_id for image_id, captions in texts.items() if isinstance(captions, str)]
         if wrong:
             raise TypeError(f"The references of image '{wrong[0]}' are one string: give a list of captions for each image.")
-        bare = [image_id for image_id, captions in texts.items() if not len(captions)]
-        if bare or not texts:
+        without = [image_id for image_id, captions in texts.items() if not len(captions)]
+        if without or not texts:
             raise ValueError(
-                f"{_some(bare)} no references: give at least one for each image." if texts else "There are no references."
+                f"{_some(without)} no references: give at least one for each image." if texts else "There are no references."
             )
         self.ids = list(texts)
         self._tokens = [[tokenize(caption) for caption in captions] for captions in texts.values()]
@@ -119,9 +119,9 @@ class CaptionMetrics:
         if missing:
             raise ValueError(f"{_some(missing)} no prediction: give a caption, which may be empty, for each image with references.")
         known = set(self.ids)
-        strange = [image_id for image_id in predictions if image_id not in known]
-        if strange:
-            raise ValueError(f"{_some(strange)} no references: leave these predictions out, or add their references.")
+        unknown = [image_id for image_id in predictions if image_id not in known]
+        if unknown:
+            raise ValueError(f"{_some(unknown)} no references: leave these predictions out, or add their references.")
         wrong = [image_id for image_id, caption in predictions.items() if not isinstance(caption, str)]
         if wrong:
             raise TypeError(f"The prediction of image '{wrong[0]}' is not a string: give one caption per image.")

@@ -24,14 +24,14 @@ def names(index: NgramIndex) -> dict[int, tuple[str, ...]]:
 @given(captions, captions)
 def test_counts_do_not_depend_on_earlier_ngrams_of_the_index(before, now):
     index = NgramIndex.empty()
-    index = index.grown(index.count(before))
+    index = index.extended(index.count(before))
     earlier = names(index)
     found = index.count(now)
-    grown = index.grown(found)
-    assert names(grown).items() >= earlier.items()
-    assert sorted(names(grown)) == list(range(len(grown)))
+    extended = index.extended(found)
+    assert names(extended).items() >= earlier.items()
+    assert sorted(names(extended)) == list(range(len(extended)))
     counted = {
-        (slot // 4, slot % 4 + 1, names(grown)[gram]): count
+        (slot // 4, slot % 4 + 1, names(extended)[gram]): count
         for slot, gram, count in zip(found.slots.tolist(), found.grams.tolist(), found.counts.tolist())
     }
     assert counted == {
@@ -50,7 +50,7 @@ def test_ngrams_of_a_huge_vocabulary_have_different_ids():
     found = index.count(captions)
     ids = Counter(dict(zip(*(x.tolist() for x in np.unique(found.grams, return_counts=True)))))
     seen = Counter(gram for caption in captions for n in N for gram in ngrams(caption, n))
-    assert len(ids) == len(seen) == len(index.grown(found))
+    assert len(ids) == len(seen) == len(index.extended(found))
 
 
 def test_errors_name_bad_input():
