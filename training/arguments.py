@@ -207,8 +207,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
 
     def _check_self_critical(self) -> None:
         if not self.self_critical:
-            if self.cross_entropy_weight:
-                raise SettingError("`cross_entropy_weight` needs `self_critical`: set that as well, or leave it out.")
             return
         if self.samples_per_image < 2:
             raise SettingError(

@@ -69,7 +69,7 @@ def open_source(arguments: DataArguments, role: Role, streaming: bool = False) -
         streaming: give the training images as an `IterableDataset`. Of a dataset, only the wanted split is then read.
 
     Returns:
-        None if there are no images for the role.
+        None if there are no validation images.
 
     Raises:
         SettingError: a file, dataset or split does not exist, cannot be read, or cannot be streamed.
@@ -148,8 +148,6 @@ def _open_file(path: str, arguments: DataArguments, role: Role, streaming: bool)
 def _open_dataset(arguments: DataArguments, role: Role, streaming: bool) -> Source | None:
     """A split of a dataset on the Hub, of a folder that `save_to_disk` wrote, or of an image folder."""
     name = arguments.dataset_name or arguments.data_dir or ""
-    if not name:
-        return None
     if arguments.data_dir and not os.path.isdir(name):
         raise SettingError(f"No such folder of images: {name}.")
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
