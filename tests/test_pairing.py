@@ -148,7 +148,7 @@ def met(folder: Path) -> list[list[list[Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"stream {name}" for name in STREAMS), *(f"table {name}" for name in TABLES)])
-def test_images_keep_their_captions_and_count_once_a_pass(name, runs):
+def test_images_keep_their_captions_and_count_once_per_epoch(name, runs):
     kind, _, which = name.partition(" ")
     images = sum(STREAMS[which][0]) if kind == "stream" else TABLES[which]
     processes = met(runs / name)
@@ -172,7 +172,7 @@ PARTS = (lambda batches: batches[: len(batches) // 2], lambda batches: batches[l
 
 
 @pytest.mark.slow
-def test_a_stream_is_taken_up_again_where_one_process_has_no_image_left(runs):
+def test_stream_resumes_where_one_process_has_no_image_left(runs):
     whole, resumed = runs / "stream uneven", runs / "resumed"
     for before, after in zip(met(whole), met(resumed), strict=True):
         assert [image for batch in before[4:] for image in batch if image[2]] == [
@@ -190,7 +190,7 @@ def numbered(shards: list[str]):
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2))
-def test_shares_of_a_stream_are_all_of_it_and_nothing_twice(shards, processes, epoch):
+def test_each_row_of_a_stream_belongs_to_one_process(shards, processes, epoch):
     """Also after shuffling, in any pass; with a shard for each process at least, none reads a shard of another's."""
     names = [f"{shard}" for shard in range(shards)]
     rows: Any = IterableDataset.from_generator(numbered, gen_kwargs={"shards": names})

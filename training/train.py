@@ -1,10 +1,9 @@
 """`attncap train`: one training run, from its settings to a saved captioner."""
 
-import copy
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import has_length
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from hf_attncap.atomic import atomic_files
@@ -156,7 +154,10 @@ def _build_trainer(
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_caption_words, training.self_critical, randomness)
-    _check_batch_norm(model, processor, train_rows, training)
+    scores = None
+    if validation and training.predict_with_generate:
+        decode = partial(processor.batch_decode, skip_special_tokens=True)
+        scores = caption_compute_metrics(validation["captions"][:], decode)
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
@@ -165,7 +166,7 @@ def _build_trainer(
         data_collator=collator,
         eval_data_collator=replace(collator, randomness=EpochRandomness(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
-        compute_metrics=_score_captions(validation, processor) if validation and training.predict_with_generate else None,
+        compute_metrics=scores,
         callbacks=[randomness, *uploads, *([EarlyStopping(patience)] if patience is not None else [])],
     )
     is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # this process holds all weights
@@ -201,19 +202,6 @@ def _build_rows(
     return rows, CachedViews(splits.validation, compute_features) if splits.validation else None
 
 
-def _check_batch_norm(model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, rows: Any, training: Any) -> None:
-    """Raises if batch norm would have to train on a single value: on one image with a 1 x 1 feature map."""
-    if model.config.freeze_backbone or model.config.freeze_batch_norm or not has_length(rows):
-        return
-    batch, rest = training.train_batch_size, len(rows) % training.train_batch_size
-    last_is_single = rest == 1 and not training.dataloader_drop_last and training.world_size == 1  # accelerate fills up others
-    if batch > 1 and not last_is_single:
-        return
-    size = processor.image_processor.size
-    with torch.no_grad(), _explain_batch_norm_error():
-        copy.deepcopy(model.model.encoder).train()(torch.zeros(1, 3, size["height"], size["width"]))
-
-
 @contextmanager
 def _explain_batch_norm_error() -> Iterator[None]:
     try:
@@ -225,11 +213,6 @@ def _explain_batch_norm_error() -> Iterator[None]:
             "`freeze_batch_norm: false` needs more than one value per channel, but one batch has a single image with a 1 x 1 map: "
             "set it to true, set `dataloader_drop_last`, or use larger batches or larger images."
         ) from error
-
-
-def _score_captions(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
-    """The Trainer's `compute_metrics`: generated captions against all captions of each image."""
-    return caption_compute_metrics(images["captions"][:], lambda ids: processor.batch_decode(ids, skip_special_tokens=True))
 
 
 def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: list[dict[str, Any]], origins: str | None) -> None:

@@ -11,9 +11,8 @@ from hf_attncap.images import ImageError
 
 from ..arguments import DataArguments, SettingError
 from .checks import WAY_OUT, decode_image, has_words
-from .columns import find_columns
 from .sources import open_source
-from .table import CaptionReader
+from .table import CaptionReader, find_columns
 
 logger = logging.getLogger(__name__)
 
