@@ -390,8 +390,7 @@ def test_malformed_files_are_reported_with_the_place(name, text, message, tmp_pa
         (["--data_dir", "b", "--validation_file", "a.csv"], "with `data_dir` set `validation_split`"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--validation_share", "0.1"], "give one of them"),
         (["--train_file", "a.csv", "--validation_share", "1.5"], "below 1"),
-        (["--train_file", "a.csv", "--eval_strategy", "epoch"], "`eval_strategy` needs validation images and there are none"),
-        (["--train_file", "a.csv", "--dataset_config_name", "en"], "needs `dataset_name`"),
+        (["--train_file", "a.csv", "--dataset_config_name", "en"], "`dataset_config_name` is not used"),
         (["--train_file", "a.tar", "--streaming"], "set `--max_steps`"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1", "--feature_cache", "c"], "`feature_cache` needs all"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1"], "No such data file: a.tar"),
@@ -404,6 +403,19 @@ def test_contradictory_settings_give_one_sentence(argv, message, capsys, tmp_pat
     assert main([*argv, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_evaluation_without_validation_images_is_refused(tmp_path, capsys):
+    argv = [
+        "--train_file",
+        str(as_jsonl(tmp_path)["train_file"]),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--eval_strategy",
+        "epoch",
+    ]
+    assert main(argv) == 2
+    assert "`eval_strategy` needs validation images and there are none: give `--validation_file`" in capsys.readouterr().err
 
 
 def test_image_in_both_splits_is_reported(tmp_path):

@@ -383,7 +383,6 @@ def test_command_line_overrides_the_config_file(tmp_path):
         ([], "No training images"),
         (["--train_file", "nowhere.parquet", "--label_smoothing_factor", "0.1"], "`label_smoothing` in `model_config`"),
         (["--train_file", "nowhere.parquet"], "No such data file: nowhere.parquet"),
-        (["--train_file", "nowhere.parquet", "--predict_with_generate"], "give `--validation_file`"),
         (["--train_file", "nowhere.parquet", "--lerning_rate", "1"], "Unknown options: --lerning_rate 1"),
         (
             ["--train_file", "a.parquet", "--predict_with_generate", "--metric_for_best_model", "cidr"],

@@ -19,14 +19,7 @@ from hf_attncap.atomic import atomic_files
 from hf_attncap.hub import ABOUT, RECORD
 from hf_attncap.metrics import caption_compute_metrics
 
-from .arguments import (
-    CaptionTrainingArguments,
-    DataArguments,
-    ModelArguments,
-    SettingError,
-    parse_arguments,
-    refuse_without_validation,
-)
+from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
 from .checkpoints.hub_upload import HubSharing
 from .checkpoints.record import earlier_stages, provenance, stage
 from .data.augmentation import Augmentation, CachedViews, EpochRandomness, add_mirrored_references, augment_rows
@@ -58,7 +51,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
 
     splits = load_data(data, training.seed)
     if splits.validation is None:
-        refuse_without_validation(training)
+        _check_without_validation(training)
         logger.warning("there are no validation images: no evaluations, no sample captions and no best checkpoint")
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     captions = splits.captions(training.max_steps * batch)
@@ -126,6 +119,17 @@ def _find_checkpoint(training: CaptionTrainingArguments, output: Path) -> str | 
         return wanted
     logger.warning("resuming from %s", last) if last else logger.warning("there is no checkpoint in %s yet: starting anew", output)
     return str(last) if last else None
+
+
+def _check_without_validation(training: CaptionTrainingArguments) -> None:
+    """Raises a SettingError for settings that need validation images."""
+    wants = {"predict_with_generate": training.predict_with_generate, "eval_strategy": training.eval_strategy != "no"}
+    for setting, wanted in wants.items():
+        if wanted:
+            raise SettingError(
+                f"`{setting}` needs validation images and there are none: give `--validation_file`, `--validation_split` or "
+                f"`--validation_share 0.05`, or set `{setting}` to {'no' if setting == 'eval_strategy' else 'false'}."
+            )
 
 
 def _build_trainer(

@@ -62,8 +62,11 @@ RULES = (
     ),
     Rule(
         ("dataset_config_name",),
-        lambda run: any(os.path.isfile(os.path.join(run.dataset_name or "", f)) for f in ("dataset_dict.json", "state.json")),
-        "is for datasets on the Hub, and `dataset_name` is a folder written by `save_to_disk`: remove it",
+        lambda run: (
+            not run.dataset_name
+            or any(os.path.isfile(os.path.join(run.dataset_name, f)) for f in ("dataset_dict.json", "state.json"))
+        ),
+        "is for datasets on the Hub (`dataset_name`): remove it",
         True,
     ),
     Rule(

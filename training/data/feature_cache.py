@@ -210,7 +210,7 @@ def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: lis
     # A generator of its own, so that a run draws the same random numbers whether or not the features are cached already.
     batches = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=[range(start, min(start + BATCH, images)) for start in starts],
+        batch_sampler=[list(range(start, min(start + BATCH, images))) for start in starts],
         collate_fn=partial(_process_images, image_processor=image_processor),
         num_workers=workers,
         generator=torch.Generator(),
