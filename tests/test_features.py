@@ -33,7 +33,7 @@ SIZE = {"height": 32, "width": 48}
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Three images a block, of two passes."""
+    """Four images per block, two per pass."""
     monkeypatch.setattr(features, "BATCH", 2)
     monkeypatch.setattr(features, "BLOCK", 4)
 
@@ -94,7 +94,7 @@ def test_complete_cache_is_reused_and_uses_no_random_numbers(pictures, tmp_path,
         cached_features(encoder, processor, rows, str(tmp_path / "cache"))
         after.append(torch.rand(1).item())
     assert sum(counted) == IMAGES + 1, "each image once, and one more for the shape"
-    assert after[0] == after[1], "a run with the same seed would go on differently"
+    assert after[0] == after[1], "a run with the same seed would draw other random numbers"
 
 
 def test_encoder_mode_and_device_are_restored(pictures, tmp_path):
@@ -150,7 +150,7 @@ def one_thread():
 
 @pytest.mark.slow
 def test_killed_run_resumes_after_the_last_finished_block(pictures, tmp_path, small_blocks, counted, one_thread):
-    """SIGKILL in the second block; the file in the end is that of a run nobody disturbed, byte for byte."""
+    """SIGKILL in the second block; the final file equals that of an uninterrupted run, byte for byte."""
     whole, cut, reached = tmp_path / "whole", tmp_path / "cut", tmp_path / "reached"
     body = """
     def stopping(self, x):
@@ -175,7 +175,7 @@ def test_killed_run_resumes_after_the_last_finished_block(pictures, tmp_path, sm
 
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures))
     cached_features(*arguments, str(cut))
-    assert counted == [2, 2, 2, 1], "the finished block was computed again, or more than it left out"
+    assert counted == [2, 2, 2, 1], "only the unfinished blocks are computed"
     cached_features(*arguments, str(whole))
     assert sum(counted[4:]) == IMAGES + 1
     (first,), (second,) = whole.iterdir(), cut.iterdir()
@@ -216,7 +216,7 @@ def test_two_processes_share_the_work_and_its_errors(pictures, tmp_path, small_b
     counted.clear()
     (broken / "05.png").write_bytes((pictures / "05.png").read_bytes())
     cached_features(*arguments, rows_of(broken), str(tmp_path / "refused"))
-    assert counted == [2, 2], "one process alone goes on with what the two left: the block of the broken picture"
+    assert counted == [2, 2], "one process computes only the block that two processes did not finish"
 
 
 def test_a_second_run_waits_for_the_first_and_uses_its_file(pictures, tmp_path, small_blocks, counted):

@@ -294,7 +294,7 @@ def test_randomness_depends_on_seed_epoch_and_image():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_captions_and_crops_depend_on_the_epoch_and_not_on_the_worker(warm, workers):
-    """Also workers that live on from epoch to epoch, which were told nothing after they had started."""
+    """Also with persistent workers, which get no messages after they have started."""
     rows = Dataset.from_dict(
         {
             "image": [{"bytes": picture(seed), "path": None} for seed in range(len(COLOURS))],

@@ -123,12 +123,14 @@ def _find_checkpoint(training: CaptionTrainingArguments, output: Path) -> str | 
 
 def _check_without_validation(training: CaptionTrainingArguments) -> None:
     """Raises a SettingError for settings that need validation images."""
-    wants = {"predict_with_generate": training.predict_with_generate, "eval_strategy": training.eval_strategy != "no"}
-    for setting, wanted in wants.items():
-        if wanted:
+    for setting, used, off in (
+        ("predict_with_generate", training.predict_with_generate, "false"),
+        ("eval_strategy", training.eval_strategy != "no", "no"),
+    ):
+        if used:
             raise SettingError(
                 f"`{setting}` needs validation images and there are none: give `--validation_file`, `--validation_split` or "
-                f"`--validation_share 0.05`, or set `{setting}` to {'no' if setting == 'eval_strategy' else 'false'}."
+                f"`--validation_share 0.05`, or set `{setting}` to {off}."
             )
 
 
@@ -220,7 +222,7 @@ def _explain_batch_norm_error() -> Iterator[None]:
 
 
 def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: list[dict[str, Any]], origins: str | None) -> None:
-    """Saves the Trainer's state, `metrics.json`, the training record and the origins of the weights beside the captioner."""
+    """Saves the Trainer's state, `metrics.json`, the training record and the origins of the weights in the output folder."""
     texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
     texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
     with disk_errors(output, "metrics.json", sum(map(len, texts.values()))), atomic_files(output) as files:

@@ -13,7 +13,7 @@ from .sources import Source
 
 logger = logging.getLogger(__name__)
 
-# The first name of each is the documented one; it is used whatever other columns there are.
+# The first name of each is the documented one and has precedence.
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "file_name", "filename", "file", "filepath", "file_path", "path")
 IMAGE_COLUMNS += ("image_path", "image_file", "image_name", "image_filename", "img_path")
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "sentences", "sentence", "description", "raw")
