@@ -265,9 +265,3 @@ def new_images(images: int, size: int, processes: int, rank: int) -> int:
     """
     last = images % (size * processes) or size * processes
     return min(max(last - rank * size, 0), size)
-
-
-def policy(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
-    """The logits (..., V) from which captions are sampled: -inf for words that the captioner suppresses."""
-    suppressed = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, suppressed, float("-inf"))
