@@ -31,7 +31,7 @@ class CaptionTrainer(ResumableTrainer):
     The first axis of every tensor of a batch is the image, also of labels: (B, k, T). `eval_data_collator` makes the batches of
     evaluations; default: the `data_collator`.
 
-    If the training dataset is a stream (has no length), give each process its own images, as `load_stream` does. All processes end
+    If the training dataset is a stream (has no length), give each process its own images, as `load_data` does. All processes end
     a pass over the stream together, and each image counts once per pass.
 
     With `ema_decay`, the average of the weights is evaluated, saved in checkpoints and left in the model after training.
