@@ -86,9 +86,10 @@ def _export_hub(args: argparse.Namespace) -> int:
 
     from .hub import export_to_hub
 
-    export_to_hub(args.checkpoint, args.out)
-    if is_ours(args.out):
-        write_card(args.out)
+    folder = export_to_hub(args.checkpoint, args.out)
+    if is_ours(folder):
+        write_card(folder)
+    print(folder)
     return 0
 
 

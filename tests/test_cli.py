@@ -285,7 +285,7 @@ def test_export_hub(tiny_checkpoint, tmp_path, capfd):
     out = tmp_path / "hub"
     assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 0
     assert "auto_map" in json.loads((out / "config.json").read_text())
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == (f"{out}\n", "")
     assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 1
     assert str(out) in capfd.readouterr().err
 

@@ -468,3 +468,12 @@ def test_batch_norm_of_a_single_value_is_refused(parquet, tmp_path, capsys, batc
     assert main(options(parquet, tmp_path / "run", **more)) == code
     assert ("a single image with a 1 x 1 map" in capsys.readouterr().err) is (code == 2)
     assert (tmp_path / "run" / "model.safetensors").exists() is (code == 0)
+
+
+def test_interrupted_run_says_how_to_continue(parquet, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_attncap.training.train.train", interrupt)
+    assert main(["--train_file", str(parquet), "--output_dir", str(tmp_path / "run")]) == 130
+    assert "`--resume_from_checkpoint last` continues" in capsys.readouterr().err

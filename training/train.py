@@ -243,7 +243,7 @@ def _summarise(trainer: CaptionTrainer, metrics: dict[str, float], output: Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `attncap train`; returns the exit code, 2 if settings or data cannot be used."""
+    """Runs `attncap train`; returns the exit code: 2 if settings or data cannot be used, 130 after Ctrl-C."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         model, data, training = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -254,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error).rpartition("SettingError: ")[2].strip()  # a worker of a data loader puts its traceback before it
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume_from_checkpoint last` continues from the last checkpoint", file=sys.stderr)
+        return 130  # 128 + the number of the signal, as shells report it
     return 0
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from hf_attncap.atomic import UNFINISHED, atomic_files, remove_unfinished, replace_folder
+from hf_attncap.atomic import UNFINISHED, atomic_files, remove_folder, remove_unfinished, replace_folder
 
 from ..arguments import SettingError
 from ..checkpoints.record import elapsed
@@ -105,8 +105,7 @@ class ResumableTrainer(Seq2SeqTrainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
                 replace_folder(unfinished, checkpoint)
-                best = self.state.best_model_checkpoint
-                rotate_checkpoints(str(self._output), self.args.save_total_limit, best, use_mtime=True)
+                _rotate(self._output, self.args.save_total_limit, self.state.best_model_checkpoint)
                 remove_unfinished(self._output)
             self.accelerator.wait_for_everyone()
 
@@ -117,6 +116,16 @@ class ResumableTrainer(Seq2SeqTrainer):
             states = self.optimizer.state.values()  # type: ignore[union-attr]
             tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None:
+            # The base class does the same, but leaves a part of a checkpoint if it is killed meanwhile.
+            for checkpoint in self._output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if checkpoint != Path(best):
+                    remove_folder(checkpoint)
+            remove_unfinished(self._output)
+        return super()._finalize_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         weights: dict[str, torch.Tensor] = self.model.state_dict()  # type: ignore[union-attr]
@@ -170,6 +179,15 @@ def disk_errors(output: Path, what: str, size: int) -> Iterator[None]:
             f"{what} cannot be written to {output}: it needs {size / 1e6:.3g} MB and {free / 1e6:.3g} MB are free "
             f"({str(error).splitlines()[0]}); free some space or set `save_total_limit`; {_how_to_resume(last_checkpoint(output))}."
         ) from error
+
+
+def _rotate(output: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints until `limit` remain; the newest and the best one always stay."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(output), use_mtime=True)]
+    kept = {*checkpoints[-1:], *([Path(best)] if best else [])}
+    surplus = len(checkpoints) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        remove_folder(checkpoint)
 
 
 def _how_to_resume(last: Path | None) -> str:
