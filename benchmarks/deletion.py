@@ -35,10 +35,10 @@ from pointing_photographs import as_generated, run_info
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write, write_json
+from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.images import load_image
 from hf_attncap.importance import token_log_probabilities, variants_per_pass, word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
-from hf_attncap.pipeline_attncap import CaptionPieces
 
 ORDERS = ("importance", "attention", "random")
 CURVES = ("deletion", "insertion")

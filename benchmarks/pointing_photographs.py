@@ -30,10 +30,10 @@ from pointing import SIDE, within
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import write_json
+from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
-from hf_attncap.pipeline_attncap import CaptionPieces
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
 BOXES = Path(__file__).with_name("boxes.json")

@@ -52,12 +52,6 @@ def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
     return backbone
 
 
-def backbone_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a backbone in order: its children, where a sequence counts as its own children."""
-    children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in backbone.children()]
-    return [block for blocks in children for block in blocks]
-
-
 def count_channels(backbone: nn.Module) -> int:
     """Return D, the number of output channels, from a run on the meta device."""
     was_training = backbone.training
@@ -205,4 +199,4 @@ def _pad_like_tensorflow(module: nn.Module) -> None:
             child.__class__ = SameMaxPool2d
 
 
-__all__ = ["backbone_blocks", "build_backbone", "count_channels", "load_backbone_weights", "run_checkpointed"]
+__all__ = ["build_backbone", "count_channels", "load_backbone_weights", "run_checkpointed"]

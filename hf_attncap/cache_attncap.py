@@ -52,9 +52,6 @@ class _Layer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select(indices)
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))

@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from . import visualize
+from .captions_attncap import CaptionPieces, generate_captions
 from .confidence import estimate_confidence
 from .configuration_attncap import SIGNALS, AttnCapConfig
-from .images import ImageError, load_image
+from .images import ImageError, describe_error, load_batches, load_image
 from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
-from .pipeline_attncap import CaptionPieces, check_prompt, generate_captions
+from .pipeline_attncap import check_prompt
 from .processing_attncap import AttnCapProcessor
+from .visualize import attention_layer, importance_layer, plot_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 NAMING_HINT = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 NO_CAPTION = -1e8  # beam search gives about -1e9 to sequences that it did not find
-MAX_BATCH_PIXELS = 2**26  # in a batch of `stream`, which is in memory at once
 OLD_NAMES = {"beams": "num_beams", "alternatives": "num_return_sequences"}  # of arguments; removed in the next release
 
 
@@ -95,7 +95,7 @@ class CaptionResult:
             ImportError: matplotlib is not installed.
             OSError: `path` cannot be written.
         """
-        return visualize.plot_attention(self.image, self.text, self.words, self.attention, path)
+        return plot_layers(self.image, self.text, self.words, [attention_layer(self.attention)], path)
 
     def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
         """Plots the attention of each word and, below it, its importance, each with its own colour scale.
@@ -111,7 +111,8 @@ class CaptionResult:
         """
         if self.importance is None:
             raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
-        return visualize.plot_importance(self.image, self.text, self.words, self.attention, self.importance, path)
+        layers = [attention_layer(self.attention), importance_layer(self.importance)]
+        return plot_layers(self.image, self.text, self.words, layers, path)
 
 
 class CaptionOptions(TypedDict, total=False):
@@ -313,7 +314,7 @@ class Captioner:
         num_beams = self._check_options(num_beams, num_return_sequences, prompt, batch_size)
 
         def outcomes() -> Iterator[CaptionResult | ImageError]:
-            for batch in _read_batches(images, batch_size, allow_private_urls):
+            for batch in load_batches(images, batch_size, allow_private_urls):
                 readable = [item for item in batch if isinstance(item[1], Image.Image)]
                 found = iter(self._caption_each(readable, prompt, num_beams, num_return_sequences, explain))
                 for _, image in batch:
@@ -385,35 +386,6 @@ class Captioner:
             confidence = None if calibration is None else float(estimate_confidence(calibration, own))
             results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, image, importance, own, confidence))
         return results
-
-
-def _read_batches(
-    images: Iterable[Any], batch_size: int, allow_private_urls: bool
-) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
-    """Batches of (name, image); an `ImageError` in place of an image that cannot be read."""
-    batch: list[tuple[str, Image.Image | ImageError]] = []
-    pixels = 0
-    for number, source in enumerate(images):
-        name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
-        try:
-            image = load_image(source, allow_private_urls=allow_private_urls)
-            pixels += image.width * image.height
-        except ImageError as error:
-            image = error
-        except Exception as error:  # anything: sources of unknown types, memory
-            image = ImageError(f"{name} cannot be read: {describe_error(error)}")
-            image.__cause__ = error
-        batch.append((name, image))
-        if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
-
-
-def describe_error(error: Exception) -> str:
-    """The type and message of an error."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _check_device(device: str | torch.device) -> torch.device:

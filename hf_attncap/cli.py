@@ -7,8 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from .captioner import CaptionResult
 
 MIN_CALIBRATION_IMAGES = 200  # below, the calibration depends much on which images were used
+MISSING_PACKAGE = 'this command needs more packages: pip install "hf_attncap[train]" ({})'
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the number of the signal, as shells report it
 
 
@@ -47,34 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # At exit, Python flushes stdout and would report the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+    except ModuleNotFoundError as error:
+        _print_error(MISSING_PACKAGE.format(error))
+        return 1
     except (ImportError, OSError, ValueError) as error:
         _print_error(error)
         return 1
 
 
-@contextmanager
-def _training_packages() -> Iterator[None]:
-    """Turns the ImportError of a missing package into one sentence that says how to install it."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f'this command needs more packages: pip install "hf_attncap[train]" ({error})') from error
-
-
 def _train(arguments: list[str]) -> int:
     try:
-        with _training_packages():
-            from hf_attncap.training.train import main as train
+        from hf_attncap.training.train import main as train
     except ImportError as error:
-        _print_error(error)
+        _print_error(MISSING_PACKAGE.format(error))
         return 1
     return train(arguments)
 
 
 def _average(args: argparse.Namespace) -> int:
     _silence_libraries()
-    with _training_packages():
-        from hf_attncap.training.checkpoints.average import average_checkpoints
+    from hf_attncap.training.checkpoints.average import average_checkpoints
 
     print(average_checkpoints(args.checkpoints, args.output, args.weights))
     return 0
@@ -82,8 +74,7 @@ def _average(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     _silence_libraries()
-    with _training_packages():
-        from hf_attncap.training.checkpoints.pack import pack
+    from hf_attncap.training.checkpoints.pack import pack
 
     print(pack(args.checkpoint, args.out, args.generation))
     return 0
@@ -91,26 +82,24 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _export_hub(args: argparse.Namespace) -> int:
     _silence_libraries()
+    from hf_attncap.model_card.build_card import is_ours, write_card
+
     from .hub import export_to_hub
 
-    with _training_packages():
-        from hf_attncap.model_card.build_card import is_ours, write_card
-
-    export_to_hub(args.checkpoint, args.out)
-    if is_ours(args.out):
-        write_card(args.out)
+    folder = export_to_hub(args.checkpoint, args.out)
+    if is_ours(folder):
+        write_card(folder)
+    print(folder)
     return 0
 
 
 def _card(args: argparse.Namespace) -> int:
     _silence_libraries()
-    with _training_packages():
-        from hf_attncap.model_card.build_card import check_card, write_card
+    from hf_attncap.model_card.build_card import check_card, write_card
 
     check_card(args.checkpoint, len(args.eval_data))
     if args.eval_data or args.example_images:
-        with _training_packages():
-            from hf_attncap.model_card.measure import update_results
+        from hf_attncap.model_card.measure import update_results
 
         update_results(args.checkpoint, args.eval_data, args.split, args.image_dir, args.example_images)
     print(write_card(args.checkpoint))
@@ -119,10 +108,9 @@ def _card(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     _silence_libraries()
-    from .metrics.report import calibration_summary
+    from hf_attncap.model_card.calibration import calibrate
 
-    with _training_packages():
-        from hf_attncap.model_card.calibration import calibrate
+    from .metrics.report import calibration_summary
 
     report = calibrate(args.checkpoint, args.eval_data, args.split, args.image_dir)
     print(calibration_summary(report))
@@ -233,7 +221,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _write_plot(file: str, result: "CaptionResult", kind: str, folder: Path, taken: set[str]) -> Path | None:
     """Writes the plot of "attention" or "importance" and returns its path; None if that fails, with a message on stderr."""
-    from .captioner import describe_error
+    from .images import describe_error
     from .visualize import path_key, plot_path, save_plot
 
     try:

@@ -66,8 +66,8 @@ class AttnCapConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.5):
             Dropout before the output layer during training.
         alpha_c (`float`, *optional*, defaults to 1.0):
-            Weight of the doubly stochastic regulariser (same paper, equation 14), which draws the attention that each region gets
-            over a caption, in total, towards 1.
+            Weight of the doubly stochastic regulariser (same paper, equation 14), which pushes the total attention of each region
+            over a caption towards 1.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the cross-entropy, in [0, 1).
         confidence (`dict`, *optional*):
@@ -208,8 +208,9 @@ class AttnCapConfig(PreTrainedConfig):
                 len(values) == 3,
                 f"`{name}` is {values}, but it needs one value for each of the 3 colour channels.",
             )
+        deviations: Any = self.image_std
         _check(
-            isinstance(self.image_std, (int, float)) or all(value > 0 for value in self.image_std),
+            all(value > 0 for value in deviations),
             f"`image_std` is {self.image_std}, but must be positive.",
         )
         self._validate_confidence()
@@ -223,7 +224,9 @@ class AttnCapConfig(PreTrainedConfig):
         weights = self.confidence.get("weights")
         values = [*weights.values(), self.confidence.get("bias")] if isinstance(weights, dict) else [None]
         _check(
-            isinstance(weights, dict) and set(weights) <= set(SIGNALS) and all(map(_is_finite, values)),
+            isinstance(weights, dict)
+            and set(weights) <= set(SIGNALS)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values),
             f"`confidence` is {self.confidence}, but it needs finite `weights` of {', '.join(SIGNALS)} and a finite `bias`: run "
             "`attncap calibrate`, or set it to None.",
         )
@@ -256,10 +259,6 @@ class AttnCapConfig(PreTrainedConfig):
             f"`hidden_size` ({self.hidden_size}) against `word_embed_dim` ({self.word_embed_dim}): make the two equal, set "
             "`deep_output=True` or `tie_word_embeddings=False`.",
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check(condition: bool, message: str) -> None:

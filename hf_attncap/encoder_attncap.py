@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from .backbone_attncap import backbone_blocks, build_backbone, count_channels, run_checkpointed
+from .backbone_attncap import build_backbone, count_channels, run_checkpointed
 from .configuration_attncap import AttnCapConfig
 
 
@@ -65,8 +65,9 @@ class GridEncoder(nn.Module):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """Return the blocks of the backbone in order."""
-        return backbone_blocks(self.backbone)
+        """Return the blocks of the backbone in order: its children, where a sequence counts as its own children."""
+        children = [list(child) if isinstance(child, nn.Sequential) else [child] for child in self.backbone.children()]
+        return [block for blocks in children for block in blocks]
 
     def freeze(self) -> None:
         """Disable the gradients of frozen blocks."""

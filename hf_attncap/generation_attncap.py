@@ -93,12 +93,11 @@ class AttnCapGenerationMixin(GenerationMixin):
 
     def _get_stopping_criteria(self, generation_config, stopping_criteria, tokenizer=None, **kwargs: Any):
         """Search `stop_strings` in the text of the caption, with any tokenizer."""
-        texts, own = generation_config.stop_strings, StoppingCriteriaList(stopping_criteria or [])
-        if texts is None or tokenizer is None:  # without a tokenizer, the library raises its error
-            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        generation_config.stop_strings = None
-        own.append(StopAtText(texts, tokenizer))
-        return super()._get_stopping_criteria(generation_config, own, None, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        texts = generation_config.stop_strings
+        if texts is not None and tokenizer is not None:  # without a tokenizer, the library raises its error
+            generation_config.stop_strings = None
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopAtText(texts, tokenizer)])
+        return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_logits_processor(self, generation_config, *args: Any, logits_processor=None, **kwargs: Any):
         """Add `NoRepeatedTokens` if `repeatable_token_ids` is set."""
@@ -139,24 +138,17 @@ class AttnCapGenerationMixin(GenerationMixin):
             return start.clone(), model_kwargs
         prompt = prompt.to(start.device)  # (B, t)
         if mask is None:
-            mask = self._infer_prompt_mask(prompt)
-        first = prompt[:, 0] if mask is None else prompt.gather(1, mask.long().argmax(1, keepdim=True)).squeeze(1)  # (B)
+            pad = self.generation_config.pad_token_id
+            mask = (prompt != (self.config.pad_token_id if pad is None else pad)).long()  # (B, t)
+        first = prompt.gather(1, mask.long().argmax(1, keepdim=True)).squeeze(1)  # (B)
         if (first != start[:, 0]).any():
             prompt = torch.cat([start, prompt], dim=1)  # (B, 1 + t)
-            mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # (B, 1 + t)
         past = model_kwargs.get(CACHE_NAME)
-        if past is not None and past.get_seq_length() > 0:
-            # The prompt includes the cached words. `generate` removes them if there is a mask for the whole prompt.
-            mask = torch.ones_like(prompt) if mask is None else mask
-            model_kwargs["decoder_attention_mask"] = mask.to(start.device)
-        elif mask is not None and not mask.all():
+        # A prompt that continues a cache includes its words. `generate` removes them if there is a mask for the whole prompt.
+        if not mask.all() or (past is not None and past.get_seq_length() > 0):
             model_kwargs["decoder_attention_mask"] = mask.to(start.device)
         return prompt, model_kwargs
-
-    def _infer_prompt_mask(self, prompt: torch.Tensor) -> torch.Tensor | None:
-        pad = self.generation_config.pad_token_id
-        pad = self.config.pad_token_id if pad is None else pad
-        return None if pad is None else (prompt != pad).long()
 
     def _assisted_decoding(self, input_ids: torch.Tensor, inputs_tensor: torch.Tensor | None = None, **kwargs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Compute the attentions of assisted decoding in one forward pass over the finished caption.

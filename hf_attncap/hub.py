@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .atomic import atomic_folder, refuse_occupied
+from .atomic import atomic_folder
 from .configuration_attncap import AttnCapConfig
 
 CODE = Path(__file__).parent
@@ -79,7 +79,6 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
     """
     source, target = Path(checkpoint), Path(out)
     config = _checked_config(source)
-    refuse_occupied(target)
     processor = _read(source / "processor_config.json")
     processor["auto_map"] = PROCESSOR_CLASS
     processor["image_processor"] = {**processor["image_processor"], "auto_map": IMAGE_PROCESSOR_CLASS}

@@ -47,10 +47,10 @@ def open_image(stream: BinaryIO) -> Image.Image:
     except Exception:
         stream.seek(0)
         data = stream.read()
-        bare = without_metadata(data)
-        if bare != data:
+        stripped = without_metadata(data)
+        if stripped != data:
             try:
-                return _loaded(io.BytesIO(bare))
+                return _loaded(io.BytesIO(stripped))
             except Exception:
                 pass  # the first error is more informative
         raise
@@ -99,17 +99,17 @@ def without_metadata(data: bytes) -> bytes:
     """A PNG, JPEG or TIFF file reduced to what its pixels need, and valid EXIF; other files unchanged."""
     try:
         if data.startswith(PNG_SIGNATURE):
-            return _bare_png(data)
+            return _strip_png(data)
         if data.startswith(b"\xff\xd8\xff"):
-            return _bare_jpeg(data)
+            return _strip_jpeg(data)
         if data.startswith((b"II*\0", b"MM\0*")):
-            return _bare_tiff(data)
+            return _strip_tiff(data)
     except (struct.error, IndexError):  # truncated inside the metadata
         pass
     return data
 
 
-def _bare_png(data: bytes) -> bytes:
+def _strip_png(data: bytes) -> bytes:
     kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while place < len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -123,7 +123,7 @@ def _bare_png(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _bare_jpeg(data: bytes) -> bytes:
+def _strip_jpeg(data: bytes) -> bytes:
     kept, place = [data[:2]], 2
     while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the first scan
         marker = data[place + 1]
@@ -142,7 +142,7 @@ def _bare_jpeg(data: bytes) -> bytes:
     return b"".join([*kept, data[place:]])
 
 
-def _bare_tiff(data: bytes) -> bytes:
+def _strip_tiff(data: bytes) -> bytes:
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from .image_files_attncap import FormatError, open_image, upright
 
 TIMEOUT = 30.0  # seconds for connecting, and again for all that a server sends
 MAX_BYTES = 64 * 2**20
+MAX_BATCH_PIXELS = 2**26  # all images of a batch are in memory at once
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHANNELS = (1, 2, 3, 4)
@@ -78,6 +80,38 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
         f"an image cannot be read from a {type(source).__name__}; "
         "give one path, URL, base64 string, bytes object, PIL image, numpy array or torch tensor at a time"
     )
+
+
+def load_batches(
+    sources: Iterable[Any], batch_size: int, allow_private_urls: bool
+) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
+    """Yields batches of (name, image); an `ImageError` replaces an image that cannot be read.
+
+    A batch has at most `batch_size` images and ends once they exceed `MAX_BATCH_PIXELS`.
+    """
+    batch: list[tuple[str, Image.Image | ImageError]] = []
+    pixels = 0
+    for number, source in enumerate(sources):
+        name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
+        try:
+            image = load_image(source, allow_private_urls=allow_private_urls)
+            pixels += image.width * image.height
+        except ImageError as error:
+            image = error
+        except Exception as error:  # anything: sources of unknown types, memory
+            image = ImageError(f"{name} cannot be read: {describe_error(error)}")
+            image.__cause__ = error
+        batch.append((name, image))
+        if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
+def describe_error(error: Exception) -> str:
+    """The type and message of an error."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _from_file(path: str) -> Image.Image:

@@ -208,7 +208,6 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.word_embed_dim if config.deep_output else config.hidden_size, config.vocab_size)  # W_o
         self.post_init()
-        self._apply_freezing()
         if self.generation_config.suppress_tokens is None:
             special = {config.unk_token_id, config.pad_token_id, config.bos_token_id}
             self.generation_config.suppress_tokens = sorted(i for i in special if i is not None and i not in self.end_token_ids)
@@ -244,8 +243,7 @@ class AttnCapForConditionalGeneration(AttnCapPreTrainedModel, AttnCapGenerationM
             config.validate()
         model = cls(config)
         if backbone_weights is not None:
-            encoder = model.model.encoder
-            normalisation = load_backbone_weights(encoder.backbone, config.backbone, backbone_weights)
+            normalisation = load_backbone_weights(model.model.encoder.backbone, config.backbone, backbone_weights)
             if normalisation is not None:
                 config.image_mean, config.image_std = normalisation
         if word_vectors is not None:

@@ -92,8 +92,8 @@ def _add_card(commands: Any) -> None:
         "card",
         help="write a checkpoint's model card",
         description="Writes README.md of a checkpoint from the files in its folder: results.json (written by --eval-data and "
-        "--example-images), training.json (written by training), and about.yaml with your own text (title, summary, license, "
-        "license_name, license_link, repository, base_model, datasets, independent, origins).",
+        "--example-images), training.json (written by training), and about.yaml with your own text (title, summary, intended_use, "
+        "selection, license, license_name, license_link, repository, base_model, datasets, independent, origins).",
     )
     card.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     _add_eval_data(card, required=False)

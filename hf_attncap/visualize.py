@@ -40,31 +40,17 @@ class Layer(NamedTuple):
     high: float
 
 
-def plot_attention(
-    image: Image.Image, text: str, words: list[str], attention: np.ndarray, path: str | os.PathLike | None = None
-) -> "Figure":
-    """`CaptionResult.plot_attention` for attention (T, H, W)."""
-    return _plot(image, text, words, [_attention_layer(attention)], path)
-
-
-def plot_importance(
-    image: Image.Image,
-    text: str,
-    words: list[str],
-    attention: np.ndarray,
-    importance: np.ndarray,
-    path: str | os.PathLike | None = None,
-) -> "Figure":
-    """`CaptionResult.plot_importance` for attention and importance (T, H, W)."""
-    high = max(MIN_IMPORTANCE_SCALE, float(importance.max(initial=0)))
-    layer = Layer(importance, "importance (nats)", "viridis", 0.0, high)
-    return _plot(image, text, words, [_attention_layer(attention), layer], path)
-
-
-def _attention_layer(attention: np.ndarray) -> Layer:
-    relative = attention * math.prod(attention.shape[1:])  # (T, H, W), times uniform
+def attention_layer(attention: np.ndarray) -> Layer:
+    """The layer of attention maps (T, H, W), relative to uniform attention."""
+    relative = attention * math.prod(attention.shape[1:])  # (T, H, W)
     high = max(MIN_ATTENTION_SCALE, float(relative.max(initial=0)))
     return Layer(relative, "attention (1 = uniform)", "inferno", 1.0, high)
+
+
+def importance_layer(importance: np.ndarray) -> Layer:
+    """The layer of importance maps (T, H, W), in nats."""
+    high = max(MIN_IMPORTANCE_SCALE, float(importance.max(initial=0)))
+    return Layer(importance, "importance (nats)", "viridis", 0.0, high)
 
 
 def require_matplotlib() -> None:
@@ -75,10 +61,10 @@ def require_matplotlib() -> None:
         raise ImportError(f'Plots need matplotlib: pip install "hf_attncap[plot]" ({error})') from error
 
 
-def _plot(
+def plot_layers(
     image: Image.Image, text: str, words: list[str], layers: Sequence[Layer], path: str | os.PathLike | None = None
 ) -> "Figure":
-    """The image, then one column per word with one panel per layer."""
+    """Plots the image, then one column per word with one panel per layer; also saves the figure if there is a path."""
     require_matplotlib()
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -206,6 +206,7 @@ def _set(own: dict[str, Any]) -> dict[str, Any]:
     worst = ids[: max(len(ids) // 10, 1)]
     chosen = random.Random(SEED)
     examples = chosen.sample(sorted(ids), min(EXAMPLES, len(ids)))
+    worst = [name for name in worst if name not in examples]
     failures = chosen.sample(worst, min(FAILURES, len(worst)))
     return {
         "label": own["label"],

@@ -71,7 +71,7 @@ def test_crop(kind, removed):
     assert_close(go_on(kind, cache, new[:, 1:]), from_scratch(kind, IDS[:, :kept], MASK[:, :kept], new)[:, 1:], **EXACT)
 
 
-def test_crop_of_a_positive_number_or_too_much_is_refused():
+def test_crop_of_a_positive_number_or_too_much_is_rejected():
     cache = fill("history")
     with pytest.raises(ValueError, match="negative"):
         cache.crop(1)
@@ -184,7 +184,7 @@ def test_no_state_stays_on_the_model():
     assert second.past_key_values.get_seq_length() == 3
 
 
-def test_use_cache_says_whether_a_cache_comes_back():
+def test_use_cache_controls_whether_a_cache_is_returned():
     model = MODELS["history"]
     assert model(encoder_outputs=REGIONS, decoder_input_ids=IDS).past_key_values is not None  # the config's default
     assert model(encoder_outputs=REGIONS, decoder_input_ids=IDS, use_cache=False).past_key_values is None

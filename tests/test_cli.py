@@ -184,7 +184,7 @@ def test_failure_of_an_image_does_not_stop_captioning(tiny_checkpoint, pictures,
 
 def test_batches_are_limited_in_pixels(tiny_checkpoint, pictures, monkeypatch, capfd):
     sizes, caption = [], Captioner._caption_batch
-    monkeypatch.setattr(hf_attncap.captioner, "MAX_BATCH_PIXELS", 10_000)
+    monkeypatch.setattr(hf_attncap.images, "MAX_BATCH_PIXELS", 10_000)
     monkeypatch.setattr(
         Captioner, "_caption_batch", lambda self, batch, *rest: sizes.append(len(batch)) or caption(self, batch, *rest)
     )
@@ -268,7 +268,7 @@ def test_ctrl_c_exits_without_a_traceback(tiny_checkpoint, pictures, monkeypatch
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_attncap.captioner, "load_image", interrupt)
+    monkeypatch.setattr(hf_attncap.images, "load_image", interrupt)
     assert captions(tiny_checkpoint, *pictures) == 130
     assert capfd.readouterr() == ("", "")
 
@@ -285,7 +285,7 @@ def test_export_hub(tiny_checkpoint, tmp_path, capfd):
     out = tmp_path / "hub"
     assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 0
     assert "auto_map" in json.loads((out / "config.json").read_text())
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == (f"{out}\n", "")
     assert main(["export-hub", str(tiny_checkpoint), str(out)]) == 1
     assert str(out) in capfd.readouterr().err
 

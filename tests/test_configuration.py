@@ -76,13 +76,13 @@ def test_defaults():
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_are_refused(settings, sentence):
+def test_invalid_settings_are_rejected(settings, sentence):
     with pytest.raises(StrictDataclassError, match=f"(?s){sentence}"):
         AttnCapConfig(**settings)
 
 
 @pytest.mark.parametrize("settings, cause", [({"vocab_size": 0}, ValueError), ({"vocab_size": "many"}, TypeError)])
-def test_the_refusal_is_no_value_error_but_has_its_cause(settings, cause):
+def test_cause_of_the_validation_error(settings, cause):
     with pytest.raises(StrictDataclassError) as caught:
         AttnCapConfig(**settings)
     assert not isinstance(caught.value, ValueError) and type(caught.value.__cause__) is cause
@@ -105,12 +105,12 @@ def test_the_refusal_is_no_value_error_but_has_its_cause(settings, cause):
     ],
     ids=str,
 )
-def test_settings_at_the_border_are_taken(settings):
+def test_settings_at_the_limits_are_valid(settings):
     config = AttnCapConfig(**settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
 
 
-def test_every_cnn_classifier_of_torchvision_is_taken_and_no_transformer():
+def test_all_torchvision_cnns_and_no_transformers_are_backbones():
     names = torchvision.models.list_models(module=torchvision.models)
     refused = set()
     for name in names:
@@ -122,7 +122,7 @@ def test_every_cnn_classifier_of_torchvision_is_taken_and_no_transformer():
     assert len(refused) > 10 and len(names) - len(refused) > 60
 
 
-def test_the_config_of_an_earlier_version_loads_unless_its_backbone_was_dilated():
+def test_config_of_an_earlier_version_loads_unless_its_backbone_was_dilated():
     assert not hasattr(AttnCapConfig.from_dict({"dilate_last_stage": False}), "dilate_last_stage")
     with pytest.raises(ValueError, match="`dilate_last_stage` is no longer supported: load this checkpoint"):
         AttnCapConfig.from_dict({"dilate_last_stage": True})
@@ -156,7 +156,7 @@ OTHERS = {
 }
 
 
-def test_own_fields_are_all_tried_below():
+def test_all_fields_are_tested():
     inherited_or_fixed = {"is_encoder_decoder", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
     own = {field.name for field in fields(AttnCapConfig) if field.name in AttnCapConfig.__annotations__}
     assert own - inherited_or_fixed - {"decoder_start_token_id"} == set(OTHERS)
@@ -164,7 +164,7 @@ def test_own_fields_are_all_tried_below():
     assert all(getattr(default, name) != value for name, value in OTHERS.items())
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_save_and_load(tmp_path):
     config = AttnCapConfig(**OTHERS)
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["word_attention"] == "channel"
@@ -173,14 +173,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         assert {name: getattr(loaded, name) for name in OTHERS} == OTHERS
 
 
-def test_json_and_back():
-    config = AttnCapConfig(**OTHERS)
-    for use_diff in (True, False):
-        again = AttnCapConfig.from_dict(json.loads(config.to_json_string(use_diff=use_diff)))
-        assert {name: getattr(again, name) for name in OTHERS} == OTHERS
-
-
-def test_a_spoilt_file_is_refused(tmp_path):
+def test_damaged_config_file_is_rejected(tmp_path):
     AttnCapConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "word_attention": "memory"}))

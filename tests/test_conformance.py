@@ -124,7 +124,7 @@ def test_weights_missing_from_a_checkpoint_are_initialised(kind):
             assert_close(got, want)
 
 
-def test_what_a_checkpoint_holds_stays(tmp_path):
+def test_loaded_weights_are_not_initialised_again(tmp_path):
     """Only what is missing is initialised: here one convolution and the output layer."""
     model = tiny("mobilenet_v3_small")
     missing = ("model.encoder.backbone.features.1.block.0.0.weight", "lm_head.weight")
@@ -387,7 +387,7 @@ def compare_with_one_process(rank: int, world: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_every_weight_takes_part_in_distributed_training(tmp_path):
+def test_all_weights_are_used_in_distributed_training(tmp_path):
     compare_with_one_process(0, 1, str(tmp_path))
 
 
@@ -400,7 +400,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @every_kind
-def test_tuples_hold_what_dictionaries_hold(kind):
+def test_tuple_outputs_equal_dictionary_outputs(kind):
     model, inputs = tiny(word_attention=kind), batch()
     wanted = {"output_attentions": True, "output_hidden_states": True}
     for one, given in ((model, inputs), (model.model, {"pixel_values": inputs["pixel_values"]})):
@@ -418,7 +418,7 @@ def flat(x: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("grid", [None, (2, 3)])
-def test_hidden_states_lie_on_the_way_to_the_output(grid):
+def test_hidden_states_get_gradients(grid):
     model, inputs = tiny(grid_size=grid), batch(side=96)
     out = model.model(inputs["pixel_values"], torch.tensor([[BOS, 5, 6]] * 2), output_hidden_states=True)
     encoder, decoder = out.encoder_hidden_states, out.decoder_hidden_states
@@ -432,7 +432,7 @@ def test_hidden_states_lie_on_the_way_to_the_output(grid):
     assert encoder[0].grad.abs().sum() > 0 and decoder[0].grad.abs().sum() > 0
 
 
-def test_parts_are_found_under_their_usual_names():
+def test_encoder_decoder_and_embeddings_have_the_usual_accessors():
     model = tiny()
     assert model.get_encoder() is model.model.encoder and model.get_decoder() is model.model.decoder
     assert model.base_model is model.model and model.get_output_embeddings() is model.lm_head
@@ -474,12 +474,12 @@ def test_configs_and_models_can_be_copied():
         assert_close(other(**inputs).loss, model(**inputs).loss)
 
 
-def test_one_value_may_stand_for_three_channels():
+def test_one_mean_and_std_for_all_channels():
     config = AttnCapConfig(backbone="squeezenet1_1", image_mean=0.5, image_std=0.25)
     assert config.image_mean == [0.5] * 3 and config.image_std == [0.25] * 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64, 64), (2, 64, 64, 3), (2, 1, 64, 64)])
-def test_what_is_no_picture_is_refused(shape):
+def test_pixel_values_of_a_wrong_shape_are_rejected(shape):
     with pytest.raises(ValueError, match="pixel_values.*height, width"):
         tiny()(torch.zeros(shape))

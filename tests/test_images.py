@@ -313,7 +313,7 @@ def test_file_that_is_not_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "a dog", "data:image/png;base64,", "data:image/png;base64,a*b", "data:", "a\0b", "\udcff"])
-def test_text_that_is_no_source(text):
+def test_text_that_is_not_a_source(text):
     with pytest.raises(ImageError, match="neither an existing file nor a URL"):
         load_image(text)
 

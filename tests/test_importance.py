@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from hf_attncap import Captioner
+from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.cli import main
 from hf_attncap.encoder_attncap import GridEncoderOutput
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
-from hf_attncap.pipeline_attncap import CaptionPieces
 
 KINDS = ("none", "score", "channel", "history")
 BOS, EOS, PAD = 1, 2, 0
@@ -155,7 +155,7 @@ def test_stream_with_importance_and_its_plot(tiny_checkpoint, pictures, tmp_path
         captioner.caption(pictures[0]).plot_importance()
 
 
-def test_a_word_that_depends_on_nothing_stays_grey(tiny_checkpoint, pictures):
+def test_a_word_without_importance_stays_grey(tiny_checkpoint, pictures):
     result = Captioner.from_pretrained(tiny_checkpoint, device="cpu").explain(pictures[0])
     result.words, result.attention = result.words[:2], result.attention[:2]
     result.importance = np.full_like(result.attention, -3.0)

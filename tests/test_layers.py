@@ -31,6 +31,7 @@ LAYERS = {
         {"hub"},
         {"images"},
         {"pipeline_attncap"},
+        {"captions_attncap"},
         {"processing_attncap"},
         {"image_processing_attncap"},
         {"modeling_attncap"},

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BOS, EOS, KINDS, PAD, Reference, load, random_regions, tiny_model
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_attncap.cache_attncap import CACHE_NAME, AttnCapCache
@@ -133,37 +132,8 @@ def test_any_split_into_cached_steps_equals_the_whole(kind, batch, data):
         assert cache.get_seq_length() == end
 
 
-@every_kind
-def test_attention_sums_to_one(kind):
-    model, regions = cached_model(word_attention=kind), random_regions(2)
-    ids = torch.tensor([[BOS, 5, 6, 7]] * 4)
-    got = run(model, regions, ids)
-    assert got.cross_attentions[0].shape == (4, 1, 4, 6)
-    assert_close(got.cross_attentions[0].sum(-1), torch.ones(4, 1, 4).double(), **EXACT)
-    if kind in ("none", "score"):
-        assert got.decoder_attentions is None
-        return
-    words = got.decoder_attentions[0]
-    assert words.shape == ((4, 1, 4, 5) if kind == "channel" else (4, 1, 4, 4))
-    assert_close(words.sum(-1), torch.ones(4, 1, 4).double(), **EXACT)
-    if kind == "history":
-        assert not words.triu(diagonal=1).any(), "a word read words that come after it"
-
-
-@every_kind
-def test_several_captions_an_image_equal_separate_images(kind):
-    model, regions = cached_model(word_attention=kind), random_regions(2)
-    labels = torch.tensor([[5, 6, 2, -100], [7, 8, 9, 2], [4, 2, -100, -100], [10, 11, 4, 2]])
-    together = model(encoder_outputs=regions, labels=labels, output_attentions=True)
-    repeated = GridEncoderOutput(last_hidden_state=regions.last_hidden_state.repeat_interleave(2, 0))
-    apart = model(encoder_outputs=repeated, labels=labels, output_attentions=True)
-    assert_close(together.loss, apart.loss, **EXACT)
-    assert_close(together.logits, apart.logits, **EXACT)
-    assert_close(together.cross_attentions[0], apart.cross_attentions[0], **EXACT)
-
-
 @pytest.mark.parametrize("training", [False, True])
-def test_labels_by_image_are_those_in_adjacent_rows(training):
+def test_labels_by_image_equal_labels_in_adjacent_rows(training):
     model, pictures = tiny_model(dropout=0.0).train(training), torch.rand(2, 3, 64, 64).double()
     rows = torch.tensor([[5, 6, 2, -100], [7, 8, 9, 2], [4, 2, -100, -100], [10, 11, 4, 2]])  # (R, T)
     by_image = rows.unflatten(0, (2, 2))  # (B, k, T)
@@ -176,7 +146,7 @@ def test_labels_by_image_are_those_in_adjacent_rows(training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_labels_of_other_images_are_refused(training):
+def test_labels_of_another_number_of_images_are_rejected(training):
     """Two images and the captions of four: as rows they would be taken for two captions each."""
     model, labels = tiny_model().train(training), torch.tensor([[[5, 2]], [[6, 2]], [[7, 2]], [[8, 2]]])  # (4, 1, T)
     pictures = torch.rand(2, 3, 64, 64).double()
@@ -190,21 +160,8 @@ def test_labels_of_other_images_are_refused(training):
             model(labels=labels, **picture)
 
 
-def test_left_padded_prompts_in_one_batch_equal_single_ones():
-    model, regions = cached_model(), random_regions(3)
-    prompts = [[5, 6, 7], [8], [9, 10]]
-    ids = torch.tensor([[BOS, *[PAD] * (3 - len(p)), *p] for p in prompts])
-    mask = torch.tensor([[1, *[0] * (3 - len(p)), *[1] * len(p)] for p in prompts])
-    together = run(model, regions, ids, mask)
-    for row, prompt in enumerate(prompts):
-        image = GridEncoderOutput(last_hidden_state=regions.last_hidden_state[row : row + 1])
-        single = run(model, image, torch.tensor([[BOS, *prompt]]))
-        assert_close(together.logits[row, -1], single.logits[0, -1], **EXACT)
-        assert_close(together.decoder_hidden_states[0][row, -1], single.decoder_hidden_states[0][0, -1], **EXACT)
-
-
 @pytest.mark.parametrize("cached", [False, True])
-def test_padding_after_the_last_word_leaves_its_prediction(cached):
+def test_padding_after_the_last_word_does_not_change_its_prediction(cached):
     """A batch of prompts may hold an empty one: [BOS, pad, pad] must go on as [BOS] does."""
     model, regions = cached_model(), random_regions(2)
     ids = torch.tensor([[BOS, PAD, PAD], [BOS, 5, 6]])
@@ -238,29 +195,6 @@ def test_doubly_stochastic_term_by_hand():
     assert_close(loss, torch.tensor(12.0).double().log() + 2.0 * uneven, **EXACT)
 
 
-def test_loss_adds_up_over_accumulated_batches():
-    model, regions = tiny_model(label_smoothing=0.1), random_regions(3)
-    labels = torch.tensor([[5, 6, 7, EOS], [8, EOS, -100, -100], [9, 10, EOS, -100]])
-    whole = model(encoder_outputs=regions, labels=labels).loss
-    parts = [
-        model(
-            encoder_outputs=GridEncoderOutput(last_hidden_state=regions.last_hidden_state[i : i + 1]),
-            labels=labels[i : i + 1],
-            num_items_in_batch=torch.tensor(9),
-        ).loss
-        for i in range(3)
-    ]
-    assert_close(sum(parts), whole, **EXACT)
-
-
-def test_labels_are_what_the_decoder_should_say_next():
-    """Not shifted twice: the loss without regulariser is the cross-entropy of forced logits against the labels."""
-    model, regions = tiny_model(alpha_c=0.0), random_regions(1)
-    labels = torch.tensor([[5, 6, EOS]])
-    logits = run(model, regions, torch.tensor([[BOS, 5, 6]])).logits
-    assert_close(model(encoder_outputs=regions, labels=labels).loss, F.cross_entropy(logits[0], labels[0]), **EXACT)
-
-
 def test_dropout_only_in_training():
     model, regions = tiny_model(dropout=0.5), random_regions(1)
     ids = torch.tensor([[BOS, 5, 6, 7]])
@@ -274,7 +208,7 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize("grid", [None, 2, (1, 3), (5, 4)])
-def test_regions_are_windows_over_the_map_row_by_row(grid):
+def test_regions_are_pooled_features_row_by_row(grid):
     model = tiny_model(grid_size=grid)
     pictures = torch.rand(2, 3, 70, 90, dtype=torch.float64)
     with torch.no_grad():
@@ -289,7 +223,7 @@ def test_regions_are_windows_over_the_map_row_by_row(grid):
     assert out.last_hidden_state.shape == (2, rows * columns, 4)
 
 
-def test_pictures_features_and_encoder_outputs_are_one_thing():
+def test_images_features_and_encoder_outputs_give_equal_results():
     model = tiny_model()
     pictures, labels = torch.rand(2, 3, 64, 64).double(), torch.tensor([[5, EOS], [6, EOS]])
     with torch.no_grad():
@@ -306,7 +240,7 @@ def test_pictures_features_and_encoder_outputs_are_one_thing():
             assert_close(got.logits, want.logits, **EXACT)
 
 
-def test_clear_errors():
+def test_errors_name_bad_input():
     model, regions = cached_model(), random_regions(2)
     with pytest.raises(ValueError, match="3 rows of words for 2 images"):
         run(model, regions, torch.full((3, 2), BOS))
@@ -361,7 +295,7 @@ def test_trained_backbone(origin, frozen_statistics, tmp_path):
 
 
 @pytest.mark.parametrize("origin", ["fresh", "switched", "reloaded"])
-def test_last_blocks_learn_from_the_maps_before_them_as_from_the_pictures(origin, tmp_path):
+def test_last_blocks_learn_equally_from_cached_features_and_images(origin, tmp_path):
     model = with_batch_norm(origin, tmp_path, freeze_backbone=False, trainable_blocks=2, freeze_batch_norm=False, dropout=0.0)
     encoder = model.model.encoder
     learning = {id(parameter) for block in encoder.blocks()[-2:] for parameter in block.parameters()}
@@ -385,12 +319,12 @@ def test_last_blocks_learn_from_the_maps_before_them_as_from_the_pictures(origin
             assert_close(gradients[1][name], gradients[0][name])
 
 
-def test_blocks_that_there_are_not_cannot_learn():
+def test_too_many_trainable_blocks_are_rejected():
     with pytest.raises(ValueError, match=r"`trainable_blocks` is 99, but squeezenet1_1 has 13 blocks"):
         tiny_model(backbone="squeezenet1_1", freeze_backbone=False, trainable_blocks=99)
 
 
-def test_frozen_words_get_no_gradient():
+def test_frozen_word_embeddings_get_no_gradient():
     model = tiny_model(freeze_word_embeddings=True).float().train()
     train_one_step(model)
     assert model.get_input_embeddings().weight.grad is None
@@ -443,7 +377,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert len(runs) == 3, "a checkpointed block runs again in the backward pass"
 
 
-def test_initialisation_lets_attention_start_even():
+def test_initial_distance_bias_and_padding_embedding_are_zero():
     """A fresh model prefers no distance between words, and its padding is silent."""
     model = AttnCapForConditionalGeneration(cached_model().config)
     decoder = model.model.decoder
@@ -458,7 +392,7 @@ def test_initialisation_lets_attention_start_even():
     assert all(weight.std() > 0 for weight in weights)
 
 
-def test_rows_share_the_projection_of_their_image():
+def test_regions_are_projected_once_per_image():
     """K is computed once an image, not once a caption or a word."""
     model, regions = cached_model(), random_regions(2)
     seen = []
@@ -468,7 +402,7 @@ def test_rows_share_the_projection_of_their_image():
     assert seen == [2]
 
 
-def test_word_order_and_distance_matter():
+def test_word_attention_uses_the_distance_bias():
     """ "history" reads its bias by distance: shifting the bias changes the weights as the formula says."""
     model = tiny_model(max_word_distance=3)
     ids = torch.tensor([[BOS, 5, 6, 7, 8, 9]])

@@ -32,8 +32,8 @@ MODEL = {
     "alpha_c": 0.0,
 }
 
-# Main of several command lines on the same processes. What each process trains on goes to files: for every batch and image of it
-# the number that its picture shows, its captions, and whether they count.
+# Main of several command lines on the same processes. Each process writes what it trains on: for every batch and image, the
+# number that the image shows, its captions, and whether they count.
 RUN = """
 import json
 import sys
@@ -43,7 +43,7 @@ from accelerate import PartialState
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
 
-met = []
+seen = []
 plain = CaptionTrainer.compute_loss
 
 def compute_loss(self, model, inputs, *args, **kwargs):
@@ -54,15 +54,15 @@ def compute_loss(self, model, inputs, *args, **kwargs):
         labels = inputs["labels"].reshape(len(shades), -1, inputs["labels"].shape[-1])
         captions = [processor.batch_decode(rows.clamp(min=0), skip_special_tokens=True) for rows in labels]
         numbers = (shades / SHADE).round().int().tolist()
-        met.append([[n, c, bool((r != -100).any())] for n, c, r in zip(numbers, captions, labels)])
+        seen.append([[n, c, bool((r != -100).any())] for n, c, r in zip(numbers, captions, labels)])
     return plain(self, model, inputs, *args, **kwargs)
 
 CaptionTrainer.compute_loss = compute_loss
 for argv in json.loads(Path(sys.argv[1]).read_text()):
-    met.clear()
+    seen.clear()
     assert main(argv) == 0, argv
     output = Path(argv[argv.index("--output_dir") + 1])
-    (output / f"met-{PartialState().process_index}.json").write_text(json.dumps(met))
+    (output / f"seen-{PartialState().process_index}.json").write_text(json.dumps(seen))
 """.replace("SHADE", str(SHADE))
 
 
@@ -71,7 +71,7 @@ def word(number: int) -> str:
 
 
 def captions(number: int, varied: bool = True) -> list[str]:
-    """Of different lengths, so that batches differ in theirs, or of equal ones."""
+    """Three captions, of different lengths if `varied`."""
     middle = ["very"] * (number % 7 if varied else 1)
     return [f"{word(number)} is here", " ".join(["this is", *middle, word(number)]), f"see {word(number)}"]
 
@@ -83,7 +83,7 @@ def png(number: int) -> bytes:
 
 
 def write_shards(folder: Path, sizes: list[int], varied: bool) -> str:
-    """WebDataset shards of so many images, whose numbers go on from shard to shard."""
+    """WebDataset shards with these numbers of images, numbered from 0 across all shards."""
     folder.mkdir()
     numbers = iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):
@@ -128,7 +128,7 @@ def runs(tmp_path_factory) -> Path:
         more |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         shards = write_shards(folder / f"shards {name}", sizes, varied=name != "even")
         lines.append(options(shards, folder / f"stream {name}", **more))
-        if name == "uneven":  # taken up again where one process has no image left in the pass
+        if name == "uneven":  # resumed where one process has no image left in the epoch
             lines[-1] += ["--save_strategy", "steps", "--save_steps", "4"]
             more["resume_from_checkpoint"] = folder / f"stream {name}" / "checkpoint-4"
             lines.append(options(shards, folder / "resumed", **more))
@@ -141,17 +141,17 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def met(folder: Path) -> list[list[list[Any]]]:
+def seen(folder: Path) -> list[list[list[Any]]]:
     """What each process trained on."""
-    return [json.loads((folder / f"met-{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"stream {name}" for name in STREAMS), *(f"table {name}" for name in TABLES)])
-def test_images_keep_their_captions_and_count_once_a_pass(name, runs):
+def test_images_keep_their_captions_and_count_once_per_epoch(name, runs):
     kind, _, which = name.partition(" ")
     images = sum(STREAMS[which][0]) if kind == "stream" else TABLES[which]
-    processes = met(runs / name)
+    processes = seen(runs / name)
     assert len(processes[0]) == len(processes[1])
     for number, texts, counts in (image for batches in processes for batch in batches for image in batch):
         assert not counts or (len(texts) == PER_IMAGE and set(texts) == set(captions(number, name != "stream even"))), (
@@ -172,9 +172,9 @@ PARTS = (lambda batches: batches[: len(batches) // 2], lambda batches: batches[l
 
 
 @pytest.mark.slow
-def test_a_stream_is_taken_up_again_where_one_process_has_no_image_left(runs):
+def test_stream_resumes_where_one_process_has_no_image_left(runs):
     whole, resumed = runs / "stream uneven", runs / "resumed"
-    for before, after in zip(met(whole), met(resumed), strict=True):
+    for before, after in zip(seen(whole), seen(resumed), strict=True):
         assert [image for batch in before[4:] for image in batch if image[2]] == [
             image for batch in after for image in batch if image[2]
         ]
@@ -190,7 +190,7 @@ def numbered(shards: list[str]):
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2))
-def test_shares_of_a_stream_are_all_of_it_and_nothing_twice(shards, processes, epoch):
+def test_each_row_of_a_stream_belongs_to_one_process(shards, processes, epoch):
     """Also after shuffling, in any pass; with a shard for each process at least, none reads a shard of another's."""
     names = [f"{shard}" for shard in range(shards)]
     rows: Any = IterableDataset.from_generator(numbered, gen_kwargs={"shards": names})

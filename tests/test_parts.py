@@ -9,7 +9,7 @@ import torchvision
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import BOS, EOS, PAD, load, tiny_model
+from reference import BOS, PAD, load, tiny_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -44,7 +44,7 @@ POOLED = ["resnet18", "densenet121", "googlenet", "inception_v3", "mobilenet_v2"
 
 
 @pytest.mark.parametrize("name", [*POOLED, "squeezenet1_1", "mnasnet0_5", "shufflenet_v2_x0_5"])
-def test_backbone_gives_what_torchvision_pools(name, monkeypatch):
+def test_backbone_output_is_what_torchvision_pools(name, monkeypatch):
     torch.manual_seed(0)
     net, backbone = torchvision_classifier(name), build_backbone(name).eval()
     calibrate(net)
@@ -76,26 +76,12 @@ def children_until_fc(net, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_counting_channels_leaves_the_backbone_alone():
+def test_counting_channels_does_not_change_the_backbone():
     backbone = build_backbone("shufflenet_v2_x0_5").train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     assert count_channels(backbone) == 1024
     assert backbone.training
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf"])
-def test_saved_and_loaded_is_the_same(name, tmp_path):
-    model = tiny_model(backbone=name)
-    calibrate(model.model.encoder.backbone)
-    model.save_pretrained(tmp_path)
-    loaded, info = load(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    state = loaded.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    inputs = {"pixel_values": torch.rand(2, 3, 64, 64), "decoder_input_ids": torch.tensor([[BOS, 5]] * 2)}
-    with torch.no_grad():
-        assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_fresh_backbone_is_initialised_as_torchvision_does():
@@ -108,14 +94,6 @@ def test_a_fresh_backbone_is_initialised_as_torchvision_does():
 
 
 @pytest.mark.slow
-def test_every_cnn_of_torchvision_ends_in_a_map():
-    names = torchvision.models.list_models(module=torchvision.models)
-    for name in (name for name in names if name.split("_")[0] not in ("vit", "swin", "maxvit")):
-        with torch.device("meta"):
-            assert count_channels(build_backbone(name)) >= 256, name
-
-
-@pytest.mark.slow
 def test_the_full_model_in_bfloat16_by_device_map(tmp_path):
     pytest.importorskip("accelerate")
     AttnCapForConditionalGeneration(AttnCapConfig(word_attention="history")).save_pretrained(tmp_path)
@@ -125,19 +103,6 @@ def test_the_full_model_in_bfloat16_by_device_map(tmp_path):
     sequences = model.generate(pixel_values=pixel_values, max_new_tokens=4, num_beams=2)
     maps, words = model.caption_attentions(sequences, pixel_values=pixel_values)
     assert maps.shape[1:] == (sequences.shape[1] - 1, 7, 7) and words is not None
-
-
-def test_bfloat16_by_device_map(tmp_path):
-    pytest.importorskip("accelerate")
-    model = tiny_model().float()
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path, dtype=torch.bfloat16, device_map="cpu")
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    inputs = {"pixel_values": torch.rand(1, 3, 64, 64), "labels": torch.tensor([[5, EOS]])}
-    with torch.no_grad():
-        got, want = loaded(**inputs), model(**inputs)
-    assert got.logits.dtype == torch.bfloat16 and got.loss.dtype == torch.float32
-    assert_close(got.logits.float(), want.logits, rtol=0.1, atol=1.0)
 
 
 # --- TensorFlow's padding ---
@@ -250,14 +215,14 @@ def test_backbone_from_a_state_dict(form, tmp_path):
         assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_auxiliary_classifiers_in_the_file_are_left_out(tmp_path):
+def test_auxiliary_classifiers_in_a_file_are_ignored(tmp_path):
     net = torchvision_classifier("googlenet", aux_logits=True)
     torch.save(net.state_dict(), tmp_path / "googlenet.pth")
     backbone = new_model("googlenet", backbone_weights=tmp_path / "googlenet.pth").model.encoder.backbone
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in backbone.state_dict().items())
 
 
-def test_files_that_do_not_fit_name_the_tensor(tmp_path):
+def test_error_of_weights_that_do_not_fit_names_the_tensor(tmp_path):
     state = torchvision_classifier("squeezenet1_1").state_dict()
     path = tmp_path / "weights.pth"
     torch.save({key: value for key, value in state.items() if key != "features.3.squeeze.bias"}, path)
@@ -289,7 +254,7 @@ def unreadable_files(folder) -> dict[str, str]:
     }
 
 
-def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
+def test_error_of_a_file_without_weights_says_what_is_expected(tmp_path):
     backbone = build_backbone("squeezenet1_1")
     for name, said in unreadable_files(tmp_path).items():
         expected = "expected squeezenet1_1 in torchvision's layout as a .safetensors file, or"
@@ -301,7 +266,7 @@ def test_files_without_weights_are_named_with_what_is_expected(tmp_path):
         load_backbone_weights(backbone, "squeezenet1_1", tmp_path / "numbers.pth")
 
 
-def test_unknown_weights_name_the_known_ones():
+def test_error_of_unknown_weights_lists_the_known_ones():
     with pytest.raises(ValueError, match="'IMAGENET1K_V9': no such file, and torchvision's weights of resnet18 are IMAGENET1K_V1"):
         new_model("resnet18", backbone_weights="IMAGENET1K_V9")
 
@@ -310,7 +275,7 @@ def test_unknown_weights_name_the_known_ones():
     "backbone, name",
     [("squeezenet1_1", "DEFAULT"), ("mobilenet_v2", "IMAGENET1K_V2"), ("googlenet", "DEFAULT")],
 )
-def test_torchvision_weights_by_name_bring_mean_and_std(backbone, name, monkeypatch):
+def test_torchvision_weights_by_name_set_mean_and_std(backbone, name, monkeypatch):
     net, asked = torchvision_classifier(backbone), []
 
     def fetch(self, *args, **kwargs):
@@ -364,7 +329,7 @@ def test_word_vectors_need_an_untied_output(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_path_of_word_vectors_names_the_function_that_reads_it(kind):
+def test_error_of_a_path_of_word_vectors_names_the_reader(kind):
     wanted = r"word_vectors.read_word_vectors\('vectors.txt', tokenizer.get_vocab\(\), 5\)"
     with pytest.raises(ValueError, match=wanted):
         new_model(word_vectors=kind("vectors.txt"))

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoProcessor, pipeline
 
-from hf_attncap.pipeline_attncap import AttnCapPipeline, CaptionPieces
+from hf_attncap.captions_attncap import CaptionPieces
+from hf_attncap.pipeline_attncap import AttnCapPipeline
 from hf_attncap.processing_attncap import AttnCapProcessor
 
 make_pipeline: Any = pipeline  # its overloads know only the library's own tasks

@@ -18,8 +18,8 @@ from hf_attncap.training.data.collator import CaptionCollator
 from hf_attncap.training.data.splits import load_data
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
-from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, new_images, policy
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, disable_dropout, sample
+from hf_attncap.training.trainers.caption_trainer import CaptionTrainer, new_images
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, disable_dropout, policy_logits, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -411,11 +411,11 @@ def test_half_precision_sampling_and_loss_use_the_same_probabilities(warm, parqu
     with torch.no_grad(), trainer.accelerator.autocast():
         regions = trainer._encode(trainer.data_collator([rows[i] for i in range(7)])).last_hidden_state
         samples = sample(model, regions, 5)  # (R, T)
-        learnt = policy(model, model(encoder_outputs=(regions,), labels=samples).logits).log_softmax(-1)  # (R, T, V)
+        learnt = policy_logits(model, model(encoder_outputs=(regions,), labels=samples).logits).log_softmax(-1)  # (R, T, V)
         state, drawn, words = None, [], torch.full((len(samples), 1), end)
         for t in range(samples.shape[1]):
             out = model(encoder_outputs=(regions,), decoder_input_ids=words, past_key_values=state, use_cache=True)
-            drawn.append(policy(model, out.logits[:, -1]).log_softmax(-1))
+            drawn.append(policy_logits(model, out.logits[:, -1]).log_softmax(-1))
             state, words = out.past_key_values, samples[:, t, None].clamp(min=0)
     assert learnt.dtype == torch.float32
     said = samples != -100

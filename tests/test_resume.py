@@ -239,10 +239,10 @@ def test_early_stopping_continues_after_resuming(stages, table, validation, tmp_
 
 
 def test_best_and_newest_checkpoints_are_kept(stages, table, validation, tmp_path):
-    """With this learning rate the captioner gets worse: the best checkpoint is not always the newest, and only it remains."""
+    """The highest loss counts as the best here, so the best checkpoint is not always the newest; only the best remains."""
     output = tmp_path / "run"
     each = {**validation, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
-    best = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "learning_rate": 0.5, "save_total_limit": 1}
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True, "save_total_limit": 1}
     kept: list[list[int]] = []
 
     class Watch(TrainerCallback):
@@ -261,7 +261,7 @@ def test_best_and_newest_checkpoints_are_kept(stages, table, validation, tmp_pat
     state = json.loads((output / "trainer_state.json").read_text())
     evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     losses = dict(enumerate(evaluated[:4], 1))  # the last entry is the evaluation of the best checkpoint
-    best_then = [min(list(losses)[:step], key=lambda step: losses[step]) for step in range(1, 5)]
+    best_then = [max(list(losses)[:step], key=lambda step: losses[step]) for step in range(1, 5)]
     assert kept == [sorted({best, step}) for step, best in enumerate(best_then, 1)] and any(len(steps) == 2 for steps in kept)
     assert steps_of(output) == best_then[-1:] and not (output / UNFINISHED).exists()
     assert state["best_model_checkpoint"] == str(output / f"checkpoint-{best_then[-1]}")
@@ -293,8 +293,8 @@ def test_randomness_depends_on_seed_epoch_and_image():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_draw_other_captions_and_crops_whoever_reads(warm, workers):
-    """Also workers that live on from epoch to epoch, which were told nothing after they had started."""
+def test_captions_and_crops_depend_on_the_epoch_and_not_on_the_worker(warm, workers):
+    """Also with persistent workers, which get no messages after they have started."""
     rows = Dataset.from_dict(
         {
             "image": [{"bytes": picture(seed), "path": None} for seed in range(len(COLOURS))],

@@ -1,4 +1,4 @@
-"""Settings of a wrong type, in a YAML file or on the command line, end in one sentence; those that do nothing are told."""
+"""Settings of a wrong type give one sentence, in a YAML file and on the command line. Unused settings are reported."""
 
 import json
 import logging
@@ -35,13 +35,13 @@ WORDS = ["", "x", "[]", "{", "nan", "-", "1.5.2", "None", '{"a": 1}', "[1]", "\u
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A run's own options, whose training file is not there: what gets through all checks of settings ends at that."""
+    """Options of a run whose training file does not exist, so that settings that pass all checks end with that error."""
     folder = tmp_path_factory.mktemp("settings")
     return folder, ["--train_file", str(folder / "none.csv"), "--output_dir", str(folder / "out"), "--use_cpu", "True"]
 
 
 def run(argv: list[str], capsys) -> str:
-    """The error of a command line; with a traceback it would not return."""
+    """The error that a command line prints."""
     environment = dict(os.environ)
     try:
         code = main(argv)
@@ -56,7 +56,7 @@ def run(argv: list[str], capsys) -> str:
 @pytest.mark.parametrize("name", EACH)
 @given(value=VALUES)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_in_a_config_file_ends_in_one_sentence(name, value, data, capsys):
+def test_any_value_in_a_config_file_gives_one_sentence(name, value, data, capsys):
     folder, argv = data
     (folder / "a.yaml").write_text(yaml.safe_dump({name: value}))
     argv = [word for word, before in zip(argv[::2], argv[1::2]) if word != f"--{name}" for word in (word, before)]
@@ -64,14 +64,14 @@ def test_any_value_in_a_config_file_ends_in_one_sentence(name, value, data, caps
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_any_word_on_the_command_line_ends_in_one_sentence(name, data, capsys):
+def test_any_text_on_the_command_line_gives_one_sentence(name, data, capsys):
     for word in WORDS:
         run([*data[1], f"--{name}={word}"], capsys)
     run([*data[1], f"--{name}"], capsys)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if {int, float} & {HINTS[name], *get_args(HINTS[name])}])
-def test_a_word_for_a_number_is_refused_by_the_name_of_its_setting(name, data, capsys):
+def test_text_for_a_number_is_refused_with_the_name_of_the_setting(name, data, capsys):
     if str in get_args(HINTS[name]):
         return
     error = run([*data[1], f"--{name}", "many"], capsys)
@@ -91,12 +91,12 @@ MODEL_CONFIG = {
 
 
 @pytest.mark.parametrize(("text", "message"), MODEL_CONFIG.values(), ids=MODEL_CONFIG)
-def test_wrong_fields_of_the_model_are_one_sentence(text, message, data, capsys):
+def test_wrong_model_config_is_refused(text, message, data, capsys):
     assert message in run([*data[1], "--model_config", text], capsys)
 
 
 @pytest.mark.parametrize("text", ["", " 5", " [a]", " {dropout: much}", " {1: 2}", "\n  dropout:", " {backbone: [x]}"])
-def test_fields_of_the_model_in_a_file_may_be_empty_and_not_wrong(text, data, capsys):
+def test_wrong_model_config_in_a_file_is_refused(text, data, capsys):
     (data[0] / "a.yaml").write_text(f"model_config:{text}\nmin_count: 2\n")
     error = run(["--config", str(data[0] / "a.yaml"), *data[1]], capsys)
     # Types of known fields are checked when a captioner is made, after the data are found.
@@ -108,11 +108,6 @@ WARNED = [
     ({**CHECKPOINT, "min_count": 2}, "`min_count` is not used"),
     ({**CHECKPOINT, "tokenizer_kind": "bpe"}, "`tokenizer_kind` is not used"),
     ({**CHECKPOINT, "image_size": 100}, "`image_size` is not used"),
-    ({"eval_steps": 5}, "`eval_steps` is not used: it needs `eval_strategy: steps`"),
-    ({"max_steps": 5, "num_train_epochs": 2}, "`num_train_epochs` is not used: it is overridden by `max_steps`"),
-    ({"do_train": True}, "`do_train` is not used"),
-    ({"metric_for_best_model": "loss"}, "`metric_for_best_model` is not used: it has no effect without `load_best_model_at_end`"),
-    ({"hub_model_id": "a/b"}, "`hub_model_id` is not used: it needs `push_to_hub`"),
     (
         {"model_config": '{"trainable_blocks": 2}'},
         "`trainable_blocks` in `model_config` is not used: it needs `freeze_backbone",
@@ -124,14 +119,11 @@ REFUSED = [
     ({**CHECKPOINT, "backbone_weights": "DEFAULT"}, "`backbone_weights` is not used: it is for a new captioner"),
     ({"extend_vocabulary": True}, "`extend_vocabulary` is not used: it is for a checkpoint"),
     ({"samples_per_image": 3}, "`samples_per_image` is not used: it needs `self_critical`"),
-    ({"generation_num_beams": 2}, "`generation_num_beams` is not used: it is for evaluations that generate captions"),
+    ({"cross_entropy_weight": 0.3}, "`cross_entropy_weight` is not used: it needs `self_critical`"),
     ({"train_split": "train"}, "`train_split` is not used"),
     ({"validation_split": "val"}, "`validation_split` is not used"),
     ({"validation_image_dir": "x"}, "`validation_image_dir` is not used"),
     ({"remove_unused_columns": True}, "`remove_unused_columns` is not used: it is set by this trainer"),
-    ({"prediction_loss_only": True}, "`prediction_loss_only` is not used"),
-    ({"logging_nan_inf_filter": True}, "`logging_nan_inf_filter` is not used"),
-    ({"label_names": "words"}, "`label_names` is not used"),
     ({"include_num_input_tokens_seen": True}, "`include_num_input_tokens_seen` is not used"),
     ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is not used: it sorts rows by length"),
 ]
@@ -156,11 +148,11 @@ def test_settings_without_effect_are_a_warning(values, message, in_file, data, c
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
-def test_settings_that_can_only_be_a_mistake_are_refused(values, message, data, capsys):
+def test_settings_that_are_a_mistake_are_refused(values, message, data, capsys):
     assert message in run([*data[1], *words_of(values)], capsys)
 
 
-def test_settings_left_at_their_defaults_or_used_say_nothing(data, caplog):
+def test_used_settings_and_defaults_give_no_warning(data, caplog):
     used = {
         "min_count": 2,
         "image_size": 64,
@@ -175,9 +167,9 @@ def test_settings_left_at_their_defaults_or_used_say_nothing(data, caplog):
     assert "not used" not in caplog.text
 
 
-def test_rules_name_settings_that_there_are():
+def test_rules_name_existing_settings():
     from hf_attncap.training.unused_options import MODEL_CONFIG_RULES, RULES
 
-    known = set(OPTIONS) | {"train_sampling_strategy"}  # of newer transformers
+    known = set(OPTIONS)
     assert not {name for rule in RULES for name in rule.options} - known
     assert not {name for rule in MODEL_CONFIG_RULES for name in rule.options} - {item.name for item in fields(AttnCapConfig)}

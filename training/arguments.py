@@ -159,6 +159,12 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             "help": "Validation images whose captions and attention are saved to `output_dir/samples` at every evaluation. 0: none."
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "`last`: resume from the last checkpoint in `output_dir`, if there is one. Or the folder of a checkpoint."
+        },
+    )
     self_critical: bool = field(
         default=False,
         metadata={"help": "Self-critical training: maximise CIDEr-D of sampled captions. Needs a trained checkpoint."},
@@ -207,8 +213,6 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
 
     def _check_self_critical(self) -> None:
         if not self.self_critical:
-            if self.cross_entropy_weight:
-                raise SettingError("`cross_entropy_weight` needs `self_critical`: set that as well, or leave it out.")
             return
         if self.samples_per_image < 2:
             raise SettingError(
@@ -239,9 +243,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
             has no effect and must be a mistake. Other settings without effect are a warning.
     """
     parser = Parser(GROUPS, prog="attncap train")
-    for action in parser._actions:
-        if action.dest == "resume_from_checkpoint":
-            action.help = "`last`: resume from the last checkpoint in `output_dir`, if there is one. Or the folder of a checkpoint."
     settings, fields_of_model = parser.read(argv)
     parser.set_defaults(**settings)
     model, data, training, _ = parser.parse_args_into_dataclasses(args=[])  # the last holds `--config`
@@ -256,17 +257,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Cap
     return model, data, training
 
 
-def refuse_without_validation(training: CaptionTrainingArguments) -> None:
-    """Raises a SettingError for settings that need validation images."""
-    wants = {"predict_with_generate": training.predict_with_generate, "eval_strategy": training.eval_strategy != "no"}
-    for setting, wanted in wants.items():
-        if wanted:
-            raise SettingError(
-                f"`{setting}` needs validation images and there are none: give `--validation_file`, `--validation_split` or "
-                f"`--validation_share 0.05`, or set `{setting}` to {'no' if setting == 'eval_strategy' else 'false'}."
-            )
-
-
 def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None:
     given = [name for name in ("dataset_name", "data_dir", "train_file") if getattr(data, name)]
     if not given:
@@ -279,10 +269,6 @@ def _check_data(data: DataArguments, training: CaptionTrainingArguments) -> None
         raise SettingError("`validation_file` and `validation_share` both name the validation images: give one of them.")
     if not 0 <= data.validation_share < 1:
         raise SettingError(f"`validation_share` is {data.validation_share:g}: it must be at least 0 and below 1.")
-    if data.train_file and not (data.inspect or data.validation_file or data.validation_share or data.train_file.endswith(".json")):
-        refuse_without_validation(training)
-    if data.dataset_config_name and not data.dataset_name:
-        raise SettingError("`dataset_config_name` needs `dataset_name`, which is not set.")
     if data.streaming and training.max_steps <= 0 and not data.inspect:
         raise SettingError("The length of a stream is unknown: with `streaming` set `--max_steps`.")
     _check_views(data)

@@ -1,10 +1,9 @@
 """`attncap train`: one training run, from its settings to a saved captioner."""
 
-import copy
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,21 +13,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import has_length
 
 from hf_attncap import AttnCapForConditionalGeneration, AttnCapProcessor
 from hf_attncap.atomic import atomic_files
 from hf_attncap.hub import ABOUT, RECORD
 from hf_attncap.metrics import caption_compute_metrics
 
-from .arguments import (
-    CaptionTrainingArguments,
-    DataArguments,
-    ModelArguments,
-    SettingError,
-    parse_arguments,
-    refuse_without_validation,
-)
+from .arguments import CaptionTrainingArguments, DataArguments, ModelArguments, SettingError, parse_arguments
 from .checkpoints.hub_upload import HubSharing
 from .checkpoints.record import earlier_stages, provenance, stage
 from .data.augmentation import Augmentation, CachedViews, EpochRandomness, add_mirrored_references, augment_rows
@@ -60,7 +51,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: Captio
 
     splits = load_data(data, training.seed)
     if splits.validation is None:
-        refuse_without_validation(training)
+        _check_without_validation(training)
         logger.warning("there are no validation images: no evaluations, no sample captions and no best checkpoint")
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     captions = splits.captions(training.max_steps * batch)
@@ -130,6 +121,19 @@ def _find_checkpoint(training: CaptionTrainingArguments, output: Path) -> str | 
     return str(last) if last else None
 
 
+def _check_without_validation(training: CaptionTrainingArguments) -> None:
+    """Raises a SettingError for settings that need validation images."""
+    for setting, used, off in (
+        ("predict_with_generate", training.predict_with_generate, "false"),
+        ("eval_strategy", training.eval_strategy != "no", "no"),
+    ):
+        if used:
+            raise SettingError(
+                f"`{setting}` needs validation images and there are none: give `--validation_file`, `--validation_split` or "
+                f"`--validation_share 0.05`, or set `{setting}` to {off}."
+            )
+
+
 def _build_trainer(
     model: AttnCapForConditionalGeneration,
     processor: AttnCapProcessor,
@@ -156,7 +160,10 @@ def _build_trainer(
     training.prediction_loss_only = not training.predict_with_generate
     patience = training.early_stopping_patience
     collator = CaptionCollator(processor, data.captions_per_image, data.max_caption_words, training.self_critical, randomness)
-    _check_batch_norm(model, processor, train_rows, training)
+    scores = None
+    if validation and training.predict_with_generate:
+        decode = partial(processor.batch_decode, skip_special_tokens=True)
+        scores = caption_compute_metrics(validation["captions"][:], decode)
     trainer: CaptionTrainer = trainer_class(
         model=model,
         args=training,
@@ -165,7 +172,7 @@ def _build_trainer(
         data_collator=collator,
         eval_data_collator=replace(collator, randomness=EpochRandomness(training.seed)),  # the same captions at every evaluation
         processing_class=processor,
-        compute_metrics=_score_captions(validation, processor) if validation and training.predict_with_generate else None,
+        compute_metrics=scores,
         callbacks=[randomness, *uploads, *([EarlyStopping(patience)] if patience is not None else [])],
     )
     is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # this process holds all weights
@@ -201,19 +208,6 @@ def _build_rows(
     return rows, CachedViews(splits.validation, compute_features) if splits.validation else None
 
 
-def _check_batch_norm(model: AttnCapForConditionalGeneration, processor: AttnCapProcessor, rows: Any, training: Any) -> None:
-    """Raises if batch norm would have to train on a single value: on one image with a 1 x 1 feature map."""
-    if model.config.freeze_backbone or model.config.freeze_batch_norm or not has_length(rows):
-        return
-    batch, rest = training.train_batch_size, len(rows) % training.train_batch_size
-    last_is_single = rest == 1 and not training.dataloader_drop_last and training.world_size == 1  # accelerate fills up others
-    if batch > 1 and not last_is_single:
-        return
-    size = processor.image_processor.size
-    with torch.no_grad(), _explain_batch_norm_error():
-        copy.deepcopy(model.model.encoder).train()(torch.zeros(1, 3, size["height"], size["width"]))
-
-
 @contextmanager
 def _explain_batch_norm_error() -> Iterator[None]:
     try:
@@ -227,13 +221,8 @@ def _explain_batch_norm_error() -> Iterator[None]:
         ) from error
 
 
-def _score_captions(images: Dataset, processor: AttnCapProcessor) -> Callable[[Any], dict[str, float]]:
-    """The Trainer's `compute_metrics`: generated captions against all captions of each image."""
-    return caption_compute_metrics(images["captions"][:], lambda ids: processor.batch_decode(ids, skip_special_tokens=True))
-
-
 def _save_results(output: Path, state: Any, metrics: dict[str, float], stages: list[dict[str, Any]], origins: str | None) -> None:
-    """Saves the Trainer's state, `metrics.json`, the training record and the origins of the weights beside the captioner."""
+    """Saves the Trainer's state, `metrics.json`, the training record and the origins of the weights in the output folder."""
     texts = {"metrics.json": json.dumps(metrics, indent=2), RECORD: json.dumps(stages, indent=1)}
     texts |= {ABOUT: origins} if origins and not (output / ABOUT).exists() else {}
     with disk_errors(output, "metrics.json", sum(map(len, texts.values()))), atomic_files(output) as files:
@@ -254,7 +243,7 @@ def _summarise(trainer: CaptionTrainer, metrics: dict[str, float], output: Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `attncap train`; returns the exit code, 2 if settings or data cannot be used."""
+    """Runs `attncap train`; returns the exit code: 2 if settings or data cannot be used, 130 after Ctrl-C."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         model, data, training = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -265,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error).rpartition("SettingError: ")[2].strip()  # a worker of a data loader puts its traceback before it
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume_from_checkpoint last` continues from the last checkpoint", file=sys.stderr)
+        return 130  # 128 + the number of the signal, as shells report it
     return 0
 
 

@@ -62,8 +62,11 @@ RULES = (
     ),
     Rule(
         ("dataset_config_name",),
-        lambda run: any(os.path.isfile(os.path.join(run.dataset_name or "", f)) for f in ("dataset_dict.json", "state.json")),
-        "is for datasets on the Hub, and `dataset_name` is a folder written by `save_to_disk`: remove it",
+        lambda run: (
+            not run.dataset_name
+            or any(os.path.isfile(os.path.join(run.dataset_name, f)) for f in ("dataset_dict.json", "state.json"))
+        ),
+        "is for datasets on the Hub (`dataset_name`): remove it",
         True,
     ),
     Rule(
@@ -82,47 +85,22 @@ RULES = (
         lambda run: (run.train_file or "").endswith(".tar") and (run.validation_file or ".tar").endswith(".tar"),
         "is for tables: in shards, the names of the members are the ids",
     ),
-    # Kinds of training.
+    # The training.
     Rule(
-        ("samples_per_image",), lambda run: not run.self_critical, "needs `self_critical`: set it too, or remove the option", True
-    ),
-    Rule(
-        ("generation_num_beams", "generation_max_length", "generation_config"),
-        lambda run: not run.predict_with_generate,
-        "is for evaluations that generate captions: set `predict_with_generate` too, or remove the option",
+        ("samples_per_image", "cross_entropy_weight"),
+        lambda run: not run.self_critical,
+        "needs `self_critical`: set it too, or remove the option",
         True,
     ),
-    # Options of transformers that depend on another option.
-    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "is overridden by `max_steps`"),
-    Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "needs `eval_strategy: steps`"),
-    Rule(("save_steps",), lambda run: run.save_strategy != "steps", "needs `save_strategy: steps`"),
+    # Options of transformers that this trainer sets itself, or that would end the run with an error.
     Rule(
-        ("metric_for_best_model", "greater_is_better"),
-        lambda run: not (run.load_best_model_at_end or run.early_stopping_patience or run.save_strategy == "best"),
-        "has no effect without `load_best_model_at_end` or `early_stopping_patience`: set one of them too",
-    ),
-    Rule(
-        ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-        lambda run: not run.push_to_hub,
-        "needs `push_to_hub`",
-    ),
-    # Options of transformers that this trainer sets itself or that do not fit images.
-    Rule(("do_train", "do_eval", "do_predict"), lambda run: True, "is for other scripts"),
-    Rule(
-        ("remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter", "label_names"),
+        ("remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter"),
         lambda run: True,
         "is set by this trainer: remove it",
         True,
     ),
     Rule(
-        (
-            "sortish_sampler",
-            "length_column_name",
-            "include_for_metrics",
-            "batch_eval_metrics",
-            "use_liger_kernel",
-            "liger_kernel_config",
-        ),
+        ("batch_eval_metrics", "include_for_metrics", "use_liger_kernel"),
         lambda run: True,
         "has no effect in this trainer: remove it",
         True,

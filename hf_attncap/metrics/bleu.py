@@ -3,13 +3,12 @@
 Papineni, Roukos, Ward and Zhu (2002), "BLEU: a method for automatic evaluation of machine translation".
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .ngrams import LONGEST, Floats, Ints, Matches, References, Tokens
+from .ngrams import LONGEST, Floats, Ints, Matches
 
 # pycocoevalcap adds these to matches and n-grams: a caption without n-grams scores (1e-15 / 1e-9)^(1/n), not 0 / 0.
 TINY, SMALL = 1e-15, 1e-9
@@ -17,60 +16,37 @@ TINY, SMALL = 1e-15, 1e-9
 
 @dataclass(frozen=True)
 class BleuScores:
-    """BLEU-1 to BLEU-4, 0 to 1, and what they are computed from."""
+    """BLEU-1 to BLEU-4 of P predictions, 0 to 1, and what they are computed from."""
 
     corpus: Floats  # (4,)
-    per_image: Floats  # (I, 4)
-    statistics: Floats  # (I, 10): clipped matches for n = 1..4, n-grams for n = 1..4, prediction's and closest reference's length
+    per_image: Floats  # (P, 4)
+    statistics: Floats  # (P, 10): clipped matches for n = 1..4, n-grams for n = 1..4, prediction's and closest reference's length
 
 
-class Bleu:
-    """Computes BLEU for I images. The n-grams of the references are counted once.
+def score_bleu(matches: Matches) -> BleuScores:
+    """BLEU of predictions, any number per image.
 
-    Args:
-        references: one or more lists of tokens per image; or `References` of them.
-
-    Raises:
-        TypeError: a caption is a string.
-        ValueError: there is no image, or an image has no reference.
+    Counts of n-grams are clipped to their maximum in one reference. The brevity penalty uses the reference length that is closest
+    to the prediction's, the shorter one of a tie. Single images are smoothed only by pycocoevalcap's tiny constants: without a
+    matching 4-gram, BLEU-4 is close to 0. An empty prediction scores 0.
     """
+    found, inside, rows = matches.found, matches.groups >= 0, len(matches.images)
+    clipped = np.minimum(found.counts[inside], matches.references.max_counts[matches.groups[inside]])
+    correct = np.bincount(found.slots[inside], weights=clipped, minlength=rows * LONGEST).reshape(rows, LONGEST)  # (P, 4)
+    guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (P, 4)
+    lengths = np.stack([found.lengths, _closest_lengths(matches)], axis=1)  # (P, 2)
+    statistics = np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)  # (P, 10)
+    return BleuScores(corpus_bleu(statistics.sum(axis=0)), corpus_bleu(statistics), statistics)
 
-    def __init__(self, references: Sequence[Sequence[Tokens]] | References):
-        self.references = references if isinstance(references, References) else References(references)
 
-    def score(self, predictions: Sequence[Tokens] | Matches) -> BleuScores:
-        """BLEU of one prediction for each image, in the images' order.
-
-        Counts of n-grams are clipped to their maximum in one reference. The brevity penalty uses the reference length that is
-        closest to the prediction's, the shorter one of a tie. Single images are smoothed only by pycocoevalcap's tiny constants:
-        without a matching 4-gram, BLEU-4 is close to 0. An empty prediction scores 0.
-
-        Args:
-            predictions: I lists of tokens; or the result of `References.match`.
-
-        Raises:
-            TypeError: a prediction is a string.
-            ValueError: the numbers of predictions and images differ.
-        """
-        statistics = self.statistics(self.references.match(predictions))
-        return BleuScores(corpus_bleu(statistics.sum(axis=0)), corpus_bleu(statistics), statistics)
-
-    def statistics(self, matches: Matches) -> Floats:
-        """`BleuScores.statistics` (P, 10) of P predictions, any number per image."""
-        found, inside, rows = matches.found, matches.groups >= 0, len(matches.images)
-        clipped = np.minimum(found.counts[inside], self.references.most[matches.groups[inside]])
-        correct = np.bincount(found.slots[inside], weights=clipped, minlength=rows * LONGEST).reshape(rows, LONGEST)
-        guesses = np.maximum(found.lengths[:, None] - np.arange(LONGEST), 0)  # (P, 4)
-        lengths = np.stack([found.lengths, self._closest(found.lengths, matches.images)], axis=1)  # (P, 2)
-        return np.concatenate([correct, guesses, lengths], axis=1).astype(np.float64)
-
-    def _closest(self, lengths: Ints, images: Ints) -> Ints:
-        """(P,): the reference length closest to the length of each prediction."""
-        starts, rows, own = self.references.pairs(images)  # (P,), (Q,), (Q,)
-        found = self.references.lengths[own]  # (Q,)
-        scale = self.references.lengths.max() + 1
-        distance = np.abs(found - lengths[rows])  # (Q,)
-        return np.minimum.reduceat(distance * scale + found, starts) % scale if len(rows) else lengths
+def _closest_lengths(matches: Matches) -> Ints:
+    """(P,): the reference length closest to the length of each prediction."""
+    references, lengths = matches.references, matches.found.lengths  # (P,)
+    starts, rows, own = references.pairs(matches.images)  # (P,), (Q,), (Q,)
+    found = references.lengths[own]  # (Q,)
+    scale = references.lengths.max() + 1
+    distance = np.abs(found - lengths[rows])  # (Q,)
+    return np.minimum.reduceat(distance * scale + found, starts) % scale if len(rows) else lengths
 
 
 def corpus_bleu(totals: ArrayLike) -> Floats:

@@ -98,52 +98,30 @@ class DocumentFrequencies:
 
 
 class CiderD:
-    """Computes CIDEr-D for I images. The n-grams of the references are counted once.
+    """Computes CIDEr-D. The norms of the references are computed once.
 
     Args:
-        references: one or more lists of tokens per image; or `References` of them.
+        references: made with `frequencies.index`, if there are frequencies.
         frequencies: document frequencies of n-grams. None: counted on these references, as for published scores.
-
-    Raises:
-        TypeError: a caption is a string.
-        ValueError: there is no image, or an image has no reference.
     """
 
-    def __init__(self, references: Sequence[Sequence[Tokens]] | References, frequencies: DocumentFrequencies | None = None):
-        captions = references.captions if isinstance(references, References) else references
-        if frequencies is not None:
-            self.references = References(captions, frequencies.index)
-            counts, images = frequencies.counts, frequencies.images
-        else:
-            self.references = references if isinstance(references, References) else References(references)
-            counts, images = self.references.images_with(), len(self.references)
+    def __init__(self, references: References, frequencies: DocumentFrequencies | None = None):
+        self.references = references
+        counts = references.images_with() if frequencies is None else frequencies.counts
+        images = len(references) if frequencies is None else frequencies.images
         # The additional last weight is for all n-grams without a document frequency.
         self._idf = np.log(images) - np.log(np.maximum(np.append(counts, 0), 1))
         self._norms = self._reference_norms()  # (C, 4)
 
-    def score(self, predictions: Sequence[Tokens] | Matches) -> Floats:
-        """CIDEr-D of one prediction for each image, in the images' order.
+    def score(self, matches: Matches) -> Floats:
+        """CIDEr-D (P,), 0 to 10, of P predictions, any number per image; the CIDEr of a corpus is the mean.
 
         The score is the mean over n = 1..4 and over the references of 10 * cosine * exp(-(length difference)^2 / 72). The cosine is
         that of the n-gram counts, weighted by log(images / images with the n-gram); the prediction's counts are clipped to the
         reference's. (pycocoevalcap's length is the number of bigrams; the difference is the same if the captions share a word.)
         An n-gram that occurs for every image has weight 0. So all scores are 0 if the frequencies come from a single image.
         An empty prediction scores 0. So do references without a word, for which pycocoevalcap fails.
-
-        Args:
-            predictions: I lists of tokens; or the result of `References.match`.
-
-        Returns:
-            (I,), 0 to 10; the CIDEr of a corpus is the mean.
-
-        Raises:
-            TypeError: a prediction is a string.
-            ValueError: the numbers of predictions and images differ.
         """
-        return self.score_matches(self.references.match(predictions))
-
-    def score_matches(self, matches: Matches) -> Floats:
-        """CIDEr-D (P,) of P predictions, any number per image."""
         references, found, images = self.references, matches.found, matches.images
         starts, rows, own = references.pairs(images)  # (P,), (Q,), (Q,)
         weights = self._weights(found.grams)  # (K,)

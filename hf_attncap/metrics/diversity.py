@@ -31,13 +31,7 @@ def diversity(predictions: Sequence[Tokens], training: Sequence[Tokens] | None =
     Returns:
         `distinct_1`, `distinct_2`, `repeated_bigrams`, `repeated_words`, `bad_endings`, `empty` and `novel` from 0 to 1;
         `vocabulary` in words; `mean_length` in words per prediction.
-
-    Raises:
-        TypeError: a caption is a string, not a list of tokens.
     """
-    for caption in (*predictions, *(training or ())):
-        if isinstance(caption, str):
-            raise TypeError(f"the caption {caption!r} is a string; give its tokens, as ptb.tokenize returns them")
     measures = {
         "distinct_1": distinct(predictions, 1),
         "distinct_2": distinct(predictions, 2),

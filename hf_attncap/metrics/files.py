@@ -19,7 +19,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
+
+Captions = TypeVar("Captions", str, list[str])
 
 _ROW = 'an object with "image_id" (or "path" or "file_name") and "caption" (or "captions")'
 _KINDS = "COCO results or annotations, Karpathy's splits, JSON lines or a JSON object of captions by id"
@@ -51,30 +53,24 @@ class Naming:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """One caption per image.
+class CaptionFile(Generic[Captions]):
+    """The captions of a file of predictions (`str` per image) or references (`list[str]`).
 
     Attributes:
         path: the file.
-        captions: id -> caption, in the order of the file, including empty captions.
+        captions: id -> caption or captions, in the order of the file, including empty captions.
         names: kind of names -> the names; the ids are first.
         notes: one sentence for each irregularity.
     """
 
     path: str
-    captions: dict[str, str]
+    captions: dict[str, Captions]
     names: dict[str, Naming]
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class References:
-    """The reference captions, one or more per image; attributes as in `Predictions`."""
-
-    path: str
-    captions: dict[str, list[str]]
-    names: dict[str, Naming]
-    notes: list[str]
+Predictions = CaptionFile[str]
+References = CaptionFile[list[str]]
 
 
 class _Row(NamedTuple):
@@ -188,7 +184,7 @@ def read_json(path: str, expected: str) -> Any:
     Raises:
         CaptionFileError: the file cannot be read or is malformed; the message ends with what is `expected`.
     """
-    text = read_text(path)
+    text = _read_text(path)
     if not text.strip():
         raise CaptionFileError(f"{path} is empty; expected {expected}")
     try:
@@ -210,12 +206,7 @@ def read_json(path: str, expected: str) -> Any:
     return values
 
 
-def read_text(path: str) -> str:
-    """Reads a text file; "-" is stdin.
-
-    Raises:
-        CaptionFileError: the file cannot be read or is not UTF-8.
-    """
+def _read_text(path: str) -> str:
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             data = stream.read()
@@ -277,15 +268,16 @@ def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row
     """One row per image of the split. Its id is the first of cocoid, imgid and filename that is unique for all images."""
     places = [(f"{path}, image {number}", image) for number, image in enumerate(_listed(path, images, "images"), 1)]
     counts = Counter(_split(image) for _, image in places)
+    known = ", ".join(f"{name} ({count} images)" for name, count in counts.items())
     notes = []
     if split is None and len(counts) > 1:
-        notes = [f"{path}: all splits are read, {_splits(counts)}"]
+        notes = [f"{path}: all splits are read, {known}"]
     elif split is not None:
         wanted = {_SPLIT_NAMES.get(name, name) for name in split.split("+")}
         if split == TRAINING and wanted & counts.keys():
             wanted &= counts.keys()  # some files lack one of them
         if missing := wanted - counts.keys():
-            raise CaptionFileError(f"{path} has no split {' and '.join(sorted(missing))}; it has {_splits(counts)}")
+            raise CaptionFileError(f"{path} has no split {' and '.join(sorted(missing))}; it has {known}")
         places = [(where, image) for where, image in places if _split(image) in wanted]
     names = [{key: _name(where, image, key) for key in ("cocoid", "imgid", "filename") if key in image} for where, image in places]
     for first in ("cocoid", "imgid", "filename"):
@@ -304,10 +296,6 @@ def _from_karpathy(path: str, images: Any, split: str | None) -> tuple[list[_Row
 def _split(image: dict[str, Any]) -> str:
     name = str(image.get("split", "without a name"))
     return _SPLIT_NAMES.get(name, name)
-
-
-def _splits(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count} images)" for name, count in counts.items())
 
 
 def _sentence(where: str, sentence: dict[str, Any]) -> str:
@@ -360,15 +348,14 @@ def _listed(where: str, value: Any, key: str) -> list[dict[str, Any]]:
 
 def _ids(rows: Sequence[_Row]) -> list[str]:
     """The id of each row as text; raises if two different ids are equal as text."""
-    first: dict[str, tuple[int | str, _Row]] = {}
+    first: dict[str, _Row] = {}
     ids = []
     for row in rows:
-        id = row.id
-        ids.append(str(id))
-        other, place = first.setdefault(ids[-1], (id, row))
-        if type(other) is not type(id):
+        ids.append(str(row.id))
+        other = first.setdefault(ids[-1], row)
+        if type(other.id) is not type(row.id):
             raise CaptionFileError(
-                f"{place.where} has the id {_show(other)} and {row.where} the id {_show(id)}, which are compared as text "
+                f"{other.where} has the id {_show(other.id)} and {row.where} the id {_show(row.id)}, which are compared as text "
                 "and would be the same image; write all ids as numbers or all as text"
             )
     return ids

@@ -33,8 +33,6 @@ def meteor(references: Sequence[Sequence[Tokens]], predictions: Sequence[Tokens]
 
     Raises:
         JavaMetricError: pycocoevalcap or Java is not installed, or Java failed (it takes up to 2 GB of memory).
-        TypeError: a caption is a string, not a list of tokens.
-        ValueError: there is no image, or the numbers of predictions and images differ.
     """
     gold, predicted = _texts(references, predictions)
     kind = _scorer("meteor.meteor", "Meteor")
@@ -76,18 +74,12 @@ def _texts(
     references: Sequence[Sequence[Tokens]], predictions: Sequence[Tokens]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """References and predictions as pycocoevalcap expects them: index of the image -> captions."""
-    if not predictions or len(references) != len(predictions):
-        raise ValueError(
-            f"there are {len(predictions)} predictions for {len(references)} images; give one for each, and at least one image"
-        )
     gold = {number: [_line(tokens) for tokens in captions] for number, captions in enumerate(references)}
     return gold, {number: [_line(tokens)] for number, tokens in enumerate(predictions)}
 
 
 def _line(tokens: Tokens) -> str:
     """The tokens as one line of valid UTF-8 without "|||": METEOR reads one command per line, with fields separated by it."""
-    if isinstance(tokens, str):
-        raise TypeError(f"the caption {tokens!r} is a string; give its tokens, as ptb.tokenize returns them")
     text = " ".join(" ".join(tokens).replace("|||", " ").split())
     return text.encode("utf-8", "replace").decode()
 

@@ -28,8 +28,8 @@ class NgramCounts:
     grams: Ints  # (K,) ids; n-grams that are not in the index have ids after those of the index
     counts: Ints  # (K,) at least 1
     lengths: Ints  # (captions,) tokens
-    fresh_words: dict[str, int]  # words that are not in the index, with their ids
-    fresh_keys: Ints  # (F,) n-grams that are not in the index; their ids follow those of the fresh words
+    new_words: dict[str, int]  # words that are not in the index, with their ids
+    new_keys: Ints  # (F,) n-grams that are not in the index; their ids follow those of the new words
 
 
 class NgramIndex:
@@ -60,32 +60,32 @@ class NgramIndex:
         """Counts the n-grams of captions; unknown n-grams get ids too."""
         flat = list(chain.from_iterable(captions))
         lengths = np.fromiter(map(len, captions), np.int64, len(captions))
-        strange = dict.fromkeys(filterfalse(self.words.__contains__, flat))
-        fresh_words = {word: len(self) + i for i, word in enumerate(strange)}
-        words = self.words | fresh_words if fresh_words else self.words
+        unknown_words = dict.fromkeys(filterfalse(self.words.__contains__, flat))
+        new_words = {word: len(self) + i for i, word in enumerate(unknown_words)}
+        words = self.words | new_words if new_words else self.words
         ids = np.fromiter(map(words.__getitem__, flat), np.int64, len(flat))  # (T,)
         rows = np.repeat(np.arange(len(captions)), lengths)  # (T,)
         left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # (T,) words from this one to the end of the caption
-        prefix, found, fresh = ids.copy(), [(rows * LONGEST) << 32 | ids], []
+        prefix, found, new_keys = ids.copy(), [(rows * LONGEST) << 32 | ids], []
         for n in range(2, LONGEST + 1):
             starts = np.flatnonzero(left >= n)
             keys = prefix[starts] << 32 | ids[starts + n - 1]
             grams = self._find(keys)
             unknown = np.flatnonzero(grams < 0)
-            new, inverse = np.unique(keys[unknown], return_inverse=True)
-            grams[unknown] = len(self) + len(fresh_words) + sum(map(len, fresh)) + inverse
-            fresh.append(new)
+            distinct, inverse = np.unique(keys[unknown], return_inverse=True)
+            grams[unknown] = len(self) + len(new_words) + sum(map(len, new_keys)) + inverse
+            new_keys.append(distinct)
             prefix[starts] = grams
             found.append((rows[starts] * LONGEST + n - 1) << 32 | grams)
         pairs, counts = np.unique(np.concatenate(found), return_counts=True)
-        return NgramCounts(pairs >> 32, pairs & LOW, counts, lengths, fresh_words, np.concatenate(fresh))
+        return NgramCounts(pairs >> 32, pairs & LOW, counts, lengths, new_words, np.concatenate(new_keys))
 
-    def grown(self, counts: NgramCounts) -> "NgramIndex":
-        """This index plus the fresh words and n-grams of `counts`, with their ids."""
-        first = len(self) + len(counts.fresh_words)
-        ids = np.arange(first, first + len(counts.fresh_keys))
+    def extended(self, counts: NgramCounts) -> "NgramIndex":
+        """This index plus the new words and n-grams of `counts`, with their ids."""
+        first = len(self) + len(counts.new_words)
+        ids = np.arange(first, first + len(counts.new_keys))
         return NgramIndex(
-            self.words | counts.fresh_words, np.concatenate([self.keys, counts.fresh_keys]), np.concatenate([self.ids, ids])
+            self.words | counts.new_words, np.concatenate([self.keys, counts.new_keys]), np.concatenate([self.ids, ids])
         )
 
     def _find(self, keys: Ints) -> Ints:
@@ -96,7 +96,7 @@ class NgramIndex:
 
 
 class References:
-    """The references of I images with their n-gram counts, which `Bleu` and `CiderD` can share.
+    """The references of I images with their n-gram counts, which BLEU and CIDEr share.
 
     Args:
         references: one or more lists of tokens per image.
@@ -109,10 +109,9 @@ class References:
 
     def __init__(self, references: Sequence[Sequence[Tokens]], index: NgramIndex | None = None):
         check_references(references)
-        self.captions = references
         index = index or NgramIndex.empty()
         counts = index.count(list(chain.from_iterable(references)))
-        self.index = index.grown(counts)
+        self.index = index.extended(counts)
         self.per_image = np.fromiter(map(len, references), np.int64, len(references))  # (I,)
         self.starts = np.cumsum(self.per_image) - self.per_image  # (I,) row of each image's first reference
         self.lengths = counts.lengths  # (C,)
@@ -133,7 +132,7 @@ class References:
         return np.diff(self.group_starts, append=len(self.rows))
 
     @cached_property
-    def most(self) -> NDArray[np.int32]:
+    def max_counts(self) -> NDArray[np.int32]:
         """(G,): the maximum count of the n-gram in one reference."""
         return np.maximum.reduceat(self.counts, self.group_starts) if len(self.rows) else self.counts
 
@@ -155,36 +154,24 @@ class References:
         rows = np.repeat(np.arange(len(images)), sizes)  # (Q,)
         return starts, rows, np.arange(len(rows)) + np.repeat(self.starts[images] - starts, sizes)
 
-    def match(self, predictions: "Sequence[Tokens] | Matches", images: Ints | None = None) -> "Matches":
-        """Counts the n-grams of predictions and finds them in the references of their image.
+    def match(self, predictions: Sequence[Tokens], images: Ints | None = None) -> "Matches":
+        """Counts the n-grams of P predictions and finds them in the references of their image.
 
         Args:
-            predictions: one list of tokens per image; an earlier result of this method is returned unchanged.
-            images: (predictions,) the image of each prediction. None: one prediction per image, in the order of the images.
-
-        Raises:
-            TypeError: a prediction is a string.
-            ValueError: the numbers of predictions and images differ.
+            images: (P,) the image of each prediction. None: one prediction per image, in the order of the images.
         """
-        if isinstance(predictions, Matches):
-            if predictions.references is self:
-                return predictions
-            predictions, images = predictions.captions, predictions.images
-        if images is None:
-            check_predictions(predictions, len(self))
-            images = np.arange(len(self))
+        images = np.arange(len(self)) if images is None else images  # (P,)
         found = self.index.count(predictions)
         slots = images[found.slots // LONGEST] * LONGEST + found.slots % LONGEST
-        return Matches(self, predictions, images, found, positions(self.group_keys, slots << 32 | found.grams))
+        return Matches(self, images, found, positions(self.group_keys, slots << 32 | found.grams))
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Predictions, and the group of `references` of each of their n-grams. `Bleu.score` and `CiderD.score` can share them."""
+    """The n-grams of P predictions, and the group of `references` of each."""
 
     references: References
-    captions: Sequence[Tokens]
-    images: Ints  # (predictions,)
+    images: Ints  # (P,)
     found: NgramCounts
     groups: Ints  # (K,) -1 for n-grams that no reference of the image contains
 
@@ -207,15 +194,6 @@ def check_references(references: Sequence[Sequence[Tokens]]) -> None:
             raise ValueError(f"Image {image} has no reference: give it at least one, or leave it out.")
     check_tokens(references, "references")
     check_tokens(chain.from_iterable(references), "a reference")
-
-
-def check_predictions(predictions: Sequence[Tokens], images: int) -> None:
-    """Raises if the numbers of predictions and images differ, or a prediction is a string."""
-    if len(predictions) != images:
-        raise ValueError(
-            f"{len(predictions)} predictions for {images} images: give one per image, an empty list if it has no words."
-        )
-    check_tokens(predictions, "a prediction")
 
 
 def check_tokens(captions: Iterable[object], what: str) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 from .files import References, read_predictions, read_references, read_training
 from .matching import Matched, match
 from .score import CaptionMetrics, CaptionScores, compare
-from .significance import Comparison
+from .significance import FEW_IMAGES, Comparison
 
 NOT_PERCENT = {"vocabulary": ".0f", "mean_length": ".2f"}  # in words; all other scores are shown times 100
-FEW_IMAGES = 100  # below, the bootstrap's intervals are too narrow
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .cider import END, CiderD, DocumentFrequencies, ending
-from .ngrams import Floats, Tokens, check_tokens
+from .ngrams import Floats, References, Tokens, check_tokens
 
 
 class CiderReward:
@@ -27,7 +27,8 @@ class CiderReward:
         self._end_token = frequencies.end_token
         self._place = {name: i for i, name in enumerate(references)}
         captions = list(references.values())
-        self._cider = CiderD(ending(captions) if self._end_token else captions, frequencies)
+        prepared = References(ending(captions) if self._end_token else captions, frequencies.index)
+        self._cider = CiderD(prepared, frequencies)
 
     def reward(self, ids: Sequence[str], samples: Sequence[Tokens], ended: Sequence[bool] | None = None) -> Floats:
         """CIDEr-D of P samples, any number per image.
@@ -59,5 +60,4 @@ class CiderReward:
                 raise ValueError(f"{len(ended)} values of `ended` for {len(samples)} samples: give one for each.")
             samples = [[*tokens, END] if end else tokens for tokens, end in zip(samples, ended)]
         images = np.array([self._place[name] for name in ids], dtype=np.int64)
-        matches = self._cider.references.match(samples, images)
-        return self._cider.score_matches(matches)
+        return self._cider.score(self._cider.references.match(samples, images))

@@ -9,44 +9,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .ngrams import Floats, Tokens, check_predictions, check_references
+from .ngrams import Floats, Tokens
 
 BETA = 1.2  # weight of recall over precision
 EMPTY = ("",)  # pycocoevalcap splits an empty caption into one empty token
 
 
 class RougeL:
-    """Computes ROUGE-L for I images. The references are prepared once.
-
-    Args:
-        references: one or more lists of tokens per image.
-
-    Raises:
-        TypeError: a caption is a string.
-        ValueError: there is no image, or an image has no reference.
-    """
+    """Computes ROUGE-L for I images, whose references it prepares once: one or more lists of tokens per image."""
 
     def __init__(self, references: Sequence[Sequence[Tokens]]):
-        check_references(references)
         self._images = [_Image(captions) for captions in references]
 
     def score(self, predictions: Sequence[Tokens]) -> Floats:
-        """ROUGE-L of one prediction for each image, in the images' order.
+        """ROUGE-L (I,), 0 to 1, of one prediction for each image, in the images' order; that of a corpus is the mean.
 
         F = (1 + beta^2) P R / (R + beta^2 P), where P and R are the best precision and the best recall over the references of the
         image, possibly of two different ones. An empty prediction scores 0, or 1 if a reference is empty too, as in pycocoevalcap.
-
-        Args:
-            predictions: I lists of tokens.
-
-        Returns:
-            (I,), 0 to 1; the ROUGE-L of a corpus is the mean.
-
-        Raises:
-            TypeError: a prediction is a string.
-            ValueError: the numbers of predictions and images differ.
         """
-        check_predictions(predictions, len(self._images))
         return np.array([image.score(tokens or EMPTY) for image, tokens in zip(self._images, predictions)])
 
 

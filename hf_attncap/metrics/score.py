@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import java
-from .bleu import Bleu, corpus_bleu
+from .bleu import corpus_bleu, score_bleu
 from .cider import CiderD
 from .diversity import diversity
 from .ngrams import References
@@ -78,16 +78,16 @@ class CaptionMetrics:
         wrong = [image_id for image_id, captions in texts.items() if isinstance(captions, str)]
         if wrong:
             raise TypeError(f"The references of image '{wrong[0]}' are one string: give a list of captions for each image.")
-        bare = [image_id for image_id, captions in texts.items() if not len(captions)]
-        if bare or not texts:
+        without = [image_id for image_id, captions in texts.items() if not len(captions)]
+        if without or not texts:
             raise ValueError(
-                f"{_some(bare)} no references: give at least one for each image." if texts else "There are no references."
+                f"{_some(without)} no references: give at least one for each image." if texts else "There are no references."
             )
         self.ids = list(texts)
         self._tokens = [[tokenize(caption) for caption in captions] for captions in texts.values()]
         self._training = None if training is None else [tokenize(caption) for caption in training]
-        references_ = References([[_words(tokens) for tokens in captions] for captions in self._tokens])
-        self._bleu, self._cider, self._rouge = Bleu(references_), CiderD(references_), RougeL(self._tokens)
+        self._cider = CiderD(References([[_words(tokens) for tokens in captions] for captions in self._tokens]))
+        self._rouge = RougeL(self._tokens)
 
     def score(self, predictions: Mapping[Any, str], *, meteor: bool = False, spice: bool = False) -> CaptionScores:
         """Scores one caption per image.
@@ -104,8 +104,8 @@ class CaptionMetrics:
         texts = _by_text(predictions)
         self._check(texts)
         tokens = [tokenize(texts[image_id]) for image_id in self.ids]
-        matches = self._bleu.references.match([_words(caption) for caption in tokens])
-        bleu, cider, rouge = self._bleu.score(matches), self._cider.score(matches), self._rouge.score(tokens)
+        matches = self._cider.references.match([_words(caption) for caption in tokens])
+        bleu, cider, rouge = score_bleu(matches), self._cider.score(matches), self._rouge.score(tokens)
         per_image = {**dict(zip(BLEU, bleu.per_image.T)), "rouge_l": rouge, "cider": cider}
         corpus = {**dict(zip(BLEU, bleu.corpus.tolist())), "rouge_l": float(rouge.mean()), "cider": float(cider.mean())}
         statistics = [Statistics(BLEU, bleu.statistics, corpus_bleu), means({"rouge_l": rouge, "cider": cider})]
@@ -119,9 +119,9 @@ class CaptionMetrics:
         if missing:
             raise ValueError(f"{_some(missing)} no prediction: give a caption, which may be empty, for each image with references.")
         known = set(self.ids)
-        strange = [image_id for image_id in predictions if image_id not in known]
-        if strange:
-            raise ValueError(f"{_some(strange)} no references: leave these predictions out, or add their references.")
+        unknown = [image_id for image_id in predictions if image_id not in known]
+        if unknown:
+            raise ValueError(f"{_some(unknown)} no references: leave these predictions out, or add their references.")
         wrong = [image_id for image_id, caption in predictions.items() if not isinstance(caption, str)]
         if wrong:
             raise TypeError(f"The prediction of image '{wrong[0]}' is not a string: give one caption per image.")

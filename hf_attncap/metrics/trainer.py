@@ -33,21 +33,10 @@ def caption_compute_metrics(
     def compute_metrics(prediction: Any) -> dict[str, float]:
         ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # (R, T)
         _check_ids(ids, len(metrics.ids))
-        _check_surplus(ids, len(metrics.ids))
         captions = decode([row[row != PADDING].tolist() for row in ids[: len(metrics.ids)]])
         return metrics.score(dict(zip(metrics.ids, captions))).corpus
 
     return compute_metrics
-
-
-def _check_surplus(ids: np.ndarray, images: int) -> None:
-    """Raises unless the rows after the last image repeat the first ones, as the padding of several processes does."""
-    again = np.resize(np.arange(images), len(ids))  # 0 to images - 1, repeated
-    if len(ids) >= 2 * images and not (ids[images:] == ids[again[images:]]).all():
-        raise ValueError(
-            f"There are captions for {len(ids)} rows but references for {images} images: evaluate on one row per image, with all "
-            "its references, not on one row per caption."
-        )
 
 
 def _check_ids(ids: Any, images: int) -> None:
@@ -61,4 +50,11 @@ def _check_ids(ids: Any, images: int) -> None:
         raise ValueError(
             f"There are captions for {len(ids)} images but references for {images}: give the references of exactly the images "
             "of the evaluation dataset, one entry per row."
+        )
+    # Rows after the last image must repeat the first ones, as the padding of several processes does.
+    first_rows = np.resize(np.arange(images), len(ids))[images:]  # 0 to images - 1, repeated
+    if len(ids) >= 2 * images and not (ids[images:] == ids[first_rows]).all():
+        raise ValueError(
+            f"There are captions for {len(ids)} rows but references for {images} images: evaluate on one row per image, with all "
+            "its references, not on one row per caption."
         )

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference_scores import STORED, cider_d, document_frequencies, images, split, stored_captions
+from scorers import cider_scores
 
-from hf_attncap.metrics.cider import CiderD, DocumentFrequencies
+from hf_attncap.metrics.cider import DocumentFrequencies
 from hf_attncap.metrics.reward import CiderReward
 
 CORPUS = [
@@ -19,7 +20,7 @@ CORPUS = [
 @pytest.mark.parametrize("name", STORED)
 def test_equals_pycocoevalcap(name):
     predictions, references = stored_captions(name)
-    scores = CiderD(references).score(predictions)
+    scores = cider_scores(references, predictions)
     np.testing.assert_allclose(scores.mean(), STORED[name]["corpus"]["cider"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(scores, [image["cider"] for image in STORED[name]["images"]], rtol=0, atol=1e-12)
 
@@ -29,7 +30,7 @@ def test_equals_the_formula(corpus):
     predictions, references = split(corpus)
     frequencies = document_frequencies(references)
     expected = [cider_d(*image, frequencies, len(corpus)) for image in corpus]
-    np.testing.assert_allclose(CiderD(references).score(predictions), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(cider_scores(references, predictions), expected, rtol=0, atol=1e-9)
 
 
 @given(images, images)
@@ -38,23 +39,23 @@ def test_equals_the_formula_with_the_frequencies_of_other_images(corpus, trainin
     _, others = split(training)
     frequencies = document_frequencies(others)
     expected = [cider_d(*image, frequencies, len(training)) for image in corpus]
-    scores = CiderD(references, DocumentFrequencies.from_references(others)).score(predictions)
+    scores = cider_scores(references, predictions, DocumentFrequencies.from_references(others))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
 
 
 @given(images, st.randoms())
 def test_the_order_of_images_does_not_matter(corpus, random):
     predictions, references = split(corpus)
-    before = CiderD(references).score(predictions)
+    before = cider_scores(references, predictions)
     order = random.sample(range(len(corpus)), len(corpus))
-    after = CiderD([references[i] for i in order]).score([predictions[i] for i in order])
+    after = cider_scores([references[i] for i in order], [predictions[i] for i in order])
     np.testing.assert_allclose(after, before[order], rtol=0, atol=1e-12)
 
 
 def test_captions_without_common_words_score_zero():
-    assert CiderD([[["a", "dog"]]]).score([["a", "dog"]]).tolist() == [0]  # a single image: every word is in all images
-    assert CiderD([[[]], [[], []]]).score([["a", "dog"], []]).tolist() == [0, 0]
-    assert CiderD(CORPUS).score([[], [], []]).tolist() == [0, 0, 0]
+    assert cider_scores([[["a", "dog"]]], [["a", "dog"]]).tolist() == [0]  # a single image: every word is in all images
+    assert cider_scores([[[]], [[], []]], [["a", "dog"], []]).tolist() == [0, 0]
+    assert cider_scores(CORPUS, [[], [], []]).tolist() == [0, 0, 0]
 
 
 @given(images, st.data())
@@ -63,7 +64,7 @@ def test_the_reward_with_frequencies_of_the_same_references_is_cider(corpus, dat
     reward = CiderReward({f"image {i}": r for i, r in enumerate(references)}, DocumentFrequencies.from_references(references))
     order = data.draw(st.lists(st.sampled_from(range(len(corpus))), max_size=8))
     earned = reward.reward([f"image {i}" for i in order], [predictions[i] for i in order])
-    np.testing.assert_allclose(earned, CiderD(references).score(predictions)[order], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(earned, cider_scores(references, predictions)[order], rtol=0, atol=1e-9)
 
 
 @given(images, st.data())
@@ -71,8 +72,9 @@ def test_end_token_counts_as_a_word(corpus, data):
     predictions, references = split(corpus)
     ended = data.draw(st.lists(st.booleans(), min_size=len(corpus), max_size=len(corpus)))
     reward = CiderReward(dict(enumerate(references)), DocumentFrequencies.from_references(references, end_token=True))
-    expected = CiderD([[[*caption, "."] for caption in captions] for captions in references]).score(
-        [[*caption, "."] if end else caption for caption, end in zip(predictions, ended)]
+    expected = cider_scores(
+        [[[*caption, "."] for caption in captions] for captions in references],
+        [[*caption, "."] if end else caption for caption, end in zip(predictions, ended)],
     )
     earned = reward.reward(range(len(corpus)), predictions, ended)
     np.testing.assert_allclose(earned, expected, rtol=0, atol=1e-9)
@@ -120,7 +122,7 @@ def test_saved_frequencies_are_loaded_unchanged(tmp_path_factory, corpus, traini
     loaded = DocumentFrequencies.load(path)
     assert (loaded.images, loaded.end_token, loaded.index.words) == (made.images, made.end_token, made.index.words)
     np.testing.assert_array_equal(loaded.counts, made.counts)
-    np.testing.assert_array_equal(CiderD(references, loaded).score(predictions), CiderD(references, made).score(predictions))
+    np.testing.assert_array_equal(cider_scores(references, predictions, loaded), cider_scores(references, predictions, made))
     assert [file.name for file in path.parent.iterdir()] == ["some name"]
 
 

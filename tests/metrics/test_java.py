@@ -159,13 +159,3 @@ def test_runtime_missing(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(JavaMetricError, match="SPICE needs a Java runtime, and there is no java on the PATH"):
         spice(*split())
-
-
-@pytest.mark.parametrize("metric", [meteor, spice])
-def test_images_are_counted(metric):
-    with pytest.raises(ValueError, match="2 predictions for 4 images"):
-        metric(split()[0], split()[1][:2])
-    with pytest.raises(ValueError, match="0 predictions for 0 images"):
-        metric([], [])
-    with pytest.raises(TypeError, match="'a dog' is a string; give its tokens"):
-        metric([[["a"]]], ["a dog"])

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_scores import N, images, ngrams, split, tokens
+from reference_scores import N, ngrams, tokens
 
-from hf_attncap.metrics.bleu import Bleu
-from hf_attncap.metrics.cider import CiderD
 from hf_attncap.metrics.ngrams import NgramIndex, References
-from hf_attncap.metrics.rouge import RougeL
 
 captions = st.lists(tokens, max_size=5)
 
@@ -27,14 +24,14 @@ def names(index: NgramIndex) -> dict[int, tuple[str, ...]]:
 @given(captions, captions)
 def test_counts_do_not_depend_on_earlier_ngrams_of_the_index(before, now):
     index = NgramIndex.empty()
-    index = index.grown(index.count(before))
+    index = index.extended(index.count(before))
     earlier = names(index)
     found = index.count(now)
-    grown = index.grown(found)
-    assert names(grown).items() >= earlier.items()
-    assert sorted(names(grown)) == list(range(len(grown)))
+    extended = index.extended(found)
+    assert names(extended).items() >= earlier.items()
+    assert sorted(names(extended)) == list(range(len(extended)))
     counted = {
-        (slot // 4, slot % 4 + 1, names(grown)[gram]): count
+        (slot // 4, slot % 4 + 1, names(extended)[gram]): count
         for slot, gram, count in zip(found.slots.tolist(), found.grams.tolist(), found.counts.tolist())
     }
     assert counted == {
@@ -53,32 +50,15 @@ def test_ngrams_of_a_huge_vocabulary_have_different_ids():
     found = index.count(captions)
     ids = Counter(dict(zip(*(x.tolist() for x in np.unique(found.grams, return_counts=True)))))
     seen = Counter(gram for caption in captions for n in N for gram in ngrams(caption, n))
-    assert len(ids) == len(seen) == len(index.grown(found))
+    assert len(ids) == len(seen) == len(index.extended(found))
 
 
-@given(images)
-def test_scorers_share_counts(corpus):
-    predictions, references = split(corpus)
-    prepared = References(references)
-    matches = prepared.match(predictions)
-    np.testing.assert_array_equal(Bleu(prepared).score(matches).statistics, Bleu(references).score(predictions).statistics)
-    np.testing.assert_array_equal(CiderD(prepared).score(matches), CiderD(references).score(predictions))
-    # What was matched with other references is matched again.
-    np.testing.assert_array_equal(CiderD(references).score(matches), CiderD(references).score(predictions))
-
-
-@pytest.mark.parametrize("scorer", [Bleu, CiderD, RougeL])
-def test_errors_name_bad_input(scorer):
+def test_errors_name_bad_input():
     with pytest.raises(ValueError, match="There are no images"):
-        scorer([])
+        References([])
     with pytest.raises(ValueError, match="Image 1 has no reference"):
-        scorer([[["a"]], []])
+        References([[["a"]], []])
     with pytest.raises(TypeError, match="'a dog'.*tokenize it first"):
-        scorer([["a dog"]])
+        References([["a dog"]])
     with pytest.raises(TypeError, match="'a dog'.*tokenize it first"):
-        scorer(["a dog"])
-    ready = scorer([[["a", "dog"]], [["a", "cat"]]])
-    with pytest.raises(ValueError, match="1 predictions for 2 images"):
-        ready.score([["a", "dog"]])
-    with pytest.raises(TypeError, match="'a cat'.*tokenize it first"):
-        ready.score([["a", "dog"], "a cat"])
+        References(["a dog"])

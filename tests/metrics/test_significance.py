@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scorers import bleu_scores
 
 from hf_attncap.metrics import significance
-from hf_attncap.metrics.bleu import Bleu, corpus_bleu
+from hf_attncap.metrics.bleu import corpus_bleu
 from hf_attncap.metrics.significance import Statistics, bootstrap, means, paired_bootstrap
 
 
@@ -138,8 +139,8 @@ def test_interval_has_its_nominal_coverage():
 def test_corpus_bleu(seed):
     random = np.random.default_rng(seed)
     vocabulary = np.array(["a", "dog", "runs", "on", "sand"])
-    scorer = Bleu([[list(random.choice(vocabulary, 6))] for _ in range(12)])
-    scores = [scorer.score([list(random.choice(vocabulary, 5)) for _ in range(12)]) for _ in range(2)]
+    references = [[list(random.choice(vocabulary, 6))] for _ in range(12)]
+    scores = [bleu_scores(references, [list(random.choice(vocabulary, 5)) for _ in range(12)]) for _ in range(2)]
     names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
     result = paired_bootstrap(*([Statistics(names, score.statistics, corpus_bleu)] for score in scores), resamples=50)
     assert list(result) == list(names)

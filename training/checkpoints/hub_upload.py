@@ -59,7 +59,9 @@ class HubSharing(TrainerCallback):
             return
         try:
             checkpoint = self.output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.running = self._upload(checkpoint, f"Training in progress, step {state.global_step}", self._resumable(checkpoint))
+            folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+            message = f"Training in progress, step {state.global_step}"
+            self.running = self._upload(checkpoint, message, folders.get(self.strategy))
             self.running.add_done_callback(self._check)
         except Exception as error:  # disks and networks raise many kinds
             self._warn(error)
@@ -82,13 +84,11 @@ class HubSharing(TrainerCallback):
 
         run_on_main_rank(upload)
 
-    def _resumable(self, checkpoint: Path) -> str | None:
-        """The folder of the repository for the files to resume from, if they are uploaded."""
-        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        return names.get(self.strategy)
-
     def _upload(self, saved: Path, message: str, resumable: str | None = None) -> Future:
-        """Start the upload of a copy, because the Trainer may remove the checkpoint meanwhile."""
+        """Start the upload of a copy, because the Trainer may remove the checkpoint meanwhile.
+
+        `resumable` is the folder of the repository for the files to resume from; None: they are not uploaded.
+        """
         scratch = tempfile.TemporaryDirectory(prefix="attncap-hub-")
         try:
             folder = export_to_hub(saved, Path(scratch.name) / "export")

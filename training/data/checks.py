@@ -116,9 +116,14 @@ def prepare_rows(split: Split, skip_broken: bool, problems: Sequence[str] = ()) 
     problems = [*problems, *split.problems, *([] if skip_broken else split.broken)]
     if problems:
         raise SettingError(" ".join([*problems, *([WAY_OUT] if split.broken and not skip_broken else [])]))
-    rows, skipped = _skip_broken(split) if skip_broken else (split.rows, [])
-    for text in [*split.notes, *split.broken, *skipped]:
+    for text in [*split.notes, *split.broken]:
         logger.warning("%s", text)
+    rows = split.rows
+    if skip_broken and len(rows):
+        found = examine_images(rows)["problem"][:]
+        if broken := [problem for problem in found if problem]:
+            rows = rows.select([row for row, problem in enumerate(found) if not problem])
+            logger.warning("%s: %d broken images are left out: %s.", split.name, len(broken), list_names(broken))
     if not len(rows):
         raise SettingError(f"{split.name} holds no usable image.")
     return rows.with_transform(Decoding())
@@ -196,16 +201,6 @@ def _select_rows(table: Table, kept: dict[int, tuple[str, list[str]]]) -> Datase
     states = [(state.st_size, state.st_mtime_ns) for state in map(os.stat, files)]
     fingerprint = hashlib.sha256(f"{rows._fingerprint} {states}".encode()).hexdigest()[:16]
     return Dataset(rows.data, info=rows.info, indices_table=rows._indices, fingerprint=fingerprint)
-
-
-def _skip_broken(split: Split) -> tuple[Dataset, list[str]]:
-    """The rows whose images can be decoded, and a sentence about the others."""
-    problems = examine_images(split.rows)["problem"][:] if len(split.rows) else []
-    broken = [problem for problem in problems if problem]
-    if not broken:
-        return split.rows, []
-    sound = split.rows.select([row for row, problem in enumerate(problems) if not problem])
-    return sound, [f"{split.name}: {len(broken)} broken images are left out: {list_names(broken)}."]
 
 
 def _examine(row: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class CaptionCollator:
         return batch
 
     def _sample_captions(self, row: dict[str, Any]) -> list[str]:
-        captions = [caption for caption in row["captions"] if caption.strip()]
+        captions = row["captions"]
         repeats, rest = divmod(self.captions_per_image, len(captions))
         generator: Any = self.randomness.now.generator(row["image_id"]) if self.randomness else random
         return captions * repeats + generator.sample(captions, rest)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_attncap.atomic import atomic_write
+from hf_attncap.atomic import write_json
 
 from ..arguments import SettingError
 from ..processes import run_on_all_ranks, run_on_main_rank
@@ -42,7 +43,7 @@ def cached_features(encoder, image_processor, dataset: Dataset, folder: str, wor
 
     Args:
         encoder: a `GridEncoder`.
-        dataset: rows with `image`, and `image_id` to name those that cannot be read.
+        dataset: rows with `image`. An image that cannot be read must raise a `SettingError` that names it.
         folder: created if it does not exist.
         workers: processes that read images ahead, per process.
 
@@ -146,8 +147,7 @@ def _record(path: Path, process: int) -> Path:
 
 
 def _write_record(record: Path, done: list[int]) -> None:
-    with atomic_write(record) as file:
-        json.dump({"images_per_block": BLOCK, "done": sorted(done)}, file)
+    write_json(record, {"images_per_block": BLOCK, "done": sorted(done)})
 
 
 def _read_records(path: Path) -> set[int] | None:
@@ -163,10 +163,10 @@ def _block_rows(block: int, images: int) -> range:
 
 
 def _begin(encoder, image_processor, dataset: Dataset, path: Path) -> list[int]:
-    """Creates or finds the partial file; returns the blocks that it lacks."""
+    """Creates or finds the partial file, and returns the blocks that it lacks."""
     images, done = len(dataset), _read_records(path)
     if done is None:
-        shape = (images, *_compute_batch(encoder, _Batches(dataset, image_processor, 1)[0], "image 0").shape[1:])
+        shape = (images, *_compute_batch(encoder, _process_images([dataset[0]], image_processor), "image 0").shape[1:])
     else:
         shape = np.load(_partial(path), mmap_mode="r").shape
     missing = [block for block in range(-(-images // BLOCK)) if done is None or block not in done]
@@ -209,9 +209,9 @@ def _compute(encoder, image_processor, dataset: Dataset, path: Path, blocks: lis
     starts = [start for block in blocks for start in _block_rows(block, images)[::BATCH]]
     # A generator of its own, so that a run draws the same random numbers whether or not the features are cached already.
     batches = DataLoader(
-        _Batches(dataset, image_processor, BATCH),
-        batch_size=None,
-        sampler=starts,
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=[list(range(start, min(start + BATCH, images))) for start in starts],
+        collate_fn=partial(_process_images, image_processor=image_processor),
         num_workers=workers,
         generator=torch.Generator(),
     )
@@ -238,34 +238,13 @@ def _finish(path: Path) -> None:
         _remove(path.parent.glob(f"{path.stem}.done-*"))
 
 
-class _Batches(torch.utils.data.Dataset):
-    """Batches by the number of their first row: `pixel_values` (B, 3, height, width), or a sentence on the image that fails."""
-
-    def __init__(self, dataset: Dataset, image_processor, size: int):
-        self.dataset, self.image_processor, self.size = dataset, image_processor, size
-
-    def __getitem__(self, start: int) -> torch.Tensor | str:
-        images = []
-        for row in range(start, min(start + self.size, len(self.dataset))):
-            try:
-                image = self.dataset[row]["image"]
-                if image is None:
-                    raise ValueError("its row holds no image")
-                images.append(image)
-            except Exception as error:  # decoders of broken files raise many kinds
-                return f"The image of row {row}{self._name(row)} cannot be read: {error}. Replace it or leave the row out."
-        return self.image_processor(images, return_tensors="pt")["pixel_values"]
-
-    def _name(self, row: int) -> str:
-        if "image_id" not in self.dataset.column_names:
-            return ""
-        return f", image_id '{self.dataset.select_columns('image_id')[row]['image_id']}',"
+def _process_images(rows: list[dict[str, Any]], image_processor) -> torch.Tensor:
+    """The pixel values (B, 3, height, width) of rows."""
+    return image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
 
 
-def _compute_batch(encoder, pixel_values: torch.Tensor | str, images: str) -> np.ndarray:
+def _compute_batch(encoder, pixel_values: torch.Tensor, images: str) -> np.ndarray:
     """The features (B, D, h, w) float16 of images (B, 3, height, width); `images` names them in errors."""
-    if isinstance(pixel_values, str):
-        raise SettingError(pixel_values)
     with torch.inference_mode():
         features = encoder.features(pixel_values.to(next(encoder.parameters()).device))  # (B, D, h, w)
     if not features.abs().max() < torch.finfo(torch.float16).max:

@@ -47,8 +47,9 @@ def inspect_data(model: ModelArguments, data: DataArguments) -> int:
         _print_captions(split.rows["captions"][:], tokenizer, data.max_caption_words)
         examined = examine_images(split.rows)
         names = [f"{role} {name}" for name in split.rows["image_id"][:]]
-        problems += _print_images(split, names, examined)
-        notes += _describe_not_rgb(split, names, examined)
+        faults, remarks = _print_images(split.name, names, list(examined))
+        problems += faults
+        notes += remarks
         for name, digest in zip(names, examined["digest"][:]):
             names_by_digest.setdefault(digest, []).append(name)
     copies = [names for digest, names in names_by_digest.items() if digest and len(names) > 1]
@@ -101,25 +102,22 @@ def _print_captions(captions: Sequence[Sequence[str]], tokenizer: Any, max_words
     print(f"  words in the vocabulary: {word_coverage(tokenizer, sentences):.2%}")
 
 
-def _print_images(split: Split, names: list[str], examined: Dataset) -> list[str]:
-    """Prints sizes and modes; returns sentences about broken and small images."""
-    rows: list[Any] = list(examined)
-    sound = [row for row in rows if not row["problem"]]
+def _print_images(source: str, names: list[str], rows: list[Any]) -> tuple[list[str], list[str]]:
+    """Prints sizes and modes. Returns problems (broken and small images) and notes (images that are not RGB)."""
+    sound = {name: row for name, row in zip(names, rows) if not row["problem"]}
     for side in ("width", "height"):
         if sound:
-            low, middle, high = np.percentile([row[side] for row in sound], [0, 50, 100], method="nearest")
+            low, middle, high = np.percentile([row[side] for row in sound.values()], [0, 50, 100], method="nearest")
             print(f"  {side}: {low} to {high} pixels, median {middle}")
-    print(f"  modes: {', '.join(f'{mode} {count}' for mode, count in Counter(row['mode'] for row in sound).most_common())}")
-    problems = [f"{split.name}: {row['problem']}." for row in rows if row["problem"]]
-    small = [name for name, row in zip(names, rows) if not row["problem"] and min(row["width"], row["height"]) < SMALL]
-    return problems + (
-        [f"{split.name}: {len(small)} images have a side below {SMALL} pixels: {list_names(small)}."] if small else []
-    )
-
-
-def _describe_not_rgb(split: Split, names: list[str], examined: Dataset) -> list[str]:
-    other = [name for name, mode in zip(names, examined["mode"][:]) if mode not in ("RGB", "")]
-    return [f"{split.name}: {len(other)} images are not RGB and will be converted: {list_names(other)}."] if other else []
+    modes = Counter(row["mode"] for row in sound.values())
+    print(f"  modes: {', '.join(f'{mode} {count}' for mode, count in modes.most_common())}")
+    problems = [f"{source}: {row['problem']}." for row in rows if row["problem"]]
+    if small := [name for name, row in sound.items() if min(row["width"], row["height"]) < SMALL]:
+        problems.append(f"{source}: {len(small)} images have a side below {SMALL} pixels: {list_names(small)}.")
+    notes = []
+    if other := [name for name, row in sound.items() if row["mode"] != "RGB"]:
+        notes.append(f"{source}: {len(other)} images are not RGB and will be converted: {list_names(other)}.")
+    return problems, notes
 
 
 def _print_samples(rows: Dataset) -> None:

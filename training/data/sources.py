@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["train", "validation"]
 Rows = Dataset | IterableDataset
-# By the ending of a file: what `datasets` calls the format.
-FORMATS = {
+# What `datasets` calls the format of a file, by its ending.
+BUILDERS = {
     ".parquet": "parquet",
     ".csv": "csv",
     ".tsv": "csv",
@@ -39,6 +39,7 @@ FORMATS = {
     ".jsonl": "json",
     ".tar": "webdataset",
 }
+FORMATS = {"parquet": "Parquet", "csv": "CSV", "json": "JSON", "webdataset": "WebDataset"}
 EXPECTED = "Parquet (.parquet), CSV (.csv, .tsv, .txt), JSON (.jsonl, .json), Karpathy's splits or COCO's annotations (.json), "
 EXPECTED += "or WebDataset (.tar)"
 
@@ -69,7 +70,7 @@ def open_source(arguments: DataArguments, role: Role, streaming: bool = False) -
         streaming: give the training images as an `IterableDataset`. Of a dataset, only the wanted split is then read.
 
     Returns:
-        None if there are no images for the role.
+        None if there are no validation images.
 
     Raises:
         SettingError: a file, dataset or split does not exist, cannot be read, or cannot be streamed.
@@ -117,7 +118,7 @@ def escape_pattern(path: str) -> str:
 
 
 def _open_file(path: str, arguments: DataArguments, role: Role, streaming: bool) -> Source:
-    kind = FORMATS.get(Path(path).suffix.lower())
+    kind = BUILDERS.get(Path(path).suffix.lower())
     if kind is None:
         raise SettingError(f"{path} has an unknown format: expected {EXPECTED}.")
     if streaming and kind not in ("parquet", "webdataset"):
@@ -141,15 +142,13 @@ def _open_file(path: str, arguments: DataArguments, role: Role, streaming: bool)
             options = {"sep": separator, "keep_default_na": False, "features": Features(dict.fromkeys(header, Value("string")))}
         rows: Any = load_dataset(kind, data_files=pattern, split="train", streaming=streaming, **options)
     except Exception as error:  # pandas, pyarrow, tarfile and datasets raise many kinds
-        raise SettingError(f"{path} cannot be read as {_name_of(kind)}: {_reason(error)}.") from error
+        raise SettingError(f"{path} cannot be read as {FORMATS[kind]}: {_reason(error)}.") from error
     return Source(path, _not_decoded(path, rows), folder, "shards" if kind == "webdataset" else "table")
 
 
 def _open_dataset(arguments: DataArguments, role: Role, streaming: bool) -> Source | None:
     """A split of a dataset on the Hub, of a folder that `save_to_disk` wrote, or of an image folder."""
     name = arguments.dataset_name or arguments.data_dir or ""
-    if not name:
-        return None
     if arguments.data_dir and not os.path.isdir(name):
         raise SettingError(f"No such folder of images: {name}.")
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -245,10 +244,6 @@ def _json(path: str) -> Any:
         return read_json(path, EXPECTED)
     except CaptionFileError as error:
         raise SettingError(f"{error}.") from error
-
-
-def _name_of(kind: str) -> str:
-    return {"parquet": "Parquet", "webdataset": "WebDataset"}.get(kind, kind.upper())
 
 
 def _reason(error: Exception) -> str:

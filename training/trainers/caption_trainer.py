@@ -31,7 +31,7 @@ class CaptionTrainer(ResumableTrainer):
     The first axis of every tensor of a batch is the image, also of labels: (B, k, T). `eval_data_collator` makes the batches of
     evaluations; default: the `data_collator`.
 
-    If the training dataset is a stream (has no length), give each process its own images, as `load_stream` does. All processes end
+    If the training dataset is a stream (has no length), give each process its own images, as `load_data` does. All processes end
     a pass over the stream together, and each image counts once per pass.
 
     With `ema_decay`, the average of the weights is evaluated, saved in checkpoints and left in the model after training.
@@ -265,9 +265,3 @@ def new_images(images: int, size: int, processes: int, rank: int) -> int:
     """
     last = images % (size * processes) or size * processes
     return min(max(last - rank * size, 0), size)
-
-
-def policy(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
-    """The logits (..., V) from which captions are sampled: -inf for words that the captioner suppresses."""
-    suppressed = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, suppressed, float("-inf"))

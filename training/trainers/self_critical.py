@@ -17,7 +17,7 @@ from hf_attncap.processing_attncap import IGNORED_LABEL
 
 from ..arguments import SettingError
 from ..processes import run_on_main_rank
-from .caption_trainer import CaptionTrainer, policy
+from .caption_trainer import CaptionTrainer
 
 FREQUENCIES_FILE = "document_frequencies.npz"
 
@@ -95,7 +95,7 @@ class SelfCriticalTrainer(CaptionTrainer):
             counted = len(inputs["image_ids"]) * self.args.samples_per_image  # type: ignore[attr-defined]
             advantage[:counted] = self._advantage(samples[:counted], inputs["image_ids"])
         logits = model(encoder_outputs=(regions,), labels=samples).logits  # (R, T, V)
-        loss = self_critical_loss(policy(captioner, logits), samples, advantage) / self._samples
+        loss = self_critical_loss(policy_logits(captioner, logits), samples, advantage) / self._samples
         loss = loss * self.accelerator.num_processes  # the gradients of the processes are averaged
         if weight:
             captioner.dropout.train()
@@ -152,12 +152,18 @@ def disable_dropout(captioner: torch.nn.Module) -> None:
             module.eval()
 
 
+def policy_logits(captioner: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The logits (..., V) from which captions are sampled: -inf for words that the captioner suppresses."""
+    suppressed = torch.tensor(captioner.generation_config.suppress_tokens or [], dtype=torch.long, device=logits.device)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, suppressed, float("-inf"))
+
+
 @torch.no_grad()
 def sample(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     """Sample k captions per image: token ids (B * k, T), -100 after the end token, T at most the model's `max_new_tokens`.
 
     `generate` would also apply the checkpoint's settings for repetitions and lengths, and so sample from other probabilities than
-    those of the loss. Here, only `policy` changes the model's logits.
+    those of the loss. Here, only `policy_logits` changes the model's logits.
 
     Args:
         regions: (B, N, C).
@@ -171,7 +177,7 @@ def sample(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     for _ in range(captioner.generation_config.max_new_tokens):
         out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, use_cache=True, **{CACHE_NAME: state})
         state = out[CACHE_NAME]
-        words = torch.multinomial(policy(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
+        words = torch.multinomial(policy_logits(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
         samples.append(words.masked_fill(~unfinished, IGNORED_LABEL))
         unfinished = unfinished & ~torch.isin(words, ends)
         if not unfinished.any():
