@@ -22,6 +22,7 @@ from .configuration_attncap import SIGNALS, AttnCapConfig
 from .images import ImageError, describe_error, load_batches, load_image
 from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
+from .optimize import optimize_for_inference
 from .pipeline_attncap import check_prompt
 from .processing_attncap import AttnCapProcessor
 from .visualize import attention_layer, importance_layer, plot_layers
@@ -170,6 +171,7 @@ class Captioner:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        optimize: Literal["auto", False] = "auto",
     ) -> Self:
         """Loads a saved model and its processor.
 
@@ -177,6 +179,8 @@ class Captioner:
             name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
             device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
+            optimize: "auto" makes the encoder faster without changing captions (`optimize_for_inference`); `captioner.model` can
+                then be neither trained nor saved. False keeps the model as it was saved.
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
@@ -208,6 +212,8 @@ class Captioner:
                 f"'{source}' is not a folder and cannot be loaded from the Hub ({reason.rstrip('.')}): {NAMING_HINT}."
             ) from error
         processor.image_processor.warn_of_other_statistics(config)
+        if optimize == "auto":
+            model = optimize_for_inference(model)
         return cls(model.to(device), processor)
 
     @overload

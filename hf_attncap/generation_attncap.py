@@ -181,12 +181,16 @@ class AttnCapGenerationMixin(GenerationMixin):
             result.decoder_attentions = tuple((words[:, :, step, :width],) for step, width in zip(steps, widths))
         return result
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any):
+    def _sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any
+    ):
         if is_supported(self, stopping_criteria, generation_config, synced_gpus, kwargs):
             return greedy_search(self, input_ids, logits_processor, generation_config, kwargs)
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any):
+    def _beam_search(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs: Any
+    ):
         if is_supported(self, stopping_criteria, generation_config, synced_gpus, kwargs):
             return beam_search(self, input_ids, logits_processor, generation_config, kwargs)
         out: Any = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -51,7 +51,8 @@ def _fold_batch_norm(backbone: nn.Module) -> None:
         before = node.args[0] if node.args else None
         if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
             continue
-        convolution, norm = modules[str(before.target)], modules[str(node.target)]
+        convolution: Any = modules[str(before.target)]
+        norm: Any = modules[str(node.target)]
         foldable = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
         if foldable and {before.target, node.target} <= used_once:
             backbone.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))

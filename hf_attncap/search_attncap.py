@@ -161,7 +161,8 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
         best = _select(torch.cat([best, candidates], dim=1), order)  # (B, K, 2, L)
         finished = torch.cat([finished, ended & is_top], dim=1).gather(1, order)  # (B, K)
 
-        steps.cache.reorder_cache(beams[:, :, 1, length - start].flatten())
+        rows: Any = beams[:, :, 1, length - start].flatten()  # (B * K)
+        steps.cache.reorder_cache(rows)
         improvable = model._check_early_stop_heuristic(
             improvable, scores, best_scores, finished, length + 1, longest, start, config.early_stopping, config.length_penalty
         )
