@@ -137,7 +137,7 @@ def encode(captioner: Captioner, rows: Iterable[dict[str, Any]]) -> tuple[list[t
         regions (C).
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there are no images.
     """
     rows, batches, means = iter(rows), [], []
     while batch := list(islice(rows, BATCH)):

@@ -110,6 +110,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     _silence_libraries()
     from hf_attncap.model_card.calibration import calibrate
 
+    from .hub import CALIBRATION
     from .metrics.report import calibration_summary
 
     report = calibrate(args.checkpoint, args.eval_data, args.split, args.image_dir)
@@ -118,7 +119,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         _print_error(
             f"{args.checkpoint}: fitted on {images} images; below {MIN_CALIBRATION_IMAGES} the confidence is unreliable, use more"
         )
-    print(f"{args.checkpoint}: calibrated; the report is in {Path(args.checkpoint) / 'calibration.json'}")
+    print(f"{args.checkpoint}: calibrated; the report is in {Path(args.checkpoint) / CALIBRATION}")
     return 0
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BOS, PAD, load, tiny_model
 from safetensors.torch import save_file
+from test_word_vector_files import BODY, FOUND, VOCABULARY, write
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -292,18 +293,6 @@ def test_torchvision_weights_by_name_set_mean_and_std(backbone, name, monkeypatc
 
 
 # --- word vectors ---
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "dog", "runs", ".", "café", "the", "5", "at"]
-VOCABULARY = {word: index for index, word in enumerate(WORDS)}
-
-
-def write(path, *lines: str):
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
-
-
-BODY = ["the 1 2 3 4 5", "dog -1.5 2e-1 0 0 1", "unheard 9 9 9 9 9", "café 0.25 0 0 0 0", "5 5 5 5 5 5"]
-FOUND = {9: [1, 2, 3, 4, 5], 5: [-1.5, 0.2, 0, 0, 1], 8: [0.25, 0, 0, 0, 0], 10: [5, 5, 5, 5, 5]}
 
 
 @pytest.mark.parametrize("freeze", [True, False])

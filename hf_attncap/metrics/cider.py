@@ -53,7 +53,7 @@ class DocumentFrequencies:
 
         Raises:
             TypeError: a caption is a string.
-            ValueError: there is no image, or an image has no reference.
+            ValueError: there are no images, or an image has no reference.
         """
         prepared = References(ending(references) if end_token else references)
         return cls(prepared.index, prepared.images_with(), len(prepared), end_token)

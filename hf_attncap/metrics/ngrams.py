@@ -104,7 +104,7 @@ class References:
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: there is no image, or an image has no reference.
+        ValueError: there are no images, or an image has no reference.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]], index: NgramIndex | None = None):
@@ -186,7 +186,7 @@ def positions(sorted_keys: Ints, keys: Ints) -> Ints:
 
 
 def check_references(references: Sequence[Sequence[Tokens]]) -> None:
-    """Raises if there is no image, an image has no reference, or a caption is a string."""
+    """Raises if there are no images, an image has no reference, or a caption is a string."""
     if not len(references):
         raise ValueError("There are no images: give at least one, with its references.")
     for image, captions in enumerate(references):

@@ -20,7 +20,7 @@ class CiderReward:
 
     Raises:
         TypeError: a caption is a string.
-        ValueError: there is no image, or an image has no reference.
+        ValueError: there are no images, or an image has no reference.
     """
 
     def __init__(self, references: Mapping[str, Sequence[Tokens]], frequencies: DocumentFrequencies):

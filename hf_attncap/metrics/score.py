@@ -68,7 +68,7 @@ class CaptionMetrics:
         training: the training captions of the model; adds the score `novel`.
 
     Raises:
-        ValueError: there is no image, an image has no references, or 12 and "12" are both ids.
+        ValueError: there are no images, an image has no references, or 12 and "12" are both ids.
         TypeError: the references of an image are a string, not a list of strings.
     """
 

@@ -73,7 +73,7 @@ def paired_bootstrap(
         Metric -> `Comparison`, in the order of `first`.
 
     Raises:
-        ValueError: the metrics or the numbers of images of the systems differ, there is no image, or a value is not finite.
+        ValueError: the metrics or the numbers of images of the systems differ, there are no images, or a value is not finite.
     """
     images = _check(first, second)
     names = [name for statistics in first for name in statistics.names]
@@ -95,7 +95,7 @@ def bootstrap(system: Sequence[Statistics], *, resamples: int = 10_000, seed: in
     """95 % percentile intervals of one system's metrics by name; images are resampled as in `paired_bootstrap`.
 
     Raises:
-        ValueError: there is no image, `resamples` is below 1, or a value is not finite.
+        ValueError: there are no images, `resamples` is below 1, or a value is not finite.
     """
     images = _check(system, system)
     scores = np.concatenate([_scores(system, weights) for weights in _resampled(resamples, images, seed)])  # (R, K)

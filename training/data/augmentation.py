@@ -32,6 +32,11 @@ class ImageRandomness:
     seed: int
     epoch: int
 
+    @property
+    def now(self) -> "ImageRandomness":
+        """Itself: it does not depend on the current epoch, unlike `EpochRandomness.now`."""
+        return self
+
     def generator(self, image_id: str) -> random.Random:
         """A generator for an image."""
         return random.Random(self._number(image_id))
@@ -106,7 +111,7 @@ class Augmentation:
                     v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
                 ]
             )
-            with self._now.torch_seed(name):
+            with self.randomness.now.torch_seed(name):
                 image = change(image)
         if self._mirrors(name):
             image = F.horizontal_flip(image)
@@ -117,12 +122,8 @@ class Augmentation:
         """The captions and the id that belong to the changed image."""
         return mirror_captions(captions, image_id) if self._mirrors(image_id) else (captions, image_id)
 
-    @property
-    def _now(self) -> ImageRandomness:
-        return self.randomness.now if isinstance(self.randomness, EpochRandomness) else self.randomness
-
     def _mirrors(self, image_id: str) -> bool:
-        return self.mirror and self._now.generator(f"{image_id} mirrored").random() < 0.5
+        return self.mirror and self.randomness.now.generator(f"{image_id} mirrored").random() < 0.5
 
 
 def mirror_captions(captions: list[str], image_id: str) -> tuple[list[str], str]:

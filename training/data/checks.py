@@ -194,7 +194,7 @@ def _select_rows(table: Table, kept: dict[int, tuple[str, list[str]]]) -> Datase
     texts = Dataset.from_dict({"captions": captions, "image_id": ids}, features=TEXTS)
     whole = concatenate_datasets([table.images, texts], axis=1) if size else texts
     rows = whole if len(kept) == size else whole.select(list(kept))
-    files = [path for path in (table.paths[row] for row in kept) if path and os.path.isfile(path)]
+    files = [path for path in (table.paths[row] for row in kept) if path and "://" not in path]  # rows are kept only if these exist
     if not files:
         return rows
     # An image that was replaced under its name makes another dataset, whose features are not in the cache yet.

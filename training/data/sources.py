@@ -129,10 +129,11 @@ def _open_file(path: str, arguments: DataArguments, role: Role, streaming: bool)
         raise SettingError(f"No such data file: {path}.")
     folder = _image_folder(arguments, role) or Path(path).parent
     content = _json(path)
-    if isinstance(content, dict) and "images" in content:
-        return _read_annotations(path, content, arguments, role, folder)
-    if arguments.train_split if role == "train" else arguments.validation_split:
+    splits = _karpathy_splits(content)
+    if not splits and (arguments.train_split if role == "train" else arguments.validation_split):
         raise SettingError(f"{path} has no splits: leave out `{role}_split`.")
+    if isinstance(content, dict) and "images" in content:
+        return _read_annotations(path, content, splits, arguments, role, folder)
     options: dict[str, Any] = {}
     try:
         if kind == "csv":
@@ -157,17 +158,17 @@ def _open_dataset(arguments: DataArguments, role: Role, streaming: bool) -> Sour
             f"`dataset_name`: `datasets` reads {os.path.abspath(name)} as a pattern, because of the characters *?[ in it: rename "
             "the folder, or give its files as `train_file`."
         )
-    source: dict[str, Any] = {"path": name, "name": arguments.dataset_config_name}
+    config = arguments.dataset_config_name
+    source: dict[str, Any] = {"path": name}
     if arguments.data_dir:
-        source = {"path": "imagefolder", "data_dir": escape_pattern(name)}
+        source, config = {"path": "imagefolder", "data_dir": escape_pattern(name)}, None
     try:
         if streaming:
-            known = {key: value for key, value in source.items() if key != "name"}
-            available = get_dataset_split_names(config_name=arguments.dataset_config_name, **known)
+            available = get_dataset_split_names(config_name=config, **source)
             wanted = choose_split(name, available, role, arguments)
-            rows: Any = wanted and load_dataset(split=wanted, streaming=True, **source)
+            rows: Any = wanted and load_dataset(name=config, split=wanted, streaming=True, **source)
         else:
-            loaded: Any = load_from_disk(name) if saved else load_dataset(**source)
+            loaded: Any = load_from_disk(name) if saved else load_dataset(name=config, **source)
             splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
             wanted = choose_split(name, list(map(str, splits)), role, arguments)
             rows = wanted and concatenate_datasets([splits[split] for split in wanted.split("+")])
@@ -200,14 +201,13 @@ def _not_decoded(name: str, rows: Any) -> Any:
     return rows
 
 
-def _read_annotations(path: str, content: dict[str, Any], arguments: DataArguments, role: Role, folder: Path) -> Source:
-    """Karpathy's or COCO's JSON file, read by the code that reads it for the metrics."""
-    splits = _karpathy_splits(content)
+def _read_annotations(
+    path: str, content: dict[str, Any], splits: list[str], arguments: DataArguments, role: Role, folder: Path
+) -> Source:
+    """Karpathy's or COCO's JSON file (without `splits`), read by the code that reads it for the metrics."""
     split = choose_split(path, splits, role, arguments) if splits else None
     if splits and split is None:
         raise SettingError(f"{path} has no split for {role}, only {', '.join(splits)}: set `{role}_split` to one of them.")
-    if not splits and (arguments.train_split if role == "train" else arguments.validation_split):
-        raise SettingError(f"{path} has no splits: leave out `{role}_split`.")
     for setting in ("image_column", "captions_column", "image_id_column"):
         if getattr(arguments, setting):
             logger.warning("`%s` is not used: %s is a Karpathy or COCO file", setting, path)
