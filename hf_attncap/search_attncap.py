@@ -20,7 +20,8 @@ def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwar
     """Whether `greedy_search` or `beam_search` can run with these settings of `generate`."""
     cache = kwargs.get(CACHE_NAME)
     return (
-        not config.do_sample
+        not _has_other_forward(model)
+        and not config.do_sample
         and not config.output_hidden_states
         and not synced_gpus
         and not model.training
@@ -31,6 +32,14 @@ def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwar
         and not getattr(cache, "_is_user_defined", False)
         and all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
     )
+
+
+def _has_other_forward(model: Any) -> bool:
+    """Whether the whole model has to be called: a subclass, a hook, a compiler or mixed precision has changed its `forward`."""
+    owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    is_replaced = "forward" in vars(model) or model._compiled_call_impl is not None
+    return bool(owner.__name__ != "AttnCapForConditionalGeneration" or hooks or is_replaced)
 
 
 @dataclass

@@ -56,4 +56,4 @@ def average_checkpoints(checkpoints: Sequence[str | Path], out: str | Path, weig
 
 
 def _load(checkpoint: str | Path) -> Any:
-    return Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
+    return Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32", optimize=False).model

@@ -28,7 +28,7 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
         OSError: the checkpoint cannot be loaded.
     """
     refuse_occupied(out)
-    model: Any = Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32").model
+    model: Any = Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32", optimize=False).model
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.abs().max() <= largest:
