@@ -6,7 +6,12 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_attncap import CACHE_NAME, AttnCapCache
@@ -42,13 +47,25 @@ class StopAtText(StoppingCriteria):
 class NoRepeatedTokens(LogitsProcessor):
     """Bans the tokens that the caption or its prompt already has, except the repeatable ones."""
 
-    def __init__(self, repeatable: list[int]):
-        self.repeatable = torch.tensor(repeatable, dtype=torch.long)
+    def __init__(self, repeatable: list[int], vocab_size: int):
+        self.once = torch.ones(vocab_size, dtype=torch.bool)  # (V)
+        self.once[repeatable] = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.repeatable = self.repeatable.to(input_ids.device)
-        banned = ~torch.isin(input_ids, self.repeatable)  # (R, T)
+        self.once = self.once.to(input_ids.device)
+        banned = self.once[input_ids]  # (R, T)
         return scores.scatter(1, input_ids, scores.gather(1, input_ids).masked_fill(banned, -torch.inf))  # (R, V)
+
+
+class SuppressedTokens(LogitsProcessor):
+    """Bans tokens: transformers' processor, without a comparison of the whole vocabulary at each step."""
+
+    def __init__(self, banned: torch.Tensor, vocab_size: int):
+        self.banned = banned[(banned >= 0) & (banned < vocab_size)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.banned = self.banned.to(scores.device)
+        return scores.index_fill(1, self.banned, -torch.inf)  # (R, V)
 
 
 class NoRepeatedNgrams(LogitsProcessor):
@@ -111,12 +128,14 @@ class AttnCapGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"`repeatable_token_ids` has {unknown[0]}, but the vocabulary ends at {self.config.vocab_size - 1}."
                 )
-            own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids]))
+            own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids], self.config.vocab_size))
         own.extend(logits_processor or [])
         processors = super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for place, processor in enumerate(processors):
             if type(processor) is NoRepeatNGramLogitsProcessor:
                 processors[place] = NoRepeatedNgrams(processor.ngram_size)
+            elif type(processor) is SuppressTokensLogitsProcessor:
+                processors[place] = SuppressedTokens(processor.suppress_tokens, self.config.vocab_size)
         return processors
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
