@@ -35,10 +35,10 @@ from pointing_photographs import as_generated, run_info
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_write, write_json
-from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.images import load_image
 from hf_attncap.importance import token_log_probabilities, variants_per_pass, word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
+from hf_attncap.words_attncap import CaptionPieces
 
 ORDERS = ("importance", "attention", "random")
 CURVES = ("deletion", "insertion")
@@ -93,7 +93,7 @@ def log_probabilities(
     for some in variants.split(variants_per_pass(model, regions[None], sequence[None, None])):
         shown = torch.where(some[..., None], fill, regions)  # (v, N, C)
         found.append(token_log_probabilities(model, shown, sequence.expand(len(some), 1, -1))[:, 0])  # (v, T)
-    return pieces.add_up(torch.cat(found).mT).T.reshape(*hidden.shape[:-1], -1)  # (..., W)
+    return pieces.add_up(torch.cat(found).mT.float().cpu().numpy()).T.reshape(*hidden.shape[:-1], -1)  # (..., W)
 
 
 def trace(
@@ -170,7 +170,10 @@ def trace_images(
         attention, _ = model.caption_attentions(sequences, encoder_outputs=encoded)  # (B, T, H, W)
         importance = word_importance(model, sequences, encoded)  # (B, T, H, W)
         for regions, sequence, weights, falls in zip(
-            encoded.last_hidden_state, sequences, attention.flatten(2), importance.flatten(2)
+            encoded.last_hidden_state,
+            sequences,
+            attention.flatten(2).float().cpu().numpy(),
+            importance.flatten(2).cpu().numpy(),
         ):
             count = len(regions)
             pieces = CaptionPieces(captioner.processor.tokenizer, sequence.tolist())

@@ -30,11 +30,11 @@ from pointing import SIDE, within
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import write_json
-from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
 from hf_attncap.metrics.significance import Statistics, paired_bootstrap
 from hf_attncap.processing_attncap import IGNORED_LABEL
+from hf_attncap.words_attncap import CaptionPieces
 
 BOXES = Path(__file__).with_name("boxes.json")
 COLUMNS = ("photographs", "words", "too_small", "hits", "chance", "other_photographs", "mass_inside", "area")
@@ -109,7 +109,7 @@ def read_references(captioner: Captioner, image: Image.Image, references: list[s
     captions = [CaptionPieces(processor.tokenizer, row) for row in sequences.tolist()]
     return [
         (pieces.words, {"attention": pieces.merge(weights), "importance": pieces.add_up(falls)})
-        for pieces, weights, falls in zip(captions, attention, importance)
+        for pieces, weights, falls in zip(captions, attention.float().cpu().numpy(), importance.cpu().numpy())
     ]
 
 

@@ -1,119 +1,33 @@
-"""The high-level API: `Captioner` captions images, `CaptionResult` holds one caption with its score and attention maps."""
+"""The high-level API: `Captioner` captions images. Importing it needs neither torch nor transformers; loading a model does."""
 
 import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
-import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig
 
-from .captions_attncap import CaptionPieces, generate_captions
-from .confidence import estimate_confidence
-from .configuration_attncap import SIGNALS, AttnCapConfig
-from .images import ImageError, describe_error, load_batches, load_image
-from .importance import word_importance
-from .modeling_attncap import AttnCapForConditionalGeneration
-from .optimize import optimize_for_inference
-from .pipeline_attncap import check_prompt
-from .processing_attncap import AttnCapProcessor
-from .visualize import attention_layer, importance_layer, plot_layers
+from .confidence_attncap import SIGNALS, estimate_confidence
+from .engine import Engine
+from .images import ImageError, describe_error, is_tensor, load_batches, load_image
+from .result import Alternative, CaptionResult
+from .words_attncap import CaptionPieces, check_prompt
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import torch
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+    from .modeling_attncap import AttnCapForConditionalGeneration
+    from .processing_attncap import AttnCapProcessor
+
+ImageSource: TypeAlias = "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-NAMING_HINT = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 NO_CAPTION = -1e8  # beam search gives about -1e9 to sequences that it did not find
 OLD_NAMES = {"beams": "num_beams", "alternatives": "num_return_sequences"}  # of arguments; removed in the next release
-
-
-class Alternative(NamedTuple):
-    """A further caption of an image, and its score."""
-
-    text: str
-    score: float
-
-
-@dataclass(eq=False)
-class CaptionResult:
-    """Caption, score and attention maps of one image. T words, a grid of H x W regions, E embedding dimensions.
-
-    Attributes:
-        text: the caption, including the prompt.
-        score: what transformers calls `sequences_scores`, for greedy search too: the sum of the log-probabilities of the generated
-            tokens (with the end token, without the prompt), divided by their number to the power of `length_penalty`. Closer to 0
-            is more likely.
-        words: the T words of `text`.
-        attention: (T, H, W) float32, one attention map per word; each map sums to 1. The grid covers the whole image.
-        word_attention: float32. With `word_attention="history"` (T, T): row t holds the weights of the words before word t, which
-            sum to 1; column 0 is the start token and column j word j - 1. With "channel" (T, E): the weights of the embedding
-            dimensions of the previous word. Otherwise None.
-        alternatives: the further captions, best first, if `num_return_sequences` is above 1.
-        image: the image, upright and RGB, in its original proportions.
-        importance: (T, H, W) float32, in nats, one map per word: how much the word's log-probability falls if the decoder does not
-            see the region and its neighbours. Negative where it rises. None unless you ask for it (`Captioner.explain`).
-        signals: the inputs of the confidence: "score", "lowest" (the log-probability of the least likely generated token) and
-            "entropy" (the mean entropy, in nats, of the distributions of the generated tokens).
-        confidence: the calibrated probability that `text` is a good caption. Good means a CIDEr-D of at least the calibration's
-            threshold (0.5) against the references of its image. It holds for images like those of the calibration and for the
-            default decoding; with another `num_beams` it is an approximation. None if the checkpoint has no calibration
-            (`attncap calibrate` adds one), or with a prompt.
-    """
-
-    text: str
-    score: float
-    words: list[str]
-    attention: np.ndarray = field(repr=False)
-    word_attention: np.ndarray | None = field(repr=False)
-    alternatives: list[Alternative]
-    image: Image.Image = field(repr=False)
-    importance: np.ndarray | None = field(default=None, repr=False)
-    signals: dict[str, float] = field(repr=False, default_factory=dict)
-    confidence: float | None = None
-
-    def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
-        """Plots the image and, for each word, the image in grey with the attended regions in colour.
-
-        The colours show attention relative to uniform attention, 1 / (H * W). Regions at or below uniform stay grey. All words
-        share one colour scale.
-
-        Args:
-            path: also save the figure here, replacing a file of that name. The suffix sets the format (.png, .pdf, .svg).
-
-        Raises:
-            ImportError: matplotlib is not installed.
-            OSError: `path` cannot be written.
-        """
-        return plot_layers(self.image, self.text, self.words, [attention_layer(self.attention)], path)
-
-    def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
-        """Plots the attention of each word and, below it, its importance, each with its own colour scale.
-
-        Importance is in nats; regions at or below 0 stay grey.
-
-        Args:
-            path: as for `plot_attention`.
-
-        Raises:
-            ImportError, OSError: as `plot_attention`.
-            ValueError: the result has no importance.
-        """
-        if self.importance is None:
-            raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
-        layers = [attention_layer(self.attention), importance_layer(self.importance)]
-        return plot_layers(self.image, self.text, self.words, layers, path)
 
 
 class CaptionOptions(TypedDict, total=False):
@@ -160,17 +74,24 @@ class Captioner:
         processor: the processor that the model was trained with.
     """
 
-    def __init__(self, model: AttnCapForConditionalGeneration, processor: AttnCapProcessor):
+    def __init__(self, model: "AttnCapForConditionalGeneration", processor: "AttnCapProcessor"):
         self.model = model.eval()
         self.processor = processor
+
+    @property
+    def engine(self) -> Engine:
+        """What generates the captions."""
+        from .torch_engine import TorchEngine
+
+        return TorchEngine(self.model, self.processor)
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike | None = None,
         *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        device: "str | torch.device | None" = None,
+        dtype: "str | torch.dtype | None" = None,
         optimize: Literal["auto", False] = "auto",
     ) -> Self:
         """Loads a saved model and its processor.
@@ -189,32 +110,9 @@ class Captioner:
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
-        is_folder = os.path.isdir(source)
-        if not is_folder:
-            try:
-                validate_repo_id(source)
-            except HFValidationError:
-                raise FileNotFoundError(f"'{source}' is not a folder: {NAMING_HINT}.") from None
-        device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        try:
-            config = AutoConfig.from_pretrained(source)
-            if not isinstance(config, AttnCapConfig):
-                raise ValueError(f"it is of type '{config.model_type}', not 'attncap'.")
-            model: Any = AttnCapForConditionalGeneration.from_pretrained(source, config=config, **chosen)
-            processor: Any = AttnCapProcessor.from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            if is_folder:
-                raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
-            # After the first line, the library gives hints that do not apply here.
-            reason = str(error).partition("\n")[0] if isinstance(error, OSError) else str(error)
-            raise OSError(
-                f"'{source}' is not a folder and cannot be loaded from the Hub ({reason.rstrip('.')}): {NAMING_HINT}."
-            ) from error
-        processor.image_processor.warn_of_other_statistics(config)
-        if optimize == "auto":
-            model = optimize_for_inference(model)
-        return cls(model.to(device), processor)
+        from .torch_engine import load_model
+
+        return cls(*load_model(source, device, dtype, optimize))
 
     @overload
     def caption(self, images: ImageSource, **options: Unpack[CaptionOptions]) -> CaptionResult: ...
@@ -225,7 +123,7 @@ class Captioner:
     @_accept_old_names
     def caption(
         self,
-        images: ImageSource | list[Any] | tuple[Any, ...],
+        images: "ImageSource | list[Any] | tuple[Any, ...]",
         *,
         num_beams: int | None = None,
         num_return_sequences: int = 1,
@@ -315,7 +213,7 @@ class Captioner:
         """
         if on_error not in ("raise", "yield"):
             raise ValueError(f"`on_error` is {on_error!r}, but it must be 'raise' or 'yield'.")
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray)) or is_tensor(images):
             raise ValueError("`images` is a single image: use `caption`, or give a list of images.")
         num_beams = self._check_options(num_beams, num_return_sequences, prompt, batch_size)
 
@@ -334,7 +232,7 @@ class Captioner:
     def _check_options(self, num_beams: int | None, num_return_sequences: int, prompt: str | None, batch_size: int) -> int:
         """The number of beams, by default the checkpoint's; raises a ValueError for options that are out of range."""
         if num_beams is None:
-            num_beams = max(self.model.generation_config.num_beams or 1, num_return_sequences)
+            num_beams = max(self.engine.default_beams, num_return_sequences)
         numbers = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "batch_size": batch_size}
         for name, value in numbers.items():
             if value < 1:
@@ -344,7 +242,7 @@ class Captioner:
                 f"`num_beams` is {num_beams}, but `num_return_sequences` is {num_return_sequences}: raise `num_beams` to that."
             )
         if prompt is not None:
-            check_prompt(self.processor.tokenizer, prompt)
+            check_prompt(self.engine.tokenizer, prompt)
         return num_beams
 
     def _caption_each(self, named: list[tuple[str, Any]], *settings: Any) -> list[CaptionResult | ImageError]:
@@ -360,43 +258,26 @@ class Captioner:
             failure.__cause__ = error
             return [failure]
 
-    @torch.inference_mode()
     def _caption_batch(
         self, images: list[Image.Image], prompt: str | None, num_beams: int, num_return_sequences: int, explain: bool
     ) -> list[CaptionResult]:
         """Captions B images in one forward pass."""
-        inputs = self.processor(images=images, text=prompt, return_tensors="pt").to(self.model.device)
-        encoded = self.model.get_encoder()(inputs.pop("pixel_values"))  # (B, N, C)
-        found = generate_captions(
-            self.model,
-            **inputs,
-            encoder_outputs=encoded,
-            output_attentions=True,
-            num_beams=num_beams,
-            num_return_sequences=num_return_sequences,
-        )
-        falls = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
-        calibration = self.model.config.confidence if prompt is None else None
-        signals = {"score": found["scores"], "lowest": found["lowest"], "entropy": found["entropy"]}
+        engine = self.engine
+        found = engine.generate(images, prompt, num_beams, num_return_sequences, explain)
+        calibration = engine.calibration if prompt is None else None
+        signals = {"score": found.scores, "lowest": found.lowest, "entropy": found.entropy}
         results = []
         for b, image in enumerate(images):
-            captions = [CaptionPieces(self.processor.tokenizer, ids) for ids in found["sequences"][b].tolist()]
-            pairs = [Alternative(pieces.text, score) for pieces, score in zip(captions, found["scores"][b].tolist())]
-            best, weights = captions[0], found["word_attention"]
-            attention = best.merge(found["attention"][b, 0])  # (T, H, W)
+            captions = [CaptionPieces(engine.tokenizer, ids) for ids in found.sequences[b].tolist()]
+            pairs = [Alternative(pieces.text, score) for pieces, score in zip(captions, found.scores[b].tolist())]
+            best, weights, importance = captions[0], found.word_attention, found.importance
+            attention = best.merge(found.attention[b, 0])  # (T, H, W)
             if weights is not None:
-                weights = best.merge(weights[b, 0], over_words=self.model.config.word_attention == "history")
+                weights = best.merge(weights[b, 0], over_words=engine.word_attention == "history")
+            if importance is not None:
+                importance = best.add_up(importance[b])  # (T, H, W)
             others = [other for other in pairs[1:] if other.score > NO_CAPTION]
-            importance = None if falls is None else best.add_up(falls[b])  # (T, H, W)
             own = {name: signals[name][b, 0].item() for name in SIGNALS}
             confidence = None if calibration is None else float(estimate_confidence(calibration, own))
             results.append(CaptionResult(*pairs[0], best.words, attention, weights, others, image, importance, own, confidence))
         return results
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"The device '{device}' cannot be used ({reason}): leave it out or give 'cpu'.") from error

@@ -1,11 +1,10 @@
-"""Captions with scores and attention: `generate` for every decoding method, and the words of the generated tokens.
+"""Captions with scores and attention: `generate` for every decoding method.
 
-Shapes: B images, k captions per image, R = B * k rows, T tokens, W words, a grid of H x W regions, E word embedding, V vocabulary.
+Shapes: B images, k captions per image, R = B * k rows, T tokens, a grid of H x W regions, E word embedding, V vocabulary.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -122,64 +121,4 @@ def _until_end(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
     return is_end.cumsum(dim=1) - is_end.long() == 0
 
 
-class CaptionPieces:
-    """The text of a generated sequence, and the tokens of each of its words.
-
-    Args:
-        tokenizer: a word or subword tokenizer.
-        ids: the T + 1 tokens of the sequence, start token first. Special tokens belong to no word.
-
-    Attributes:
-        text: the caption.
-        words: its W words.
-    """
-
-    def __init__(self, tokenizer: Any, ids: list[int]):
-        special = set(tokenizer.all_special_ids)
-        positions = [position for position, token in enumerate(ids) if token not in special]
-        pieces = [ids[position] for position in positions]
-        self.text: str = tokenizer.decode(pieces)
-        self.words = self.text.split()
-        last = len(self.words) - 1
-        # The number of words from a token onward gives its word, both for tokenizers that mark the beginning of a word ("▁do",
-        # "g") and for those that mark its continuation ("do", "##g").
-        words_left = [len(tokenizer.decode(pieces[n:]).split()) for n in range(len(pieces))]
-        self._word_of = {position: min(last + 1 - left, last) for position, left in zip(positions, words_left) if self.words}
-
-    def merge(self, rows: torch.Tensor, over_words: bool = False) -> np.ndarray:
-        """Averages rows of tokens over the tokens of each word.
-
-        Args:
-            rows: (T, ...); row t belongs to token t + 1 as in `caption_attentions`.
-            over_words: the columns of rows (T, T) are tokens too; sum them over the tokens of each word. Weights between the tokens
-                of one word are dropped.
-
-        Returns:
-            float32 (W, ...); each row sums to 1. With `over_words` (W, W): column 0 is the start token and column j word j - 1.
-        """
-        values = rows.float().cpu().numpy()  # (T, ...)
-        mean = self._tokens_of_words(len(values))  # (W, T)
-        total = np.zeros((len(values), 1 + len(self.words)), dtype=np.float32)  # (T, 1 + W)
-        total[0, 0] = 1
-        for position, word in self._word_of.items():
-            total[position : position + 1, 1 + word] = 1  # the last token is not an input and has no column
-        mean /= mean.sum(axis=1, keepdims=True)
-        merged = np.tensordot(mean, values, axes=1)  # (W, ...)
-        if over_words:
-            merged = np.tril(merged @ total[:, :-1])  # (W, W)
-        return merged / merged.sum(axis=tuple(range(1, merged.ndim)), keepdims=True)
-
-    def add_up(self, rows: torch.Tensor) -> np.ndarray:
-        """Sums rows (T, ...), row t of token t + 1, over the tokens of each word: float32 (W, ...)."""
-        values = rows.float().cpu().numpy()  # (T, ...)
-        return np.tensordot(self._tokens_of_words(len(values)), values, axes=1)  # (W, ...)
-
-    def _tokens_of_words(self, tokens: int) -> np.ndarray:
-        """(W, T) float32: 1 if token t + 1 is a part of the word, else 0."""
-        parts = np.zeros((len(self.words), tokens), dtype=np.float32)  # (W, T)
-        for position, word in self._word_of.items():
-            parts[word, position - 1] = 1
-        return parts
-
-
-__all__ = ["CaptionPieces", "generate_captions"]
+__all__ = ["generate_captions"]

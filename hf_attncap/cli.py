@@ -192,7 +192,7 @@ def _caption(args: argparse.Namespace) -> int:
     from .visualize import path_key
 
     captioner = Captioner.from_pretrained(args.model, device=args.device)
-    if args.min_confidence is not None and captioner.model.config.confidence is None:
+    if args.min_confidence is not None and captioner.engine.calibration is None:
         name = args.model or "The checkpoint in this package"
         raise ValueError(f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on its folder first.")
     outcomes = captioner.stream(

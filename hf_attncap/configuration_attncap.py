@@ -7,13 +7,11 @@ import torchvision
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .confidence_attncap import SIGNALS
 from .efficientnet_lite_attncap import EFFICIENTNET_LITE
 
 # Their output is a sequence of patches, not a convolutional feature map.
 ATTENTION_BACKBONES = ("vit_", "swin_", "maxvit_")
-
-# The inputs of a confidence; `generate_captions` defines them.
-SIGNALS = ("score", "lowest", "entropy")
 
 
 @strict

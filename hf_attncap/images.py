@@ -66,7 +66,7 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
         return _to_rgb(source, f"the PIL image {name}" if name else "the PIL image")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"the bytes object of length {len(source)}")
-    if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
+    if is_tensor(source):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
@@ -80,6 +80,11 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
         f"an image cannot be read from a {type(source).__name__}; "
         "give one path, URL, base64 string, bytes object, PIL image, numpy array or torch tensor at a time"
     )
+
+
+def is_tensor(source: Any) -> bool:
+    """Whether this is a torch tensor; does not import torch, because without torch there are no tensors."""
+    return isinstance(source, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def load_batches(

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .captions_attncap import CaptionPieces, generate_captions
+from .captions_attncap import generate_captions
 from .image_files_attncap import open_image, upright
+from .words_attncap import CaptionPieces, check_prompt
 
 try:  # transformers needs one of them
     from huggingface_hub.utils import httpx
@@ -140,12 +141,15 @@ class AttnCapPipeline(Pipeline):
         self, model_outputs: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """The captions of one image."""
-        tensors: dict[str, Any] = {name: None if value is None else value[0] for name, value in model_outputs.items()}
-        regions, weights = tensors["attention"], tensors["word_attention"]
+        sequences, scores = model_outputs["sequences"][0], model_outputs["scores"][0]  # (k, T + 1), (k)
+        regions, weights = (  # (k, T, H, W), and (k, T, T) or (k, T, E)
+            None if rows is None else rows[0].float().cpu().numpy()
+            for rows in (model_outputs["attention"], model_outputs["word_attention"])
+        )
         captions = []
-        for k, ids in enumerate(tensors["sequences"].tolist()):
+        for k, ids in enumerate(sequences.tolist()):
             pieces = CaptionPieces(self.tokenizer, ids)
-            caption = {"generated_text": pieces.text, "score": tensors["scores"][k].item()}
+            caption = {"generated_text": pieces.text, "score": scores[k].item()}
             if regions is not None:
                 caption["words"] = pieces.words
                 caption["attention"] = pieces.merge(regions[k])
@@ -187,13 +191,4 @@ def _with_prompts(images: Any, prompts: list[str] | tuple[str, ...]) -> list[dic
     return [{"images": image, "text": prompt} for image, prompt in zip(images, prompts)]
 
 
-def check_prompt(tokenizer: Any, prompt: str) -> None:
-    """Raises a ValueError if a prompt is not a string or has words that the model does not know."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"The prompt must be one string, got {prompt!r:.200}.")
-    unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]
-    if unknown:
-        raise ValueError(f"The model does not know {', '.join(unknown)} in the prompt {prompt!r}: rephrase it.")
-
-
-__all__ = ["AttnCapPipeline", "check_prompt"]
+__all__ = ["AttnCapPipeline"]

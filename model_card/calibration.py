@@ -11,8 +11,7 @@ from hf_attncap.training.arguments import SettingError
 
 from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_files
-from hf_attncap.confidence import estimate_confidence
-from hf_attncap.configuration_attncap import SIGNALS
+from hf_attncap.confidence_attncap import SIGNALS, estimate_confidence
 from hf_attncap.hub import CALIBRATION, CALIBRATION_CHART
 
 from .measure import caption, captioned_images, commit, name_sets

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapProcessor, Captioner
 from hf_attncap.captions_attncap import generate_captions
 from hf_attncap.cli import main
-from hf_attncap.confidence import estimate_confidence
+from hf_attncap.confidence_attncap import estimate_confidence
 from hf_attncap.hub import export_to_hub
 
 FITTED = {"weights": {"score": 2.0, "lowest": 0.25, "entropy": -0.5}, "bias": 3.0, "threshold": 0.5, "images": 40}

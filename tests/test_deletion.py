@@ -16,7 +16,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_attncap import Captioner
-from hf_attncap.captions_attncap import CaptionPieces
+from hf_attncap.words_attncap import CaptionPieces
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("none", "score", "channel", "history")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from hf_attncap import Captioner
-from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.cli import main
 from hf_attncap.encoder_attncap import GridEncoderOutput
 from hf_attncap.images import load_image
 from hf_attncap.importance import word_importance
+from hf_attncap.words_attncap import CaptionPieces
 
 KINDS = ("none", "score", "channel", "history")
 BOS, EOS, PAD = 1, 2, 0
@@ -122,7 +122,7 @@ def test_importance_of_a_word_is_the_sum_over_its_tokens(make_checkpoint, pictur
     ids = [BOS, *tokenizer(prompt).input_ids]
     pieces = CaptionPieces(tokenizer, ids)
     assert len(pieces.words) == 2 < len(ids) - 1
-    rows = torch.arange(1.0, len(ids))[:, None]
+    rows = np.arange(1.0, len(ids))[:, None]
     words = pieces.add_up(rows)
     assert words.shape == (2, 1) and words.sum() == rows.sum()  # every piece counts once
     result = captioner.explain(pictures[0], prompt=prompt)

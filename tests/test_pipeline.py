@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoProcessor, pipeline
 
-from hf_attncap.captions_attncap import CaptionPieces
 from hf_attncap.pipeline_attncap import AttnCapPipeline
 from hf_attncap.processing_attncap import AttnCapProcessor
+from hf_attncap.words_attncap import CaptionPieces
 
 make_pipeline: Any = pipeline  # its overloads know only the library's own tasks
 CAPTIONS = ["a black dog is running fast on the beach", "two dogs play with a red ball", "the dog's ball"]
@@ -261,11 +261,11 @@ def test_words_and_attention_of_any_tokens_are_consistent(kind, data):
     rows = torch.rand(T, T, generator=torch.Generator().manual_seed(len(ids))).tril() + 1e-3 * torch.eye(T)
     rows[:, [position for position in range(1, T) if ids[position] == 0]] = 0
     rows[:, 0] += 0.1
-    merged = pieces.merge(rows / rows.sum(1, keepdim=True), over_words=True)
+    merged = pieces.merge((rows / rows.sum(1, keepdim=True)).numpy(), over_words=True)
     assert merged.shape == (len(pieces.words),) * 2
     np.testing.assert_allclose(merged.sum(1), 1, atol=1e-5)
     assert not np.triu(merged, 1).any()
-    assert pieces.merge(torch.ones(T, 2, 3)).shape == (len(pieces.words), 2, 3)
+    assert pieces.merge(np.ones((T, 2, 3))).shape == (len(pieces.words), 2, 3)
 
 
 def test_tokens_of_a_word_are_merged():
@@ -274,7 +274,7 @@ def test_tokens_of_a_word_are_merged():
     tokens = ["▁", "d", "o", "g", "▁", "b", "a"]
     pieces = CaptionPieces(tokenizer, [1, *(vocabulary[token] for token in tokens), END])
     assert pieces.words == ["dog", "ba"]
-    looks = torch.eye(8)  # token t looks at region t alone
+    looks = np.eye(8)  # token t looks at region t alone
     assert np.allclose(pieces.merge(looks), [[1 / 4] * 4 + [0] * 4, [0] * 4 + [1 / 3] * 3 + [0]])
 
 

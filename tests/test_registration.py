@@ -66,6 +66,9 @@ def test_a_module_called_attncap(tmp_path):
         "import hf_attncap",
         "import hf_attncap.metrics; hf_attncap.metrics.CaptionMetrics({'1': ['a dog', 'the dog']}).score({'1': 'a dog'})",
         "import hf_attncap.cli",
+        "from hf_attncap import Captioner, CaptionResult, ImageError; from hf_attncap.captioner import CHECKPOINT",
+        "from hf_attncap.words_attncap import CaptionPieces; from hf_attncap.confidence_attncap import SIGNALS",
+        "import hf_attncap.engine, hf_attncap.image_files_attncap, hf_attncap.images, hf_attncap.result, hf_attncap.visualize",
     ],
 )
 def test_modules_without_a_model_do_not_import_transformers(use):

@@ -1,10 +1,11 @@
-"""The calibrated confidence of a caption, computed from the signals of beam search."""
+"""The calibrated confidence of a caption, computed from the signals of its decoding. Needs neither torch nor transformers."""
 
 from typing import Any
 
 import numpy as np
 
-from .configuration_attncap import SIGNALS
+# The inputs of a confidence; `generate_captions` defines them.
+SIGNALS = ("score", "lowest", "entropy")
 
 
 def estimate_confidence(calibration: dict[str, Any], signals: dict[str, Any]) -> Any:
@@ -20,3 +21,6 @@ def estimate_confidence(calibration: dict[str, Any], signals: dict[str, Any]) ->
     weights = calibration["weights"]
     logit = calibration["bias"] + sum(weights[name] * np.asarray(signals[name], np.float64) for name in SIGNALS if name in weights)
     return 0.5 * (1 + np.tanh(0.5 * logit))  # the logistic function in a form that cannot overflow
+
+
+__all__ = ["SIGNALS", "estimate_confidence"]

@@ -1,0 +1,90 @@
+"""`CaptionResult`: one caption with its score and attention maps. Needs neither torch nor transformers."""
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .visualize import attention_layer, importance_layer, plot_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Alternative(NamedTuple):
+    """A further caption of an image, and its score."""
+
+    text: str
+    score: float
+
+
+@dataclass(eq=False)
+class CaptionResult:
+    """Caption, score and attention maps of one image. T words, a grid of H x W regions, E embedding dimensions.
+
+    Attributes:
+        text: the caption, including the prompt.
+        score: what transformers calls `sequences_scores`, for greedy search too: the sum of the log-probabilities of the generated
+            tokens (with the end token, without the prompt), divided by their number to the power of `length_penalty`. Closer to 0
+            is more likely.
+        words: the T words of `text`.
+        attention: (T, H, W) float32, one attention map per word; each map sums to 1. The grid covers the whole image.
+        word_attention: float32. With `word_attention="history"` (T, T): row t holds the weights of the words before word t, which
+            sum to 1; column 0 is the start token and column j word j - 1. With "channel" (T, E): the weights of the embedding
+            dimensions of the previous word. Otherwise None.
+        alternatives: the further captions, best first, if `num_return_sequences` is above 1.
+        image: the image, upright and RGB, in its original proportions.
+        importance: (T, H, W) float32, in nats, one map per word: how much the word's log-probability falls if the decoder does not
+            see the region and its neighbours. Negative where it rises. None unless you ask for it (`Captioner.explain`).
+        signals: the inputs of the confidence: "score", "lowest" (the log-probability of the least likely generated token) and
+            "entropy" (the mean entropy, in nats, of the distributions of the generated tokens).
+        confidence: the calibrated probability that `text` is a good caption. Good means a CIDEr-D of at least the calibration's
+            threshold (0.5) against the references of its image. It holds for images like those of the calibration and for the
+            default decoding; with another `num_beams` it is an approximation. None if the checkpoint has no calibration
+            (`attncap calibrate` adds one), or with a prompt.
+    """
+
+    text: str
+    score: float
+    words: list[str]
+    attention: np.ndarray = field(repr=False)
+    word_attention: np.ndarray | None = field(repr=False)
+    alternatives: list[Alternative]
+    image: Image.Image = field(repr=False)
+    importance: np.ndarray | None = field(default=None, repr=False)
+    signals: dict[str, float] = field(repr=False, default_factory=dict)
+    confidence: float | None = None
+
+    def plot_attention(self, path: str | os.PathLike | None = None) -> "Figure":
+        """Plots the image and, for each word, the image in grey with the attended regions in colour.
+
+        The colours show attention relative to uniform attention, 1 / (H * W). Regions at or below uniform stay grey. All words
+        share one colour scale.
+
+        Args:
+            path: also save the figure here, replacing a file of that name. The suffix sets the format (.png, .pdf, .svg).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: `path` cannot be written.
+        """
+        return plot_layers(self.image, self.text, self.words, [attention_layer(self.attention)], path)
+
+    def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
+        """Plots the attention of each word and, below it, its importance, each with its own colour scale.
+
+        Importance is in nats; regions at or below 0 stay grey.
+
+        Args:
+            path: as for `plot_attention`.
+
+        Raises:
+            ImportError, OSError: as `plot_attention`.
+            ValueError: the result has no importance.
+        """
+        if self.importance is None:
+            raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
+        layers = [attention_layer(self.attention), importance_layer(self.importance)]
+        return plot_layers(self.image, self.text, self.words, layers, path)
