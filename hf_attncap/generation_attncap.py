@@ -80,7 +80,7 @@ class NoRepeatedNgrams(LogitsProcessor):
         ngrams = input_ids.unfold(1, self.size, 1)  # (R, n-grams, size)
         last = input_ids[:, None, input_ids.shape[1] - self.size + 1 :]  # (R, 1, size - 1)
         banned = (ngrams[..., :-1] == last).all(dim=-1)  # (R, n-grams)
-        limit = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)  # (R, n-grams)
+        limit = scores.new_full(banned.shape, torch.inf).masked_fill(banned, -torch.inf)  # (R, n-grams)
         return scores.scatter_reduce(1, ngrams[..., -1], limit, "amin")  # (R, V)
 
 

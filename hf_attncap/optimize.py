@@ -1,20 +1,29 @@
-"""Makes a faster copy of a captioner for inference: batch norm folded into convolutions, and images in channels-last layout."""
+"""Makes a faster copy of a captioner for inference.
+
+Batch norm is folded into convolutions, images are in channels-last layout, and the products of the word embedding are computed once
+for each word of the vocabulary.
+"""
 
 import copy
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
+
+MAX_TABLE = 2**25  # elements of the products of all words; larger vocabularies keep the decoder as it is
 
 
 def optimize_for_inference(model: AttnCapForConditionalGeneration) -> AttnCapForConditionalGeneration:
-    """A copy of a captioner whose encoder is faster. Captions are the same; the regions differ by rounding errors only.
+    """A faster copy of a captioner. Its captions are the same; scores and attention differ by rounding errors only.
 
     Batch norm is folded into the convolution before it, and the encoder's weights are stored in channels-last layout, which
-    convolutions on CPUs and GPUs read faster. The copy is in evaluation mode. It can be neither trained nor saved.
+    convolutions on CPUs and GPUs read faster. With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`
+    unless its table would exceed 128 MB in float32. The copy is in evaluation mode. It can be neither trained nor saved.
 
     Args:
         model: is not changed.
@@ -23,8 +32,77 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration) -> AttnCapFor
     encoder: Any = fast.model.encoder
     _fold_batch_norm(encoder.backbone)
     encoder.to(memory_format=torch.channels_last)
+    decoder: Any = fast.model.decoder
+    if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE:
+        fast.model.decoder = InferenceDecoder(decoder)
     fast.save_pretrained = _refuse_saving
     return fast
+
+
+class InferenceDecoder(AttnCapDecoder):
+    """A decoder for inference in which each step has one product of the state, one of the context and one before the output layer.
+
+    The products of the word embedding are rows of a table. D is E with deep output, else 0.
+
+    Args:
+        decoder: with `word_attention` "none" or "score". The parts that the steps do not need are left out.
+    """
+
+    def __init__(self, decoder: AttnCapDecoder):
+        nn.Module.__init__(self)
+        self.embed_tokens, self.attention, self.deep_output = decoder.embed_tokens, decoder.attention, decoder.deep_output
+        self.init_h, self.init_c = decoder.init_h, decoder.init_c
+        cell, query = decoder.cell, decoder.attention.query_proj
+        words = decoder.embed_tokens.weight  # (V, E)
+        of_word, of_context = cell.weight_ih.split([words.shape[1], cell.input_size - words.shape[1]], dim=1)  # (4S, E), (4S, C)
+        gate = [] if decoder.gate is None else [decoder.gate]
+        self.widths = [query.out_features, *(layer.out_features for layer in gate), 4 * cell.hidden_size]
+        bias = [query.bias, *(layer.bias for layer in gate), cell.bias_ih + cell.bias_hh]
+        self.state_proj = _linear(torch.cat([query.weight, *(layer.weight for layer in gate), cell.weight_hh]), torch.cat(bias))
+        self.context_proj = _linear(of_context.contiguous())
+        table = [words @ of_word.T]  # (V, 4S)
+        if decoder.deep_output:
+            self.output_proj = _linear(torch.cat([decoder.state_out.weight, decoder.region_out.weight], dim=1))
+            table.append(decoder.word_out(words) + decoder.state_out.bias)  # (V, E)
+        self.register_buffer("word_products", torch.cat(table, dim=1), persistent=False)  # (V, 4S + D)
+        if decoder.attention.word_attention == "score":
+            self.register_buffer("word_queries", decoder.attention.word_proj(words), persistent=False)  # (V, A)
+
+    @staticmethod
+    def table_size(decoder: AttnCapDecoder) -> int:
+        """Elements of the table of a decoder."""
+        words, embed = decoder.embed_tokens.weight.shape
+        return words * (4 * decoder.cell.hidden_size + embed + decoder.attention.query_proj.out_features)
+
+    def _embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the products of the words (R, T, 4S + D) in place of e, and u (R, T, A)."""
+        u = None if self.attention.word_attention == "none" else F.embedding(input_ids, self.word_queries)  # (R, T, A)
+        return F.embedding(input_ids, self.word_products), u
+
+    def step(self, h, c, keys, regions, e, u, mask=None, gradients=None):
+        q, *gate, gates = self.state_proj(h).split(self.widths, dim=-1)  # (R, A), (R, C), (R, 4S)
+        query = q if u is None else q + u[:, -1]  # (R, A)
+        z, alpha = self.attention.attend_regions(query, keys, regions)  # (R, C), (R, N)
+        if gate:
+            z = torch.sigmoid(gate[0]) * z  # (R, C)
+        gates = gates + e[:, -1, : gates.shape[-1]] + self.context_proj(z)  # (R, 4S)
+        i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
+        return torch.sigmoid(o) * torch.tanh(c), c, z, alpha, None
+
+    def project_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if not self.deep_output:
+            return h
+        return e[..., -self.output_proj.out_features :] + self.output_proj(torch.cat([h, z], dim=-1))  # (..., E)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A linear layer with the weight (out, in)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:

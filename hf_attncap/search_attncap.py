@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, Gene
 from .cache_attncap import CACHE_NAME, AttnCapCache
 
 IMPOSSIBLE = -1.0e9  # the score of a beam that must not be chosen, as in transformers
+GPU_STEPS = 8  # between two checks whether all captions have ended, because each check waits for the GPU
 
 
 def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwargs: dict[str, Any]) -> bool:
@@ -54,6 +55,7 @@ class Steps:
     logits: list[torch.Tensor] = field(default_factory=list)
     cross_attentions: list[tuple] = field(default_factory=list)
     decoder_attentions: list[tuple] = field(default_factory=list)
+    goes_on: list[torch.Tensor] = field(default_factory=list)  # after each step, whether a caption has not ended
 
     def first(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Read the start token and the prompt (R, t); return the logits of the next token (R, V)."""
@@ -89,6 +91,19 @@ class Steps:
             self.scores.append(scores)
         return scores
 
+    def should_stop(self, goes_on: torch.Tensor) -> bool:
+        """Whether all captions have ended. On a GPU, it may be some steps late; `trim` removes these."""
+        self.goes_on.append(goes_on)
+        due = goes_on.device.type == "cpu" or len(self.goes_on) % GPU_STEPS == 0
+        return due and not goes_on
+
+    def trim(self) -> int:
+        """Remove the records of the steps after all captions have ended; return the number of steps left."""
+        needed = 1 + int(torch.stack(self.goes_on).long().cumprod(0)[:-1].sum())
+        for records in (self.scores, self.logits, self.cross_attentions, self.decoder_attentions):
+            del records[needed:]
+        return needed
+
     def outputs(self, sequences: torch.Tensor) -> dict[str, Any]:
         """The fields that both kinds of output have."""
         config = self.config
@@ -114,9 +129,12 @@ def greedy_search(model: Any, input_ids: torch.Tensor, processors: Any, config: 
             tokens = torch.where(running, tokens, pad)  # (R)
             running = running & ~_is_in(tokens, ends)  # (R)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)  # (R, t + 1)
-        if input_ids.shape[1] >= config.max_length or not running.any():
+        if steps.should_stop(running.any()) or input_ids.shape[1] >= config.max_length:
             break
         logits = steps.next(tokens)  # (R, V)
+    late = len(steps.goes_on) - steps.trim()
+    input_ids = input_ids[:, : input_ids.shape[1] - late]
+    steps.cache.crop(-late)
     return GenerateEncoderDecoderOutput(**steps.outputs(input_ids)) if config.return_dict_in_generate else input_ids
 
 
@@ -126,68 +144,69 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
     Finished captions are padded with `pad_token_id`.
     """
     K, start, longest = config.num_beams, input_ids.shape[1], config.max_length
-    B = len(input_ids) // K
+    B, L = len(input_ids) // K, longest
     steps = Steps(model, processors, config, kwargs[CACHE_NAME])
     ends, device = config._eos_token_tensor, input_ids.device
     candidates_kept = max(2, 1 + (0 if ends is None else len(ends))) * K
 
-    # A beam is its tokens and, for each generated token, the row that generated it.
-    beams = torch.full((B, K, 2, longest), -1, dtype=torch.long, device=device)  # (B, K, 2, L)
-    beams[:, :, 0] = 0 if config._pad_token_tensor is None else config._pad_token_tensor
-    beams[:, :, 0, :start] = input_ids.unflatten(0, (B, K))
-    best = beams.clone()  # the finished ones
+    # A beam is its L tokens and, for each generated token, the row that generated it.
+    beams = torch.full((B, K, 2 * L), -1, dtype=torch.long, device=device)  # (B, K, 2L)
+    beams[:, :, :L] = 0 if config._pad_token_tensor is None else config._pad_token_tensor
+    beams[:, :, :start] = input_ids.unflatten(0, (B, K))
+    best = beams  # the finished ones
     scores = torch.zeros(B, K, device=device)  # (B, K)
     scores[:, 1:] = IMPOSSIBLE  # at first all beams of an image are equal, so only one counts
     best_scores = torch.full((B, K), IMPOSSIBLE, device=device)  # (B, K)
     finished = torch.zeros(B, K, dtype=torch.bool, device=device)  # (B, K)
     improvable = torch.ones(B, 1, dtype=torch.bool, device=device)  # (B, 1)
+    goes_on = torch.ones((), dtype=torch.bool, device=device)
     first_row = torch.arange(B, device=device)[:, None] * K  # (B, 1)
-    is_top = torch.arange(candidates_kept, device=device) < K  # (candidates)
 
     logits = steps.first(input_ids, kwargs)  # (B * K, V)
     for length in range(start, longest):
-        log_probs = steps.process(beams[:, :, 0, :length].flatten(0, 1), logits, logits.log_softmax(dim=-1))  # (B * K, V)
+        log_probs = steps.process(beams[:, :, :length].flatten(0, 1), logits, logits.log_softmax(dim=-1))  # (B * K, V)
         total = (log_probs.unflatten(0, (B, K)) + scores[:, :, None]).flatten(1)  # (B, K * V)
         top, index = total.topk(candidates_kept)  # (B, candidates)
-        parent, token = index // logits.shape[-1], index % logits.shape[-1]  # (B, candidates)
-        candidates = _select(beams, parent)  # (B, candidates, 2, L)
-        candidates[:, :, 0, length] = token
-        candidates[:, :, 1, length - start] = parent + first_row
-        ended = torch.zeros_like(token, dtype=torch.bool) if ends is None else _is_in(token, ends)  # (B, candidates)
-        if length + 1 >= longest:
-            ended = torch.ones_like(ended)
+        parent = index // logits.shape[-1]  # (B, candidates)
+        token = index - parent * logits.shape[-1]  # (B, candidates)
+        candidates = _select(beams, parent)  # (B, candidates, 2L)
+        candidates[:, :, length] = token
+        candidates[:, :, L + length - start] = parent + first_row
+        is_last = length + 1 >= longest
+        ended = torch.full_like(token, is_last, dtype=torch.bool) if is_last or ends is None else _is_in(token, ends)
 
-        running = top + ended * IMPOSSIBLE  # (B, candidates)
-        scores, order = running.topk(K)  # (B, K)
-        beams = _select(candidates, order)  # (B, K, 2, L)
+        scores, order = top.masked_fill(ended, IMPOSSIBLE).topk(K)  # (B, K)
+        beams = _select(candidates, order)  # (B, K, 2L)
 
-        new = top / (length + 1 - start) ** config.length_penalty  # (B, candidates)
+        finishing = ended[:, :K] & goes_on  # (B, K), because only the best K candidates may finish
+        counts = finishing & improvable  # (B, K)
         if config.early_stopping is True:
-            new = new + finished.all(dim=-1, keepdim=True) * IMPOSSIBLE
-        new = new + ~improvable * IMPOSSIBLE
-        new = new + ~(ended & is_top) * IMPOSSIBLE
+            counts = counts & ~finished.all(dim=-1, keepdim=True)
+        new = (top[:, :K] / (length + 1 - start) ** config.length_penalty).masked_fill(~counts, IMPOSSIBLE)  # (B, K)
         best_scores, order = torch.cat([best_scores, new], dim=1).topk(K)  # (B, K)
-        best = _select(torch.cat([best, candidates], dim=1), order)  # (B, K, 2, L)
-        finished = torch.cat([finished, ended & is_top], dim=1).gather(1, order)  # (B, K)
+        best = _select(torch.cat([best, candidates[:, :K]], dim=1), order)  # (B, K, 2L)
+        finished = torch.cat([finished, finishing], dim=1).gather(1, order)  # (B, K)
 
-        rows: Any = beams[:, :, 1, length - start].flatten()  # (B * K)
-        steps.cache.reorder_cache(rows)
+        steps.cache.reorder_cache(beams[:, :, L + length - start].flatten())  # type: ignore[arg-type]
         improvable = model._check_early_stop_heuristic(
             improvable, scores, best_scores, finished, length + 1, longest, start, config.early_stopping, config.length_penalty
         )
-        if not model._beam_search_has_unfinished_sequences(improvable, finished, ended, config.early_stopping):
+        goes_on = goes_on & model._beam_search_has_unfinished_sequences(improvable, finished, ended, config.early_stopping)
+        if steps.should_stop(goes_on):
             break
-        logits = steps.next(beams[:, :, 0, length].flatten())  # (B * K, V)
+        logits = steps.next(beams[:, :, length].flatten())  # (B * K, V)
 
-    best = best[:, : config.num_return_sequences].flatten(0, 1)  # (R, 2, L)
-    generated = int((best[:, 1] >= 0).sum(dim=1).max())
-    sequences = best[:, 0, : start + generated]  # (R, t + T)
+    steps.trim()
+    best = best[:, : config.num_return_sequences].flatten(0, 1)  # (R, 2L)
+    tokens, rows = best.split(L, dim=1)  # (R, L), (R, L)
+    generated = int((rows >= 0).sum(dim=1).max())
+    sequences = tokens[:, : start + generated]  # (R, t + T)
     if not config.return_dict_in_generate:
         return sequences
     return GenerateBeamEncoderDecoderOutput(
         **steps.outputs(sequences),
         sequences_scores=best_scores[:, : config.num_return_sequences].flatten() if config.output_scores else None,
-        beam_indices=best[:, 1, :generated].int(),  # type: ignore[arg-type]
+        beam_indices=rows[:, :generated].int(),  # type: ignore[arg-type]
     )
 
 
@@ -201,8 +220,8 @@ def pad_after_end(tokens: torch.Tensor, config: Any) -> None:
 
 
 def _select(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of beams (B, n, 2, L) those at `index` (B, m): (B, m, 2, L)."""
-    return beams.gather(1, index[:, :, None, None].expand(-1, -1, *beams.shape[2:]))
+    """Of beams (B, n, 2L) those at `index` (B, m): (B, m, 2L)."""
+    return beams.gather(1, index[:, :, None].expand(-1, -1, beams.shape[2]))
 
 
 def _is_in(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def test_features_equal_those_of_efficientnet_lite_pytorch():
     with torch.no_grad():
         wanted, found = theirs.extract_features(pictures), backbone(pictures)
     assert found.shape == (2, 1280, 7, 7) and wanted.std() > 0.1
-    assert_close(found, wanted)
+    assert_close(found, wanted, rtol=1e-5, atol=5e-5)  # values up to 6
 
 
 @pytest.mark.parametrize("name, millions", [("0", 4.7), ("1", 5.4), ("2", 6.1), ("3", 8.2), ("4", 13.0)])

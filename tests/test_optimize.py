@@ -8,7 +8,8 @@ from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from hf_attncap.optimize import optimize_for_inference
+from hf_attncap import optimize
+from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
 
 # Backbones whose batch norms follow convolutions, and how many are left where some do not.
 BACKBONES = {
@@ -47,6 +48,31 @@ def test_regions_are_the_same_and_batch_norm_is_folded(backbone, left):
     assert_close(faster, regions, rtol=1e-3, atol=1e-4 * float(regions.abs().max()))
     assert len(norms(fast)) == left
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the model itself changed"
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize("deep_output", [True, False], ids=["deep output", "state only"])
+@pytest.mark.parametrize("kind", ["none", "score", "channel", "history"])
+def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate):
+    torch.manual_seed(0)
+    model = tiny_model(word_attention=kind, deep_output=deep_output, gate=gate).eval()
+    fast = optimize_for_inference(model)
+    assert isinstance(fast.model.decoder, InferenceDecoder) == (kind in ("none", "score"))
+    pictures = torch.randn(2, 3, 64, 64)
+    wanted = {"max_new_tokens": 7, "return_dict_in_generate": True, "output_scores": True, "output_attentions": True}
+    for beams in (1, 3):
+        found, expected = (m.generate(pictures, num_beams=beams, **wanted) for m in (fast, model))
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+        assert_close(found.cross_attentions, expected.cross_attentions, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        labels = torch.randint(4, 9, (2, 5))
+        assert_close(fast(pictures, labels=labels).loss, model(pictures, labels=labels).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_large_vocabularies_keep_the_decoder(monkeypatch):
+    monkeypatch.setattr(optimize, "MAX_TABLE", 100)
+    assert not isinstance(optimize_for_inference(tiny_model()).model.decoder, InferenceDecoder)
 
 
 def test_optimized_model_is_not_saved(tmp_path):

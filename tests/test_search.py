@@ -1,5 +1,6 @@
 """The fast greedy and beam search equal transformers' loops, and every other setting falls back to them."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 
-from hf_attncap import generation_attncap
+from hf_attncap import generation_attncap, search_attncap
+from hf_attncap.cache_attncap import CACHE_NAME
 
 FULL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_attentions": True}
 
@@ -31,6 +33,8 @@ def assert_same(fast: Any, stock: Any) -> None:
     for name in ("sequences_scores", "scores", "logits", "cross_attentions", "decoder_attentions"):
         if stock.get(name) is not None:
             assert_close(fast[name], stock[name], rtol=1e-5, atol=1e-6)
+    if "sequences_scores" not in stock:  # after beam search the cache belongs to no caption
+        assert fast[CACHE_NAME].get_seq_length() == stock[CACHE_NAME].get_seq_length()
     if "beam_indices" in stock:
         assert torch.equal(fast.beam_indices, stock.beam_indices)
 
@@ -72,6 +76,29 @@ def test_banned_ngrams_are_those_of_transformers(size, rows, length):
     scores = torch.randn(len(rows), 5, generator=torch.Generator().manual_seed(length))
     expected = NoRepeatNGramLogitsProcessor(size)(input_ids, scores.clone())
     assert torch.equal(generation_attncap.NoRepeatedNgrams(size)(input_ids, scores), expected)
+
+
+def test_steps_between_two_checks_for_the_end_change_nothing(monkeypatch):
+    """On a GPU, the loops look for the end of all captions at some steps only."""
+    late: list[int] = []
+
+    def should_stop(steps: Any, goes_on: torch.Tensor) -> bool:
+        steps.goes_on.append(goes_on)
+        late.append(len(steps.goes_on))
+        return len(steps.goes_on) % 4 == 0 and not goes_on
+
+    for early, beams in itertools.product([False, True, "never"], [1, 2, 4]):
+        options = {"num_beams": beams, "max_new_tokens": WORDS, "no_repeat_ngram_size": 2}
+        options |= {"early_stopping": early, "num_return_sequences": beams} if beams > 1 else {}
+        for seed in range(8):
+            regions = images(2, "score")
+            stock = search(False, "score", seed, regions, **options)
+            late.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(search_attncap.Steps, "should_stop", should_stop)
+                fast = search(True, "score", seed, regions, **options)
+            assert_same(fast, stock)
+            assert late, "the fast loops were not used"
 
 
 def test_finished_captions_are_padded_with_the_padding_token():
