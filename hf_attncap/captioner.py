@@ -93,6 +93,7 @@ class Captioner:
         device: "str | torch.device | None" = None,
         dtype: "str | torch.dtype | None" = None,
         optimize: Literal["auto", False] = "auto",
+        compile: bool = False,
     ) -> Self:
         """Loads a saved model and its processor.
 
@@ -100,19 +101,22 @@ class Captioner:
             name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
             device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
-            optimize: "auto" makes the encoder faster without changing captions (`optimize_for_inference`); `captioner.model` can
+            optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
                 then be neither trained nor saved. False keeps the model as it was saved.
+            compile: also compile the encoder, with `optimize="auto"`. The first batch of each size then takes up to a minute.
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
-            ValueError: the device cannot be used.
+            ValueError: the device cannot be used, or `compile` is given with `optimize=False`.
         """
+        if compile and not optimize:
+            raise ValueError('`compile=True` needs `optimize="auto"`: leave one of them out.')
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
         from .torch_engine import load_model
 
-        return cls(*load_model(source, device, dtype, optimize))
+        return cls(*load_model(source, device, dtype, optimize, compile))
 
     @overload
     def caption(self, images: ImageSource, **options: Unpack[CaptionOptions]) -> CaptionResult: ...

@@ -5,6 +5,7 @@ for each word of the vocabulary.
 """
 
 import copy
+import logging
 from typing import Any, NoReturn
 
 import torch
@@ -15,26 +16,40 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
 
+logger = logging.getLogger(__name__)
+
 MAX_TABLE = 2**25  # elements of the products of all words; larger vocabularies keep the decoder as it is
 
 
-def optimize_for_inference(model: AttnCapForConditionalGeneration) -> AttnCapForConditionalGeneration:
+def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool = False) -> AttnCapForConditionalGeneration:
     """A faster copy of a captioner. Its captions are the same; scores and attention differ by rounding errors only.
 
     Batch norm is folded into the convolution before it, and the encoder's weights are stored in channels-last layout, which
     convolutions on CPUs and GPUs read faster. With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`
-    unless its table would exceed 128 MB in float32. The copy is in evaluation mode. It can be neither trained nor saved.
+    unless its table would exceed 128 MB in float32. The copy is in evaluation mode. It can be neither trained nor saved. An INFO
+    message in the log says what was done.
 
     Args:
         model: is not changed.
+        compile: also compile the encoder with `torch.compile`, which needs a C++ compiler on CPUs. The first batch of each size is
+            slow.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     encoder: Any = fast.model.encoder
-    _fold_batch_norm(encoder.backbone)
+    folded = _fold_batch_norm(encoder.backbone)
     encoder.to(memory_format=torch.channels_last)
     decoder: Any = fast.model.decoder
     if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE:
         fast.model.decoder = InferenceDecoder(decoder)
+    if compile:
+        encoder.compile()
+    tabulated = isinstance(fast.model.decoder, InferenceDecoder)
+    logger.info(
+        "Optimized for inference: %d batch norms folded, channels last, %s, %s.",
+        folded,
+        "products of the words tabulated" if tabulated else "decoder unchanged",
+        "encoder compiled" if compile else "not compiled",
+    )
     fast.save_pretrained = _refuse_saving
     return fast
 
@@ -116,13 +131,16 @@ class _Tracer(fx.Tracer):
         return not list(m.children())
 
 
-def _fold_batch_norm(backbone: nn.Module) -> None:
-    """Replace each convolution whose only use is a batch norm by both in one, in place. A backbone that fx cannot trace stays."""
+def _fold_batch_norm(backbone: nn.Module) -> int:
+    """Replace each convolution whose only use is a batch norm by both in one, in place. A backbone that fx cannot trace stays.
+
+    Returns the number of batch norms.
+    """
     try:
         graph = _Tracer().trace(backbone)
     except Exception:  # fx raises many kinds for control flow that depends on tensors
-        return
-    modules = dict(backbone.named_modules())
+        return 0
+    modules, folded = dict(backbone.named_modules()), 0
     calls = [node for node in graph.nodes if node.op == "call_module"]
     used_once = {name for name in modules if sum(node.target == name for node in calls) == 1}
     for node in calls:
@@ -135,6 +153,8 @@ def _fold_batch_norm(backbone: nn.Module) -> None:
         if foldable and {before.target, node.target} <= used_once:
             backbone.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
             backbone.set_submodule(str(node.target), nn.Identity())
+            folded += 1
+    return folded
 
 
 __all__ = ["optimize_for_inference"]

@@ -23,7 +23,11 @@ NAMING_HINT = "name a folder with a config.json, or a captioner on the Hub as ow
 
 
 def load_model(
-    source: str, device: str | torch.device | None, dtype: str | torch.dtype | None, optimize: Literal["auto", False]
+    source: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    optimize: Literal["auto", False],
+    compile: bool,
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The model and the processor of a folder or Hub repository; arguments and errors as in `Captioner.from_pretrained`."""
     is_folder = os.path.isdir(source)
@@ -50,7 +54,7 @@ def load_model(
         ) from error
     processor.image_processor.warn_of_other_statistics(config)
     if optimize == "auto":
-        model = optimize_for_inference(model)
+        model = optimize_for_inference(model, compile)
     return model.to(device), processor
 
 

@@ -1,6 +1,7 @@
 """A model optimized for inference gives the same captions, and the model that it was made of does not change."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from hf_attncap import optimize
+from hf_attncap import Captioner, optimize
 from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
 
 # Backbones whose batch norms follow convolutions, and how many are left where some do not.
@@ -72,10 +73,28 @@ def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate):
 
 def test_large_vocabularies_keep_the_decoder(monkeypatch):
     monkeypatch.setattr(optimize, "MAX_TABLE", 100)
-    assert not isinstance(optimize_for_inference(tiny_model()).model.decoder, InferenceDecoder)
+    assert not isinstance(optimize_for_inference(tiny_model(word_attention="score")).model.decoder, InferenceDecoder)
 
 
 def test_optimized_model_is_not_saved(tmp_path):
     with pytest.raises(RuntimeError, match="cannot be saved"):
         optimize_for_inference(tiny_model()).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_log_says_what_was_done(caplog):
+    with caplog.at_level(logging.INFO, logger="hf_attncap.optimize"):
+        optimize_for_inference(tiny_model(backbone="resnet18", word_attention="score"))
+    assert "20 batch norms folded" in caplog.text and "words tabulated" in caplog.text and "not compiled" in caplog.text
+
+
+def test_compiling_needs_optimizing():
+    with pytest.raises(ValueError, match="leave one of them out"):
+        Captioner.from_pretrained(optimize=False, compile=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_captions():
+    torch.manual_seed(0)
+    model, pictures = tiny_model().eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(optimize_for_inference(model, compile=True).generate(pictures), model.generate(pictures))
