@@ -63,6 +63,9 @@ class InferenceDecoder(AttnCapDecoder):
         decoder: with `word_attention` "none" or "score". The parts that the steps do not need are left out.
     """
 
+    word_products: torch.Tensor
+    word_queries: torch.Tensor
+
     def __init__(self, decoder: AttnCapDecoder):
         nn.Module.__init__(self)
         self.embed_tokens, self.attention, self.deep_output = decoder.embed_tokens, decoder.attention, decoder.deep_output
