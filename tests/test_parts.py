@@ -86,26 +86,18 @@ def test_counting_channels_does_not_change_the_backbone():
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "alexnet",
-        "densenet121",
-        "efficientnet_b0",
-        "efficientnet_lite0",
-        "mnasnet0_5",
-        "mobilenet_v2",
-        "mobilenet_v3_small",
-        "vgg11_bn",
-    ],
-)
+SEQUENTIAL = ("alexnet", "densenet121", "efficientnet_b0", "efficientnet_lite0", "mnasnet0_5", "mobilenet_v2", "vgg11_bn")
+BRANCHED = ("googlenet", "regnet_x_400mf", "resnet18", "squeezenet1_1")
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
 def test_channels_of_the_last_layer_are_those_of_a_run(name):
     with torch.device("meta"):
         backbone = build_backbone(name)
     assert backbone_attncap._channels_of_last_layer(backbone) == backbone_attncap._channels_of_dry_run(backbone)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "regnet_x_400mf", "resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("name", BRANCHED)
 def test_channels_after_branches_are_found_by_a_run(name):
     with torch.device("meta"):
         assert backbone_attncap._channels_of_last_layer(build_backbone(name)) is None
