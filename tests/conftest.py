@@ -76,6 +76,12 @@ def _sharpen(model: AttnCapForConditionalGeneration) -> None:
     model.lm_head.bias[model.config.eos_token_id] = 1.0
 
 
+@pytest.fixture
+def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots with fewer pixels, which are faster, for tests of everything but how they look."""
+    monkeypatch.setattr("hf_attncap.visualize.DPI", 40)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
     """The folder of a tiny random captioner with a word tokenizer and attention over the words so far."""

@@ -124,6 +124,7 @@ def test_card_names_trained_part_and_loss_of_each_run(checkpoint):
     )
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_card_shows_what_was_measured(checkpoint, captioned, pictures, capsys):
     (checkpoint / "about.yaml").write_text(yaml.safe_dump(ABOUT))
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
@@ -262,6 +263,7 @@ def test_card_of_a_checkpoint_without_other_files_has_only_its_model(checkpoint)
     assert f"| parameters | {count / 1e6:.1f} million |" in card.text
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_card_of_pictures_only(checkpoint, pictures):
     for _ in range(2):
         assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
@@ -284,6 +286,7 @@ def test_first_snippet_runs(checkpoint, pictures, remote_code, monkeypatch, caps
         assert text in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_export_copies_the_files_of_the_card(checkpoint, pictures):
     assert main(["card", str(checkpoint), "--pictures", str(pictures[0])]) == 0
     (checkpoint / "training.json").write_text(json.dumps([STAGE]))
@@ -351,6 +354,7 @@ def test_pictures_with_the_same_name_are_refused(checkpoint, pictures, tmp_path,
     assert "rename one picture" in capsys.readouterr().err and not (checkpoint / "results.json").exists()
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_other_files_in_the_folder_are_not_replaced(checkpoint, pictures, capsys):
     strip, results = checkpoint / f"picture_{pictures[0].stem}.jpg", checkpoint / "results.json"
     with Image.open(pictures[0]) as image:
@@ -381,6 +385,7 @@ def test_plots_of_the_card_are_small_and_wide_enough_for_the_hub(checkpoint, tmp
             assert image.format == "JPEG" and image.width == pytest.approx(1600, abs=2)
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_a_new_card_removes_the_plots_of_an_earlier_one(checkpoint, pictures):
     """Only those that its results name and that carry the mark; earlier versions wrote PNG."""
     result = Captioner.from_pretrained(checkpoint).caption(pictures[0])
@@ -395,6 +400,7 @@ def test_a_new_card_removes_the_plots_of_an_earlier_one(checkpoint, pictures):
     assert left == sorted([f"picture_{pictures[0].stem}.jpg", *names[1:]])
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_a_results_file_cannot_name_files_outside_the_folder(checkpoint, pictures, tmp_path, capsys):
     precious = tmp_path / "picture_precious.png"
     save_plot(Captioner.from_pretrained(checkpoint).caption(pictures[0]).plot_attention(), precious)

@@ -62,6 +62,7 @@ def test_further_captions_are_on_tab_indented_lines(tiny_checkpoint, pictures, r
     assert capfd.readouterr().out == f"{pictures[0]}\t{results[0].text}\n\t{results[0].alternatives[0].text}\n"
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_json_has_scores_words_alternatives_and_plot(tiny_checkpoint, pictures, results, tmp_path, capfd):
     assert captions(tiny_checkpoint, *pictures, "--json", "--num-return-sequences", 2, "--attention", tmp_path) == 0
     records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -117,6 +118,7 @@ def test_plots_of_images_of_one_name_get_numbers(tiny_checkpoint, pictures, tmp_
     assert sorted(path.name for path in folder.iterdir()) == sorted(["more", "a.png", "A.gif", *(s.name for s in plots)])
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_plots_replace_only_earlier_plots(tiny_checkpoint, pictures, tmp_path, capfd):
     out = tmp_path / "out"
     assert captions(tiny_checkpoint, pictures[0], "--attention", out) == 0
@@ -150,6 +152,7 @@ def test_plots_of_images_with_long_names(tiny_checkpoint, pictures, tmp_path, ca
     assert len(list((tmp_path / "out").glob("*.attention.png"))) == 1
 
 
+@pytest.mark.usefixtures("coarse_plots")
 def test_failure_of_a_plot_does_not_stop_captioning(tiny_checkpoint, pictures, results, monkeypatch, tmp_path, capfd):
     draw = hf_attncap.captioner.CaptionResult.plot_attention
     broken = [pictures[1]]
