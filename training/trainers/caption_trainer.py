@@ -259,7 +259,7 @@ def add_input_dropout(captioner: Any, rate: float) -> None:
 
 
 def keep_depthwise_in_float32(captioner: Any) -> None:
-    """Let the grouped convolutions of the backbone compute in their own type under autocast.
+    """Let the depthwise convolutions of the backbone compute in their own type under autocast.
 
     On CPUs, the backward pass of many of them takes five times longer in bfloat16 than in float32.
     """
@@ -269,8 +269,8 @@ def keep_depthwise_in_float32(captioner: Any) -> None:
             return forward(x.to(layer.weight.dtype)).to(x.dtype)
 
     for layer in captioner.base_model.encoder.backbone.modules():
-        if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1:
-            layer.forward = partial(run, layer, layer.forward)
+        if isinstance(layer, torch.nn.Conv2d) and 1 < layer.groups == layer.in_channels:
+            layer.forward = partial(run, layer, layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def new_images(images: int, size: int, processes: int, rank: int) -> int:
