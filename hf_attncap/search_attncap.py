@@ -1,4 +1,6 @@
-"""Greedy and beam search that call the decoder directly. Their results are those of transformers' loops, at a fraction of the cost.
+"""Greedy search, sampling and beam search that call the decoder directly.
+
+Their results are those of transformers' loops, at a fraction of the cost.
 
 transformers' loops prepare the inputs of a whole model at each step. Here a step is a call of the decoder, the output layer and the
 logits processors in use. `is_supported` decides which settings these loops can handle; transformers' loops handle the others.
@@ -22,7 +24,7 @@ def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwar
     cache = kwargs.get(CACHE_NAME)
     return (
         not _has_other_forward(model)
-        and not config.do_sample
+        and not (config.do_sample and config.num_beams > 1)
         and not config.output_hidden_states
         and not synced_gpus
         and not model.training
@@ -118,13 +120,17 @@ class Steps:
 
 
 def greedy_search(model: Any, input_ids: torch.Tensor, processors: Any, config: Any, kwargs: dict[str, Any]) -> Any:
-    """The most probable token at each step, for rows (R, t) of start token and prompt. The result is that of `_sample`."""
+    """The most probable token at each step, for rows (R, t) of start token and prompt; with `do_sample`, a random one.
+
+    The result is that of `_sample`, and uses the same random numbers.
+    """
     steps = Steps(model, processors, config, kwargs[CACHE_NAME])
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (R)
     logits = steps.first(input_ids, kwargs)  # (R, V)
     while True:
-        tokens = steps.process(input_ids, logits, logits).argmax(dim=-1)  # (R)
+        scores = steps.process(input_ids, logits, logits)  # (R, V)
+        tokens = torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1) if config.do_sample else scores.argmax(dim=-1)  # (R)
         if ends is not None:
             tokens = torch.where(running, tokens, pad)  # (R)
             running = running & ~_is_in(tokens, ends)  # (R)

@@ -18,7 +18,7 @@ from hf_attncap.training.data.vocabulary import build_tokenizer
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, disable_dropout, policy_logits, sample
+from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, disable_dropout, draw, policy_logits, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -199,6 +199,48 @@ def test_sampling_and_loss_use_the_same_probabilities(warm, processor):
     is_end = samples == model.config.eos_token_id
     behind = is_end.cumsum(1) - is_end.long() > 0
     assert torch.equal(behind, samples == -100)
+
+
+def test_draws_have_the_given_probabilities():
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.15, 0.05], [0.0, 0.0, 1.0, 0.0, 0.0]])
+    torch.manual_seed(0)
+    drawn = draw(p.repeat_interleave(20_000, 0))
+    assert drawn.shape == (40_000, 1)
+    counts = torch.stack([torch.bincount(row, minlength=5) for row in drawn.flatten().unflatten(0, (2, 20_000))])
+    assert (counts / 20_000 - p).abs().max() < 0.014  # four standard errors
+    assert (counts[p == 0] == 0).all()
+
+
+def test_sampling_converts_weights_to_half_precision_once(processor, tmp_path, monkeypatch):
+    """Autocast keeps converted weights only while its outermost block lasts, and each call of the model is a block of its own."""
+    model = captioner(processor)
+    trainer = trainer_of(model, processor, tmp_path, bf16=True)
+    trainer.model_wrapped = trainer.accelerator.prepare(model)
+    seen = []
+    draw_words = self_critical.draw
+    monkeypatch.setattr(self_critical, "draw", lambda p: seen.append(torch.is_autocast_enabled("cpu")) or draw_words(p))
+    loss_of(trainer, [batch_of(processor)])
+    assert len(seen) > 1 and all(seen)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16", "float32"])
+def test_depthwise_convolutions_compute_in_float32(processor, tmp_path, bf16):
+    """Their backward pass is slow in bfloat16 on CPUs. Other layers compute in bfloat16."""
+    model = captioner(processor, freeze_backbone=False)
+    trainer = trainer_of(model, processor, tmp_path, CaptionTrainer, bf16=bf16)
+    convolutions = [layer for layer in model.model.encoder.backbone.modules() if isinstance(layer, torch.nn.Conv2d)]
+    depthwise = [layer for layer in convolutions if layer.groups > 1]
+    seen = []
+    for layer in depthwise:
+        layer.register_forward_hook(lambda layer, args, output: seen.append((layer, args[0], output)))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        regions = model.model.encoder(torch.randn(2, 3, 32, 64)).last_hidden_state
+    assert len(seen) == len(depthwise) > 5 and regions.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    for layer, x, output in seen:
+        expected = torch.nn.functional.conv2d(
+            x.float(), layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+        assert output.dtype == x.dtype and torch.equal(output, expected.to(x.dtype))
 
 
 def ending_with(warm, ends: Any) -> Any:
@@ -497,7 +539,7 @@ def counted(*args, **kwargs):
     return count(*args, **kwargs)
 
 DocumentFrequencies.from_references = counted
-torch.multinomial = lambda p, n: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
+self_critical.draw = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -89,7 +89,8 @@ class SelfCriticalTrainer(CaptionTrainer):
         weight = self.args.cross_entropy_weight  # type: ignore[attr-defined]
         disable_dropout(captioner)
         regions = self._encode(inputs).last_hidden_state  # (B, N, C)
-        samples = sample(captioner, regions, self.args.samples_per_image)  # type: ignore[attr-defined]  # (R, T)
+        with self.accelerator.autocast():  # around all steps, so that each weight is converted to half precision once
+            samples = sample(captioner, regions, self.args.samples_per_image)  # type: ignore[attr-defined]  # (R, T)
         advantage = torch.zeros(len(samples), device=samples.device)  # (R); 0 for duplicates, which have no id
         if inputs["image_ids"]:
             counted = len(inputs["image_ids"]) * self.args.samples_per_image  # type: ignore[attr-defined]
@@ -177,12 +178,21 @@ def sample(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     for _ in range(captioner.generation_config.max_new_tokens):
         out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, use_cache=True, **{CACHE_NAME: state})
         state = out[CACHE_NAME]
-        words = torch.multinomial(policy_logits(captioner, out.logits[:, -1]).softmax(dim=-1), 1)  # (R, 1)
+        words = draw(policy_logits(captioner, out.logits[:, -1]).softmax(dim=-1))  # (R, 1)
         samples.append(words.masked_fill(~unfinished, IGNORED_LABEL))
         unfinished = unfinished & ~torch.isin(words, ends)
         if not unfinished.any():
             break
     return torch.cat(samples, dim=1)
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """Draw one index per row of probabilities (R, V): (R, 1).
+
+    `torch.multinomial` does the same, but draws its exponential random numbers four times slower on a CPU.
+    """
+    exponential = torch.rand_like(probabilities).log_().neg_()  # (R, V)
+    return (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (R, 1)
 
 
 def advantages(rewards: torch.Tensor, k: int) -> torch.Tensor:
