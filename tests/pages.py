@@ -45,7 +45,7 @@ def run_here(command: str, folder: Path) -> str:
     words, _, file = command.removeprefix("attncap ").partition(" > ")
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-        assert main(shlex.split(words)) == 0, command
+        assert main(shlex.split(words, comments=True)) == 0, command
         if file:
             Path(file).write_text(printed.getvalue(), encoding="utf-8")
     return "" if file else printed.getvalue()

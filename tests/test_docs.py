@@ -116,12 +116,12 @@ def test_other_commands_of_the_training_page_are_valid():
     """Stages and calibration, which tests of their own run; each stage starts from a run before it."""
     commands = [command for command in shell_commands("docs/training.md") if command not in fine_tuning_commands()]
     assert len(commands) == 6
-    check_arguments([shlex.split(command) for command in commands])
+    check_arguments([shlex.split(command, comments=True) for command in commands])
 
 
 @pytest.mark.parametrize("page", PARSED)
 def test_commands_that_take_hours_are_valid(page):
-    check_arguments([shlex.split(command) for command in shell_commands(page)])
+    check_arguments([shlex.split(command, comments=True) for command in shell_commands(page)])
 
 
 def check_arguments(commands: list[list[str]]) -> None:
