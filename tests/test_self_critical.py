@@ -530,6 +530,7 @@ import sys
 import torch
 from hf_attncap.metrics import DocumentFrequencies
 from hf_attncap.training.train import main
+from hf_attncap.training.trainers import self_critical
 
 count = DocumentFrequencies.from_references
 
