@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import logging
 import os
 import tempfile
@@ -19,24 +20,25 @@ from PIL import Image
 
 from . import __version__
 from .atomic import atomic_folder, refuse_occupied, write_json
-from .export_graphs import write_onnx
+from .export_graphs import Encoder, write_onnx
 from .images import load_image
 from .numpy_search import SearchSettings
 from .runtime import EXPORT_FILE, EXPORT_VERSION, GRAPHS, TOKENIZER_FILE
 from .torch_engine import load_model
+from .weight_rounding import round_convolutions
 
 FORMATS, DTYPES = ("onnx", "openvino"), ("float32", "bfloat16", "int8")
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 # Generation settings that do not change the captions of greedy and beam search.
-WITHOUT_EFFECT = {
-    "bos_token_id", "transformers_version", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
-    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "compile_config",
-    "disable_compile", "low_memory", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "assistant_lookbehind", "target_lookbehind",
-}  # fmt: skip
+WITHOUT_EFFECT = set(
+    "bos_token_id transformers_version use_cache cache_implementation cache_config max_cache_len num_return_sequences "
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate temperature top_k top_p min_p top_h "
+    "typical_p epsilon_cutoff eta_cutoff compile_config disable_compile low_memory num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind".split()
+)
 TURNED_OFF = {"encoder_repetition_penalty": 1, "num_beam_groups": 1, "guidance_scale": 1}  # for others, False or 0
 DEFAULT_NEW_TOKENS = 20  # of transformers
+ROUNDING_IMAGES = 100  # photographs that the weights are rounded with
 
 
 def export_checkpoint(
@@ -75,9 +77,12 @@ def export_checkpoint(
     height, width = image_processor.size["height"], image_processor.size["width"]
     mean, std = _statistics(image_processor)
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+        images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
         with _quiet():
+            if dtype == "int8":
+                few = (torch.tensor(pixels) for pixels in itertools.islice(images, ROUNDING_IMAGES))
+                round_convolutions(Encoder(model, mean, std), few)
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
-            images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
             {"onnx": _finish_onnx, "openvino": _finish_openvino}[format](Path(scratch), folder, dtype, images)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
         about = {
@@ -104,7 +109,9 @@ def _check_arguments(format: str, dtype: str, calibration: Any) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
     if format == "onnx" and dtype == "bfloat16":
-        raise ValueError("ONNX Runtime cannot compute in bfloat16 on CPUs: choose the format openvino, or the dtype int8 or float32.")
+        raise ValueError(
+            "ONNX Runtime cannot compute in bfloat16 on CPUs: choose the format openvino, or the dtype int8 or float32."
+        )
     if (dtype == "int8") != (calibration is not None):
         raise ValueError(
             "int8 needs a calibration folder: name one with some hundred photographs like those that the model will caption."
@@ -115,7 +122,9 @@ def _check_arguments(format: str, dtype: str, calibration: Any) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f'The export to {format} needs more packages: pip install "hf_attncap[{format}]" ({error})') from error
+            raise ImportError(
+                f'The export to {format} needs more packages: pip install "hf_attncap[{format}]" ({error})'
+            ) from error
 
 
 def _photographs(folder: Path) -> list[Path]:
@@ -245,14 +254,25 @@ def _finish_openvino(source: Path, folder: Path, dtype: str, photographs: _Photo
     for name in GRAPHS:
         graph = openvino.convert_model(source / f"{name}.onnx")
         if dtype == "int8":
-            import nncf
-
-            if name == "encoder":
-                images = nncf.Dataset(list(photographs))
-                graph = nncf.quantize(graph, images, subset_size=len(photographs), preset=nncf.QuantizationPreset.MIXED)
-            else:
-                graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+            graph = _quantize_openvino(graph, photographs if name == "encoder" else None)
         openvino.save_model(graph, folder / f"{name}.xml", compress_to_fp16=False)
+
+
+def _quantize_openvino(graph: Any, photographs: _Photographs | None) -> Any:
+    """Quantise weights, and with photographs the activations too."""
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+
+    if photographs is None:
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(list(photographs)),
+        subset_size=len(photographs),
+        preset=nncf.QuantizationPreset.MIXED,
+        # Seven bits for the first layer, the default, would undo the rounding of its weights.
+        advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE),
+    )
 
 
 @contextlib.contextmanager

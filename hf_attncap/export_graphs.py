@@ -97,7 +97,7 @@ def write_onnx(
             tuple(inputs.values()),
             str(folder / f"{name}.onnx"),
             input_names=list(inputs),
-            dynamic_shapes=tuple({axis: free for axis in range(count)} for count in free_axes),
+            dynamic_shapes=tuple(dict.fromkeys(range(count), free) for count in free_axes),
             external_data=False,
             verbose=False,
             dynamo=True,

@@ -92,9 +92,7 @@ def _greedy_search(decoder: Decoder, settings: SearchSettings, tokens: np.ndarra
     return tokens[:, :, :length], scores
 
 
-def _beam_search(
-    decoder: Decoder, settings: SearchSettings, beams: np.ndarray, start: int, wanted: int, outputs: Any
-) -> Captions:
+def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, start: int, wanted: int, outputs: Any) -> Captions:
     """Beam search; the steps are those of `search_attncap.beam_search`."""
     B, K, longest = beams.shape
     image = np.arange(B)[:, None]  # (B, 1)

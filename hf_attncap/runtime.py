@@ -99,7 +99,9 @@ class ExportedModel:
         (regions,) = self._encode(self._pixels(images))  # (B, N, C)
         words = [] if prompt is None else self.tokenizer(prompt)["input_ids"]
         decoder = _Decoder(self, regions)
-        tokens, scores = search(decoder, self._settings, len(images), words, num_beams, num_return_sequences)  # (B, k, 1 + T), (B, k)
+        tokens, scores = search(
+            decoder, self._settings, len(images), words, num_beams, num_return_sequences
+        )  # (B, k, 1 + T), (B, k)
         generated = tokens["beam"] != NOT_GENERATED  # (B, k, 1 + T)
         count = np.maximum(generated.sum(axis=-1), 1)  # (B, k)
         beams = np.maximum(tokens["beam"][:, :, 1:], 0)  # (B, k, T)

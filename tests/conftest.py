@@ -112,7 +112,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def make_export(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a tiny random captioner and gives the folder: `make_export("onnx", **arguments of make_checkpoint)`."""
+    """Exports a tiny captioner of `make_checkpoint(**config)` and gives the folder: `make_export("onnx", **config)`."""
 
     @cache
     def make(format: str = "onnx", **config) -> Path:

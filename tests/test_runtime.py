@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,22 @@ from hf_attncap import Captioner
 from hf_attncap.engine import GeneratedCaptions
 from hf_attncap.runtime import ExportedModel
 
-KINDS = ("none", "score", "channel", "history")
+BACKBONE = "squeezenet1_1"  # exported quickly
+
+
+class Calibration(dict):
+    """A dictionary that can be a key of the fixtures' caches."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(str(self))
+
+
+CALIBRATION = Calibration(weights={"score": 1.5, "lowest": 0.3, "entropy": -0.2}, bias=0.1, threshold=0.5, images=9)
 CONFIGS = {
-    **{kind: {"word_attention": kind} for kind in KINDS},
-    "without gate and deep output": {"word_attention": "score", "gate": False, "deep_output": False},
-    "word pieces": {"word_attention": "history", "tokenizer": "bpe"},
+    "none": {"word_attention": "none", "gate": False, "deep_output": False, "backbone": BACKBONE},
+    "score": {"word_attention": "score", "backbone": BACKBONE},
+    "channel": {"word_attention": "channel", "confidence": CALIBRATION, "backbone": BACKBONE},
+    "history": {"word_attention": "history", "tokenizer": "bpe", "backbone": BACKBONE},
 }
 PAD = 0
 
@@ -74,12 +84,10 @@ def test_importance_equals_that_of_torch(pair, monkeypatch):
 
 
 def test_openvino_gives_the_same(make_export, make_checkpoint):
-    exported = Captioner.from_pretrained(make_export("openvino", word_attention="history"))
-    torch_captioner = Captioner.from_pretrained(make_checkpoint(word_attention="history"), device="cpu")
+    exported = Captioner.from_pretrained(make_export("openvino", **CONFIGS["history"]))
+    torch_captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["history"]), device="cpu")
     for some, prompt in ((pictures(1), None), (pictures(5), "a black dog")):
-        assert_same(
-            exported.engine.generate(some, prompt, 3, 2, True), torch_captioner.engine.generate(some, prompt, 3, 2, True)
-        )
+        assert_same(exported.engine.generate(some, prompt, 3, 2, True), torch_captioner.engine.generate(some, prompt, 3, 2, True))
 
 
 @settings(max_examples=40)
@@ -87,8 +95,8 @@ def test_openvino_gives_the_same(make_export, make_checkpoint):
 def test_the_search_follows_the_generation_settings_as_torch_does(make_export, make_checkpoint, data):
     from hf_attncap.export import _search_settings
 
-    exported = ExportedModel(make_export("onnx", word_attention="score"))
-    captioner = Captioner.from_pretrained(make_checkpoint(word_attention="score"), device="cpu", optimize=False)
+    exported = ExportedModel(make_export("onnx", **CONFIGS["score"]))
+    captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["score"]), device="cpu", optimize=False)
     tokens = st.lists(st.integers(3, 12), max_size=4, unique=True)
     captioner.model.generation_config.update(
         length_penalty=data.draw(st.sampled_from([-0.5, 0.0, 0.7, 1.0, 1.5])),
@@ -99,9 +107,7 @@ def test_the_search_follows_the_generation_settings_as_torch_does(make_export, m
         repeatable_token_ids=data.draw(st.none() | tokens),
         min_new_tokens=data.draw(st.none() | st.integers(0, 3)),
         eos_token_id=data.draw(st.sampled_from([2, [2, 7], None])),
-        **data.draw(
-            st.sampled_from([{"max_new_tokens": 5}, {"max_new_tokens": None, "max_length": 7}, {"max_new_tokens": None}])
-        ),
+        **data.draw(st.sampled_from([{"max_new_tokens": 5}, {"max_new_tokens": None, "max_length": 7}, {"max_new_tokens": None}])),
     )
     exported._settings = _search_settings(captioner.model)
     beams = data.draw(st.integers(1, 4))
@@ -111,18 +117,15 @@ def test_the_search_follows_the_generation_settings_as_torch_does(make_export, m
 
 
 def test_a_prompt_longer_than_captions_is_an_error(make_export):
-    exported = ExportedModel(make_export("onnx", word_attention="score"))
+    exported = ExportedModel(make_export("onnx", **CONFIGS["score"]))
     exported._settings = replace(exported._settings, max_new_tokens=None, max_length=3)
     with pytest.raises(ValueError, match="The prompt has 3 tokens, but captions end after 2"):
         exported.generate(pictures(1), "a black dog", 2, 1, False)
 
 
 def test_results_equal_those_of_torch_with_their_confidence(make_export, make_checkpoint):
-    calibration = {"weights": {"score": 1.5, "lowest": 0.3, "entropy": -0.2}, "bias": 0.1, "threshold": 0.5, "images": 9}
-    exported = Captioner.from_pretrained(make_export("onnx", word_attention="channel", confidence=_frozen(calibration)))
-    captioner = Captioner.from_pretrained(
-        make_checkpoint(word_attention="channel", confidence=_frozen(calibration)), device="cpu"
-    )
+    exported = Captioner.from_pretrained(make_export("onnx", **CONFIGS["channel"]))
+    captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["channel"]), device="cpu")
     for found, expected in zip(*(one.caption(pictures(3), num_return_sequences=2, explain=True) for one in (exported, captioner))):
         assert (found.text, found.words) == (expected.text, expected.words)
         assert [other.text for other in found.alternatives] == [other.text for other in expected.alternatives] != []
@@ -134,18 +137,11 @@ def test_results_equal_those_of_torch_with_their_confidence(make_export, make_ch
         exported.caption(pictures(1), prompt="a zebra")
 
 
-class _frozen(dict):
-    """A dictionary that can be a key of a cache."""
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(str(self))
-
-
 @pytest.mark.parametrize("size", [(31, 200), (640, 480), (1500, 37), (224, 224)])
 def test_pixels_differ_from_those_of_torch_by_at_most_one_level(make_export, make_checkpoint, size):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    found = ExportedModel(make_export("onnx", word_attention="score"))._pixels([noise]).astype(int)
-    processor = Captioner.from_pretrained(make_checkpoint(word_attention="score"), device="cpu").processor
+    found = ExportedModel(make_export("onnx", **CONFIGS["score"]))._pixels([noise]).astype(int)
+    processor = Captioner.from_pretrained(make_checkpoint(**CONFIGS["score"]), device="cpu").processor
     expected = processor.image_processor(noise, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
     difference = abs(found - expected.permute(0, 2, 3, 1).numpy())
     assert difference.max() <= 1 and difference.mean() < 0.3
@@ -153,7 +149,7 @@ def test_pixels_differ_from_those_of_torch_by_at_most_one_level(make_export, mak
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_captioning_imports_neither_torch_nor_transformers(make_export, tmp_path, format):
-    folder = make_export(format, word_attention="history")
+    folder = make_export(format, **CONFIGS["history"])
     pictures(1)[0].save(tmp_path / "a.png")
     for code in (
         f"from hf_attncap import Captioner; print(Captioner.from_pretrained({str(folder)!r}).explain('a.png').text)",
