@@ -30,12 +30,13 @@ from .weight_rounding import round_convolutions
 FORMATS, DTYPES = ("onnx", "openvino"), ("float32", "bfloat16", "int8")
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 # Generation settings that do not change the captions of greedy and beam search.
-WITHOUT_EFFECT = set(
-    "bos_token_id transformers_version use_cache cache_implementation cache_config max_cache_len num_return_sequences "
-    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate temperature top_k top_p min_p top_h "
-    "typical_p epsilon_cutoff eta_cutoff compile_config disable_compile low_memory num_assistant_tokens "
-    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind".split()
-)
+WITHOUT_EFFECT = {
+    "bos_token_id", "transformers_version", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "compile_config", "disable_compile", "low_memory", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+}  # fmt: skip
 TURNED_OFF = {"encoder_repetition_penalty": 1, "num_beam_groups": 1, "guidance_scale": 1}  # for others, False or 0
 DEFAULT_NEW_TOKENS = 20  # of transformers
 ROUNDING_IMAGES = 100  # photographs that the weights are rounded with
