@@ -18,6 +18,7 @@ from .efficientnet_lite_attncap import EFFICIENTNET_LITE, efficientnet_lite, ren
 # The backbone ends before the first of these layers.
 HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 DRY_RUN_SIDE = 128  # pixels; Inception needs 75
+KEEP_CHANNELS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.MaxPool2d, nn.Dropout, nn.Identity)
 
 
 def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
@@ -53,7 +54,23 @@ def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
 
 
 def count_channels(backbone: nn.Module) -> int:
-    """Return D, the number of output channels, from a run on the meta device."""
+    """Return D, the number of output channels, from the last layer, or from a run on the meta device if layers branch before it."""
+    return _channels_of_last_layer(backbone) or _channels_of_dry_run(backbone)
+
+
+def _channels_of_last_layer(module: nn.Module) -> int | None:
+    """D if the output comes from a convolution or a norm, followed only by layers that keep the channels; else None."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    if isinstance(module, nn.BatchNorm2d):
+        return module.num_features
+    if type(module).forward is nn.Sequential.forward:
+        last = next((child for child in reversed(list(module.children())) if not isinstance(child, KEEP_CHANNELS)), None)
+        return None if last is None else _channels_of_last_layer(last)
+    return None
+
+
+def _channels_of_dry_run(backbone: nn.Module) -> int:
     was_training = backbone.training
     backbone.eval()
     state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}

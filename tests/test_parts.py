@@ -15,6 +15,7 @@ from test_word_vector_files import BODY, FOUND, VOCABULARY, write
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from hf_attncap import backbone_attncap
 from hf_attncap.backbone_attncap import SameConv2d, SameMaxPool2d, build_backbone, count_channels, load_backbone_weights
 from hf_attncap.configuration_attncap import AttnCapConfig
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration
@@ -83,6 +84,23 @@ def test_counting_channels_does_not_change_the_backbone():
     assert count_channels(backbone) == 1024
     assert backbone.training
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+SEQUENTIAL = ("alexnet", "densenet121", "efficientnet_b0", "efficientnet_lite0", "mnasnet0_5", "mobilenet_v2", "vgg11_bn")
+BRANCHED = ("googlenet", "regnet_x_400mf", "resnet18", "squeezenet1_1")
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_channels_of_the_last_layer_are_those_of_a_run(name):
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    assert backbone_attncap._channels_of_last_layer(backbone) == backbone_attncap._channels_of_dry_run(backbone)
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_channels_after_branches_are_found_by_a_run(name):
+    with torch.device("meta"):
+        assert backbone_attncap._channels_of_last_layer(build_backbone(name)) is None
 
 
 def test_a_fresh_backbone_is_initialised_as_torchvision_does():
