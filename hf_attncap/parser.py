@@ -154,9 +154,8 @@ def _add_checkpoint_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a folder that captions without torch",
-        description="Writes a folder for ONNX Runtime or OpenVINO. `attncap caption --model OUT` then captions on the CPU without "
-        "torch and transformers. bfloat16 needs OpenVINO. int8 needs a folder of photographs like those to caption, best 200 or "
-        "more; use training images.",
+        description="Writes a folder for ONNX Runtime or OpenVINO, a model for `attncap caption` that runs on the CPU without "
+        "torch and transformers. bfloat16 needs OpenVINO. int8 is for the decoder, with a calibration folder also for the encoder.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")
     export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -164,7 +163,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the computation (default: float32)"
     )
-    export.add_argument("--calibration", metavar="DIR", help="the folder of photographs, for int8")
+    export.add_argument("--calibration", metavar="DIR", help="a folder of photographs, best 200 or more, for an int8 encoder")
 
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
