@@ -14,6 +14,7 @@ from .confidence_attncap import SIGNALS, estimate_confidence
 from .engine import Engine
 from .images import ImageError, describe_error, is_tensor, load_batches, load_image
 from .result import Alternative, CaptionResult
+from .runtime import ExportedModel, is_export
 from .words_attncap import CaptionPieces, check_prompt
 
 if TYPE_CHECKING:
@@ -77,10 +78,13 @@ class Captioner:
     def __init__(self, model: "AttnCapForConditionalGeneration", processor: "AttnCapProcessor"):
         self.model = model.eval()
         self.processor = processor
+        self._exported: ExportedModel | None = None
 
     @property
     def engine(self) -> Engine:
         """What generates the captions."""
+        if self._exported is not None:
+            return self._exported
         from .torch_engine import TorchEngine
 
         return TorchEngine(self.model, self.processor)
@@ -114,9 +118,21 @@ class Captioner:
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
+        if is_export(source):
+            return cls._from_export(source, device, dtype)
         from .torch_engine import load_model
 
         return cls(*load_model(source, device, dtype, optimize, compile))
+
+    @classmethod
+    def _from_export(cls, folder: str, device: Any, dtype: Any) -> Self:
+        if device is not None and str(device) != "cpu":
+            raise ValueError(f"'{folder}' was exported for the CPU, but `device` is '{device}': leave it out.")
+        if dtype is not None:
+            raise ValueError(f"'{folder}' was exported with a dtype: leave `dtype` out, or export the checkpoint with another one.")
+        captioner = cls.__new__(cls)  # an exported captioner has neither model nor processor
+        captioner._exported = ExportedModel(folder)
+        return captioner
 
     @overload
     def caption(self, images: ImageSource, **options: Unpack[CaptionOptions]) -> CaptionResult: ...

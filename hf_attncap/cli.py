@@ -83,6 +83,14 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    _silence_libraries()
+    from .export import export_checkpoint
+
+    print(export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.calibration))
+    return 0
+
+
 def _export_hub(args: argparse.Namespace) -> int:
     _silence_libraries()
     from hf_attncap.model_card.build_card import is_ours, write_card
@@ -191,10 +199,12 @@ def _caption(args: argparse.Namespace) -> int:
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # prints the bytes of a path unchanged
     with _without_garbage_collection() if args.owns_process else nullcontext():
-        _silence_libraries()
         from . import Captioner
+        from .runtime import is_export
         from .visualize import path_key
 
+        if args.model is None or not is_export(args.model):
+            _silence_libraries()
         captioner = Captioner.from_pretrained(args.model, device=args.device)
     if args.min_confidence is not None and captioner.engine.calibration is None:
         name = args.model or "The checkpoint in this package"
@@ -306,6 +316,7 @@ COMMANDS = {
     "caption": _caption,
     "card": _card,
     "evaluate": _evaluate,
+    "export": _export,
     "export-hub": _export_hub,
     "pack": _pack,
 }

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .modeling_attncap import AttnCapForConditionalGeneration
+from .occlusion import hidden_squares
 
-WINDOW = 3  # regions: side of the hidden square
-SMALL_GRID = 5  # regions: on a grid with a smaller side, that square would hide most of the image
 MAX_ELEMENTS = 2**25  # in the largest tensors of one forward pass, which bounds its memory
 
 
@@ -39,12 +38,8 @@ def word_importance(
         ValueError: `window` is even or below 1.
     """
     regions, grid = encoder_outputs.last_hidden_state, encoder_outputs.grid_shape  # (B, N, C)
-    if window is None:
-        window = WINDOW if min(grid) >= SMALL_GRID else 1
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"`window` is {window}, but it must be an odd number of regions, at least 1.")
     captions = sequences.unflatten(0, (regions.shape[0], -1))  # (B, k, T + 1)
-    hidden = squares(grid, window).to(regions.device)  # (N, N)
+    hidden = torch.from_numpy(hidden_squares(grid, window)).to(regions.device)  # (N, N)
     hidden = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # (1 + N, N), first nothing hidden
     found = []
     variants_of_all = torch.arange(len(regions) * len(hidden), device=regions.device)
@@ -55,13 +50,6 @@ def word_importance(
     log_p = torch.cat(found).unflatten(0, (len(regions), -1))  # (B, 1 + N, k, T)
     falls = (log_p[:, :1] - log_p[:, 1:]).permute(0, 2, 3, 1)  # (B, k, T, N)
     return falls.flatten(0, 1).unflatten(-1, grid).float()  # (R, T, H, W)
-
-
-def squares(grid: tuple[int, int], window: int) -> torch.Tensor:
-    """(N, N) bool: for each of the N regions of a grid (H, W), the regions that the square around it covers."""
-    y, x = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij"))  # (N), (N)
-    reach = window // 2
-    return ((y[:, None] - y).abs() <= reach) & ((x[:, None] - x).abs() <= reach)
 
 
 def hide(regions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

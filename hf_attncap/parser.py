@@ -151,6 +151,20 @@ def _add_checkpoint_commands(commands: Any) -> None:
         help="""values that replace those of generation_config.json, such as '{"num_beams": 5}'; removes the calibration""",
     )
 
+    export = commands.add_parser(
+        "export",
+        help="write a folder that captions without torch",
+        description="Writes a folder for ONNX Runtime or OpenVINO, a model for `attncap caption` that runs on the CPU without "
+        "torch and transformers. bfloat16 needs OpenVINO. int8 is for the decoder, with a calibration folder also for the encoder.",
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")
+    export.add_argument("out", metavar="OUT", help="the folder to write")
+    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="the library that runs it (default: onnx)")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the computation (default: float32)"
+    )
+    export.add_argument("--calibration", metavar="DIR", help="a folder of photographs, best 200 or more, for an int8 encoder")
+
     export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export.add_argument("out", metavar="OUT", help="the folder to write")

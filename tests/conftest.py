@@ -114,3 +114,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         files.append(folder / name)
         blocks.resize(size, Image.Resampling.NEAREST).save(files[-1])
     return files
+
+
+@pytest.fixture(scope="session")
+def make_export(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports a tiny captioner of `make_checkpoint(**config)` and gives the folder: `make_export("onnx", **config)`."""
+
+    @cache
+    def make(format: str = "onnx", **config) -> Path:
+        for package in {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}[format]:
+            pytest.importorskip(package, reason=f'pip install "hf_attncap[{format}]"')
+        from hf_attncap.export import export_checkpoint
+
+        return export_checkpoint(make_checkpoint(**config), tmp_path_factory.mktemp("export") / "out", format)
+
+    return make

@@ -1,0 +1,179 @@
+"""Exported captioners: the same captions, scores and maps as with torch, the search, images, and imports."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_attncap import Captioner
+from hf_attncap.engine import GeneratedCaptions
+from hf_attncap.runtime import ExportedModel
+
+BACKBONE = "squeezenet1_1"  # exported quickly
+
+
+class Calibration(dict):
+    """A dictionary that can be a key of the fixtures' caches."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(str(self))
+
+
+CALIBRATION = Calibration(weights={"score": 1.5, "lowest": 0.3, "entropy": -0.2}, bias=0.1, threshold=0.5, images=9)
+CONFIGS = {
+    "none": {"word_attention": "none", "gate": False, "deep_output": False, "backbone": BACKBONE},
+    "score": {"word_attention": "score", "backbone": BACKBONE},
+    "channel": {"word_attention": "channel", "confidence": CALIBRATION, "backbone": BACKBONE},
+    "history": {"word_attention": "history", "tokenizer": "bpe", "backbone": BACKBONE},
+}
+PAD = 0
+
+
+def pictures(count: int, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:
+    """Generated pictures of the size that the tiny captioners use, so that nothing is resized."""
+    random = np.random.default_rng(0)
+    blocks = (Image.fromarray(random.integers(0, 256, (n % 4 + 2, n % 5 + 2, 3), dtype=np.uint8)) for n in range(count))
+    return [block.resize(size, Image.Resampling.BICUBIC) for block in blocks]
+
+
+def assert_same(found: GeneratedCaptions, expected: GeneratedCaptions) -> None:
+    np.testing.assert_array_equal(found.sequences, expected.sequences)
+    for name in ("scores", "lowest", "entropy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-4, err_msg=name)
+    is_word = expected.sequences[:, :, 1:] != PAD  # (B, k, T)
+    assert is_word.any()
+    np.testing.assert_allclose(found.attention[is_word], expected.attention[is_word], atol=1e-4)
+    assert (found.word_attention is None) == (expected.word_attention is None)
+    if expected.word_attention is not None:
+        np.testing.assert_allclose(found.word_attention[is_word], expected.word_attention[is_word], atol=1e-4)
+    assert (found.importance is None) == (expected.importance is None)
+    if expected.importance is not None:
+        best = is_word[:, 0]
+        np.testing.assert_allclose(found.importance[best], expected.importance[best], atol=1e-4)
+
+
+@pytest.fixture(params=CONFIGS)
+def pair(request, make_checkpoint, make_export) -> tuple[Captioner, Captioner]:
+    """An exported captioner, and the same with torch."""
+    config = CONFIGS[request.param]
+    exported = Captioner.from_pretrained(make_export("onnx", **config))
+    return exported, Captioner.from_pretrained(make_checkpoint(**config), device="cpu", optimize=False)
+
+
+@pytest.mark.parametrize("prompt", [None, "a black dog"])
+@pytest.mark.parametrize("beams, count", [(1, 1), (2, 1), (3, 2), (4, 4)])
+def test_captions_scores_and_attention_equal_those_of_torch(pair, beams, count, prompt):
+    exported, torch_captioner = pair
+    images = pictures(6)
+    for some in (images[:1], images):
+        arguments = some, prompt, beams, count, False
+        assert_same(exported.engine.generate(*arguments), torch_captioner.engine.generate(*arguments))
+
+
+def test_importance_equals_that_of_torch(pair, monkeypatch):
+    exported, torch_captioner = pair
+    expected = torch_captioner.engine.generate(pictures(3), None, 3, 2, True)
+    assert_same(exported.engine.generate(pictures(3), None, 3, 2, True), expected)
+    monkeypatch.setattr("hf_attncap.runtime.MAX_ELEMENTS", 1)  # one variant at a time
+    assert_same(exported.engine.generate(pictures(3), None, 3, 2, True), expected)
+
+
+def test_openvino_gives_the_same(make_export, make_checkpoint):
+    exported = Captioner.from_pretrained(make_export("openvino", **CONFIGS["history"]))
+    torch_captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["history"]), device="cpu")
+    for some, prompt in ((pictures(1), None), (pictures(5), "a black dog")):
+        assert_same(exported.engine.generate(some, prompt, 3, 2, True), torch_captioner.engine.generate(some, prompt, 3, 2, True))
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_the_search_follows_the_generation_settings_as_torch_does(make_export, make_checkpoint, data):
+    from hf_attncap.export import _search_settings
+
+    exported = ExportedModel(make_export("onnx", **CONFIGS["score"]))
+    captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["score"]), device="cpu", optimize=False)
+    tokens = st.lists(st.integers(3, 12), max_size=4, unique=True)
+    captioner.model.generation_config.update(
+        length_penalty=data.draw(st.sampled_from([-0.5, 0.0, 0.7, 1.0, 1.5])),
+        early_stopping=data.draw(st.sampled_from([True, False, "never"])),
+        no_repeat_ngram_size=data.draw(st.integers(0, 3)),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.3, 0.8])),
+        suppress_tokens=data.draw(tokens),
+        repeatable_token_ids=data.draw(st.none() | tokens),
+        min_new_tokens=data.draw(st.none() | st.integers(0, 3)),
+        eos_token_id=data.draw(st.sampled_from([2, [2, 7], None])),
+        **data.draw(st.sampled_from([{"max_new_tokens": 5}, {"max_new_tokens": None, "max_length": 7}, {"max_new_tokens": None}])),
+    )
+    exported._settings = _search_settings(captioner.model)
+    beams = data.draw(st.integers(1, 4))
+    prompt = data.draw(st.sampled_from([None, "a dog"]))
+    arguments = pictures(data.draw(st.integers(1, 3))), prompt, beams, data.draw(st.integers(1, beams)), False
+    assert_same(exported.generate(*arguments), captioner.engine.generate(*arguments))
+
+
+def test_a_prompt_longer_than_captions_is_an_error(make_export):
+    exported = ExportedModel(make_export("onnx", **CONFIGS["score"]))
+    exported._settings = replace(exported._settings, max_new_tokens=None, max_length=3)
+    with pytest.raises(ValueError, match="The prompt has 3 tokens, but captions end after 2"):
+        exported.generate(pictures(1), "a black dog", 2, 1, False)
+
+
+def test_results_equal_those_of_torch_with_their_confidence(make_export, make_checkpoint):
+    exported = Captioner.from_pretrained(make_export("onnx", **CONFIGS["channel"]))
+    captioner = Captioner.from_pretrained(make_checkpoint(**CONFIGS["channel"]), device="cpu")
+    for found, expected in zip(*(one.caption(pictures(3), num_return_sequences=2, explain=True) for one in (exported, captioner))):
+        assert (found.text, found.words) == (expected.text, expected.words)
+        assert [other.text for other in found.alternatives] == [other.text for other in expected.alternatives] != []
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
+        for name in ("attention", "word_attention", "importance"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-4)
+    assert exported.caption(pictures(1), prompt="a dog")[0].confidence is None
+    with pytest.raises(ValueError, match="does not know zebra"):
+        exported.caption(pictures(1), prompt="a zebra")
+
+
+@pytest.mark.parametrize("size", [(31, 200), (640, 480), (1500, 37), (224, 224)])
+def test_pixels_differ_from_those_of_torch_by_at_most_one_level(make_export, make_checkpoint, size):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    found = ExportedModel(make_export("onnx", **CONFIGS["score"]))._pixels([noise]).astype(int)
+    processor = Captioner.from_pretrained(make_checkpoint(**CONFIGS["score"]), device="cpu").processor
+    expected = processor.image_processor(noise, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+    difference = abs(found - expected.permute(0, 2, 3, 1).numpy())
+    assert difference.max() <= 1 and difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_captioning_imports_neither_torch_nor_transformers(make_export, tmp_path, format):
+    folder = make_export(format, **CONFIGS["history"])
+    pictures(1)[0].save(tmp_path / "a.png")
+    for code in (
+        f"from hf_attncap import Captioner; print(Captioner.from_pretrained({str(folder)!r}).explain('a.png').text)",
+        f"from hf_attncap.cli import main; main(['caption', '--json', '--model', {str(folder)!r}, 'a.png'])",
+    ):
+        code += "; import sys; print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100)
+        assert ran.stdout.splitlines()[-1] == "[]" and len(ran.stdout) > 10 and not ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_captions_of_200_pictures_equal_those_of_torch(format, tmp_path):
+    """With the released checkpoint, default decoding."""
+    pytest.importorskip({"onnx": "onnxruntime"}.get(format, format))
+    pytest.importorskip("onnxscript")
+    from hf_attncap.captioner import CHECKPOINT
+    from hf_attncap.export import export_checkpoint
+
+    exported = Captioner.from_pretrained(export_checkpoint(CHECKPOINT, tmp_path / "out", format)).engine
+    expected = Captioner.from_pretrained(device="cpu", optimize=False).engine
+    images = pictures(200, size=(224, 224))
+    for start in range(0, 200, 10):
+        for beams in (1, 5) if start < 50 else (5,):
+            arguments = images[start : start + 10], None, beams, 1, False
+            assert_same(exported.generate(*arguments), expected.generate(*arguments))
