@@ -61,7 +61,7 @@ class SuppressedTokens(LogitsProcessor):
     """Bans tokens: transformers' processor, without a comparison of the whole vocabulary at each step."""
 
     def __init__(self, banned: torch.Tensor, vocab_size: int):
-        self.banned = banned[(banned >= 0) & (banned < vocab_size)]
+        self.banned = banned[(banned >= 0) & (banned < vocab_size)].long()  # an empty list makes floats
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.banned = self.banned.to(scores.device)

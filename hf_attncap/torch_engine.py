@@ -27,7 +27,7 @@ def load_model(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     optimize: Literal["auto", False],
-    compile: bool,
+    compile: bool = False,
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The model and the processor of a folder or Hub repository; arguments and errors as in `Captioner.from_pretrained`."""
     is_folder = os.path.isdir(source)

@@ -52,7 +52,16 @@ def assert_same(fast: Any, stock: Any) -> None:
     early=st.sampled_from([False, True, "never"]),
     returned=st.integers(1, 5),
     ngram=st.sampled_from([0, 2, 3]),
-    more=st.sampled_from([{}, {"suppress_tokens": [4, 5]}, {"min_new_tokens": 3}, {"repetition_penalty": 1.3}]),
+    more=st.sampled_from(
+        [
+            {},
+            {"suppress_tokens": [4, 5]},
+            {"suppress_tokens": []},
+            {"suppress_tokens": [-1, 999]},
+            {"min_new_tokens": 3},
+            {"repetition_penalty": 1.3},
+        ]
+    ),
     ends=st.sampled_from([EOS, [EOS, 6], None]),
     prompt=st.sampled_from([None, [[4, 5]], [[PAD, 5]]]),
 )
