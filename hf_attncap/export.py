@@ -226,7 +226,13 @@ def _finish_onnx(source: Path, folder: Path, dtype: str, photographs: _Photograp
 
 def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) -> None:
     """Quantise weights, and the activations too: with ranges from photographs, or with ranges of each run."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quant_pre_process, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import (  # pyright: ignore[reportMissingImports]
+        CalibrationDataReader,
+        QuantType,
+        quant_pre_process,
+        quantize_dynamic,
+        quantize_static,
+    )
 
     if photographs is None:
         quantize_dynamic(graph, target, per_channel=True, weight_type=QuantType.QInt8)
@@ -247,7 +253,7 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) 
 
 def _finish_openvino(source: Path, folder: Path, dtype: str, photographs: _Photographs) -> None:
     """Convert the ONNX graphs to OpenVINO's format in `folder`, with int8 weights if wanted."""
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     for name in GRAPHS:
         graph = openvino.convert_model(source / f"{name}.onnx")
@@ -258,8 +264,11 @@ def _finish_openvino(source: Path, folder: Path, dtype: str, photographs: _Photo
 
 def _quantize_openvino(graph: Any, photographs: _Photographs | None) -> Any:
     """Quantise weights, and with photographs the activations too."""
-    import nncf
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+    import nncf  # pyright: ignore[reportMissingImports]
+    from nncf.quantization.advanced_parameters import (  # pyright: ignore[reportMissingImports]
+        AdvancedQuantizationParameters,
+        OverflowFix,
+    )
 
     if photographs is None:
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)

@@ -18,6 +18,9 @@ IMAGES, CAPTIONS, WORDS = 2, 3, 4  # sizes of the tensors that the graphs are tr
 class Encoder(nn.Module):
     """Pixels (B, height, width, 3), uint8, to regions (B, N, C). Normalises like the image processor."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: AttnCapForConditionalGeneration, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
         self.encoder = model.model.encoder

@@ -82,7 +82,7 @@ def _greedy_search(decoder: Decoder, settings: SearchSettings, tokens: np.ndarra
         chosen["id"], chosen["beam"], chosen["entropy"] = ids[running, 0], 0, entropy[running, 0]
         chosen["log_prob"] = (np.take_along_axis(logits, ids[..., None], -1)[..., 0] - normalizer)[running, 0]
         tokens[running, 0, length] = chosen
-        running &= ~np.isin(tokens["id"][:, 0, length], settings.eos_token_id)  # (B)
+        running &= ~_is_in(tokens["id"][:, 0, length], settings.eos_token_id)  # (B)
         length += 1
         if length >= tokens.shape[-1] or not running.any():
             break
@@ -116,7 +116,7 @@ def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, 
         newest = candidates[:, :, length]  # (B, count), a view
         newest["id"], newest["beam"] = ids, parent
         newest["log_prob"], newest["entropy"] = log_probs[image, parent, ids], entropy[image, parent]
-        ended = np.isin(ids, settings.eos_token_id) | (length + 1 >= longest)  # (B, count)
+        ended = _is_in(ids, settings.eos_token_id) | (length + 1 >= longest)  # (B, count)
 
         scores, order = _top(top + ended * IMPOSSIBLE, K)  # (B, K)
         beams = candidates[image, order]  # (B, K, L)
@@ -160,9 +160,14 @@ def _process(settings: SearchSettings, ids: np.ndarray, scores: np.ndarray, star
         scores[:, :, settings.eos_token_id] = -np.inf
     scores[:, :, settings.suppress_tokens] = -np.inf
     if settings.repeatable_token_ids is not None:
-        found = (~np.isin(ids, settings.repeatable_token_ids + settings.eos_token_id)).nonzero()  # 3 of (found)
+        found = (~_is_in(ids, settings.repeatable_token_ids + settings.eos_token_id)).nonzero()  # 3 of (found)
         scores[found[0], found[1], ids[found]] = -np.inf
     return scores
+
+
+def _is_in(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """`np.isin`, faster for few tokens."""
+    return (ids[..., None] == np.array(tokens, ids.dtype)).any(axis=-1)
 
 
 def _top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
 EXPORT_VERSION = 1  # of the folder's layout
 GRAPHS = ("encoder", "start", "step")
 MAX_ELEMENTS = 2**25  # of the regions of one pass, which bounds its memory
-Graph = Callable[..., list[np.ndarray]]
+Graph = Callable[..., list[Any]]  # arrays to arrays
 
 
 def is_export(folder: str | os.PathLike) -> bool:
@@ -200,19 +200,19 @@ class _NewerVersion(ValueError):
 
 def _load_onnx(folder: Path, name: str, dtype: str) -> Graph:
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"'{folder}' needs ONNX Runtime: pip install \"hf_attncap[onnx]\" ({error})") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
-    return lambda *arrays: session.run(None, dict(zip(names, arrays)))
+    return lambda *arrays: list(session.run(None, dict(zip(names, arrays))))
 
 
 def _load_openvino(folder: Path, name: str, dtype: str) -> Graph:
     try:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"'{folder}' needs OpenVINO: pip install \"hf_attncap[openvino]\" ({error})") from error
     # By default, OpenVINO computes in bfloat16 on CPUs that have it.

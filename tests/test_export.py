@@ -154,7 +154,7 @@ def test_int8_captions_are_close_to_those_of_float32(make_checkpoint, photograph
     images = [Image.open(photographs / f"{number}.png") for number in range(6)]
     expected, found = (engine.generate(images, None, 2, 1, False) for engine in (exact, rounded))
     first = abs(expected.attention[:, 0, 0] - found.attention[:, 0, 0])  # of the first step, which all captions share
-    assert 0 < first.max() < 0.05
+    assert 0 < first.mean() < 0.02
     encoder = (out / ("encoder.onnx" if format == "onnx" else "encoder.bin")).stat().st_size
     share = encoder / (checkpoint / "model.safetensors").stat().st_size
     assert share < 0.4 if calibrated else share > 0.8
