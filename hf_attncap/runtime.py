@@ -205,6 +205,8 @@ def _load_onnx(folder: Path, name: str, dtype: str) -> Graph:
         raise ImportError(f"'{folder}' needs ONNX Runtime: pip install \"hf_attncap[onnx]\" ({error})") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    # Threads that wait actively take the cores from the other graphs' threads: slower with float32 and on busy machines.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     return lambda *arrays: list(session.run(None, dict(zip(names, arrays))))
