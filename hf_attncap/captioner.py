@@ -101,7 +101,8 @@ class Captioner:
         """Loads a saved model and its processor.
 
         Args:
-            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
+            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package. A folder that
+                `attncap export` wrote runs on the CPU without torch; it has no `model` and `processor`.
             device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
             optimize: "auto" makes the encoder faster without changing captions (`optimize_for_inference`); `captioner.model` can
@@ -109,7 +110,8 @@ class Captioner:
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
-            ValueError: the device cannot be used.
+            ImportError: an exported folder needs a package that is not installed.
+            ValueError: the device cannot be used, or `device` or `dtype` is given for an exported folder.
         """
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
