@@ -102,7 +102,8 @@ class Captioner:
         """Loads a saved model and its processor.
 
         Args:
-            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
+            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package. A folder that
+                `attncap export` wrote runs on the CPU without torch; it has no `model` and `processor`.
             device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
             optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
@@ -111,7 +112,9 @@ class Captioner:
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
-            ValueError: the device cannot be used, or `compile` is given with `optimize=False`.
+            ImportError: an exported folder needs a package that is not installed.
+            ValueError: the device cannot be used; `compile` is given with `optimize=False`; or `device`, `dtype` or `compile` is
+                given for an exported folder.
         """
         if compile and not optimize:
             raise ValueError('`compile=True` needs `optimize="auto"`: leave one of them out.')
@@ -119,17 +122,19 @@ class Captioner:
             raise FileNotFoundError("This installation contains no checkpoint: name a folder or Hub repository.")
         source = str(CHECKPOINT if name_or_path is None else name_or_path)
         if is_export(source):
-            return cls._from_export(source, device, dtype)
+            return cls._from_export(source, device, dtype, compile)
         from .torch_engine import load_model
 
         return cls(*load_model(source, device, dtype, optimize, compile))
 
     @classmethod
-    def _from_export(cls, folder: str, device: Any, dtype: Any) -> Self:
+    def _from_export(cls, folder: str, device: Any, dtype: Any, compile: bool) -> Self:
         if device is not None and str(device) != "cpu":
             raise ValueError(f"'{folder}' was exported for the CPU, but `device` is '{device}': leave it out.")
         if dtype is not None:
             raise ValueError(f"'{folder}' was exported with a dtype: leave `dtype` out, or export the checkpoint with another one.")
+        if compile:
+            raise ValueError(f"'{folder}' was exported and is compiled already: leave `compile` out.")
         captioner = cls.__new__(cls)  # an exported captioner has neither model nor processor
         captioner._exported = ExportedModel(folder)
         return captioner
