@@ -181,8 +181,11 @@ class SameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding: ceil(size / stride) outputs, an odd pixel of padding at the right or bottom."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        pads = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
+        if torch.compiler.is_compiling():  # compilers and exported graphs do the padding in the convolution
+            return F.conv2d(F.pad(input, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         # Padding both sides by more and dropping the first outputs is faster than `F.pad`, which copies the whole input.
-        left, right, top, bottom = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
+        left, right, top, bottom = pads
         drop_y, drop_x = (-(-(after - before) // s) for before, after, s in zip((top, left), (bottom, right), self.stride))
         pad = top + drop_y * self.stride[0], left + drop_x * self.stride[1]
         height, width = (-(-side // s) for side, s in zip(input.shape[-2:], self.stride))
