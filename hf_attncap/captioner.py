@@ -82,7 +82,7 @@ class Captioner:
 
     @property
     def engine(self) -> Engine:
-        """What generates the captions."""
+        """The library that generates the captions, with the loaded model."""
         if self._exported is not None:
             return self._exported
         from .torch_engine import TorchEngine
@@ -102,16 +102,18 @@ class Captioner:
         """Loads a saved model and its processor.
 
         Args:
-            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package.
-            device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
-            dtype: such as "bfloat16". Default: the checkpoint's.
+            name_or_path: a folder with a checkpoint, a Hugging Face Hub repository, or a folder that `attncap export` wrote.
+                Default: the checkpoint in this package.
+            device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu". Exported folders run on the CPU.
+            dtype: such as "bfloat16". Default: the checkpoint's. The dtype of an exported folder is fixed.
             optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
                 then be neither trained nor saved. False keeps the model as it was saved.
             compile: also compile the encoder, with `optimize="auto"`. The first batch of each size then takes up to a minute.
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
-            ValueError: the device cannot be used, or `compile` is given with `optimize=False`.
+            ValueError: the device or the dtype cannot be used, or `compile` is given with `optimize=False`.
+            ImportError: the library that runs an exported folder is not installed.
         """
         if compile and not optimize:
             raise ValueError('`compile=True` needs `optimize="auto"`: leave one of them out.')
@@ -129,7 +131,7 @@ class Captioner:
         if device is not None and str(device) != "cpu":
             raise ValueError(f"'{folder}' was exported for the CPU, but `device` is '{device}': leave it out.")
         if dtype is not None:
-            raise ValueError(f"'{folder}' was exported with a dtype: leave `dtype` out, or export the checkpoint with another one.")
+            raise ValueError(f"The dtype of '{folder}' was fixed by the export: leave `dtype` out, or export the checkpoint again.")
         captioner = cls.__new__(cls)  # an exported captioner has neither model nor processor
         captioner._exported = ExportedModel(folder)
         return captioner

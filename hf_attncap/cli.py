@@ -261,9 +261,10 @@ def _make_folder(folder: Path, kind: str) -> None:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Imports and loads faster: all objects that exist at the end are exempt from garbage collection, also at exit.
+    """Pauses garbage collection, so that imports and loading are faster.
 
-    Imports and loading create about a million objects that all stay. Python would look for garbage among them again and again.
+    They create about a million objects that stay in use, and Python would search them for garbage several times. At the end, all
+    objects become exempt from later collections.
     """
     gc.disable()
     try:
