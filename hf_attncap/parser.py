@@ -158,7 +158,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a folder that captions without torch",
-        description="Writes a folder for `attncap caption --model`. ONNX Runtime or OpenVINO runs it on the CPU, without torch "
+        description="Writes a folder for `attncap caption`. ONNX Runtime or OpenVINO runs it on the CPU, without torch "
         "and transformers. bfloat16 needs OpenVINO. int8 applies to the decoder, with --calibration also to the encoder.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")

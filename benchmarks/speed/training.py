@@ -111,7 +111,7 @@ def slow_sampling(trainer: Any) -> Iterator[None]:
             return own(*arguments)
 
     with (
-        mock.patch.object(self_critical, "draw", lambda probabilities: torch.multinomial(probabilities, 1)),
+        mock.patch.object(self_critical, "sample_tokens", lambda probabilities: torch.multinomial(probabilities, 1)),
         mock.patch.object(self_critical, "sample", sample) if trainer.args.bf16 else nullcontext(),
     ):
         yield
