@@ -36,7 +36,7 @@ def results_of(script: Any, capsys: pytest.CaptureFixture, tmp_path: Path, *opti
     assert found["machine"]["cores"] >= 1 and found["versions"]["torch"] and found["rounds"] == 2 and len(found["load"]) == 2
     assert found["command"].startswith(f"python -m {script.__name__} --quick")
     assert found["machine"]["cpu"] in shown
-    assert measure.table(found["columns"], found["rows"]) in shown
+    assert measure.markdown_table(found["columns"], found["rows"]) in shown
     for row in found["rows"]:
         assert set(row) >= TIMES and 0 < row["lowest_ms"] <= row["ms"] <= row["highest_ms"]
     return found["rows"]
@@ -163,7 +163,6 @@ def test_all_scripts_run_with_the_options_that_they_know(tmp_path, monkeypatch):
     assert [call[2].removeprefix("benchmarks.speed.") for call in calls] == list(everything.SCRIPTS)
     scripts = (decoding, encoder, end_to_end, scaling, startup_memory, training)
     assert {script.__name__.rpartition(".")[2] for script in scripts} == set(everything.SCRIPTS)
-    monkeypatch.setattr(measure, "parse", lambda options, argv: None)
     for call in calls:
         text = (ROOT / f"{call[2].replace('.', '/')}.py").read_text() + (ROOT / "benchmarks/speed/measure.py").read_text()
         for option in re.findall(r"--\w+", " ".join(call)):
@@ -183,7 +182,7 @@ def test_commands_on_the_page_have_options_that_exist():
     [(None, ""), (0.0, "0"), (1234.5, "1,234"), (28.04, "28.0"), (3.456, "3.46"), (0.0123, "0.012"), (12000, "12,000"), ("x", "x")],
 )
 def test_numbers_in_tables_have_three_digits(value, text):
-    assert measure.shown(value) == text
+    assert measure.format_value(value) == text
 
 
 def test_tables_of_the_pages_are_those_of_the_results():
