@@ -208,7 +208,10 @@ def _caption(args: argparse.Namespace) -> int:
         captioner = Captioner.from_pretrained(args.model, device=args.device)
     if args.min_confidence is not None and captioner.engine.calibration is None:
         name = args.model or "The checkpoint in this package"
-        raise ValueError(f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on its folder first.")
+        raise ValueError(
+            f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on the checkpoint first, then "
+            "`attncap export` again if this folder was exported."
+        )
     outcomes = captioner.stream(
         args.files,
         on_error="yield",

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from hf_attncap import Captioner, optimize
 from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
 
-# Backbones whose batch norms follow convolutions, and how many are left where some do not.
+# The number of batch norms that remain after folding, by backbone. In DenseNet some do not follow a convolution.
 BACKBONES = {
     "resnet18": 0,
     "mobilenet_v2": 0,

@@ -1,4 +1,4 @@
-"""The speed benchmarks run on tiny models and write the fields that the pages read; the pages show what the files hold."""
+"""The speed benchmarks run on tiny models and write the fields that the pages need; the tables of the pages equal the result files."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pages import ROOT, shell_commands
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, ViTImageProcessor
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.speed import __main__ as everything
+from benchmarks.speed import __main__ as run_all
 from benchmarks.speed import decoding, encoder, end_to_end, measure, models, pages, peers, scaling, startup_memory, training
 
 TIMES = {"ms", "lowest_ms", "highest_ms"}
@@ -19,7 +19,7 @@ TIMES = {"ms", "lowest_ms", "highest_ms"}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """One call per round."""
+    """Each candidate runs once per round."""
     monkeypatch.setattr(measure, "QUICK_SECONDS", 0.0)
 
 
@@ -156,13 +156,13 @@ def test_random_checkpoint_can_be_loaded(tmp_path, monkeypatch):
     assert captioner.model.generation_config.max_new_tokens == captioner.model.generation_config.min_new_tokens == 16
 
 
-def test_all_scripts_run_with_the_options_that_they_know(tmp_path, monkeypatch):
+def test_all_scripts_run_with_options_that_they_have(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(everything.subprocess, "run", lambda command, check: calls.append(command))
-    everything.main(["--quick", "--exported", "a", "b", "--output_dir", str(tmp_path / "out")])
-    assert [call[2].removeprefix("benchmarks.speed.") for call in calls] == list(everything.SCRIPTS)
+    monkeypatch.setattr(run_all.subprocess, "run", lambda command, check: calls.append(command))
+    run_all.main(["--quick", "--exported", "a", "b", "--output_dir", str(tmp_path / "out")])
+    assert [call[2].removeprefix("benchmarks.speed.") for call in calls] == list(run_all.SCRIPTS)
     scripts = (decoding, encoder, end_to_end, scaling, startup_memory, training)
-    assert {script.__name__.rpartition(".")[2] for script in scripts} == set(everything.SCRIPTS)
+    assert {script.__name__.rpartition(".")[2] for script in scripts} == set(run_all.SCRIPTS)
     for call in calls:
         text = (ROOT / f"{call[2].replace('.', '/')}.py").read_text() + (ROOT / "benchmarks/speed/measure.py").read_text()
         for option in re.findall(r"--\w+", " ".join(call)):
