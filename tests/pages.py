@@ -41,7 +41,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_here(command: str, folder: Path) -> str:
-    """Runs `attncap WORDS` or `attncap WORDS > FILE` in a folder. It runs in this process, which is seconds faster than a new one."""
+    """Runs `attncap WORDS` or `attncap WORDS > FILE` in a folder, in this process, which is seconds faster than in a new one."""
     words, _, file = command.removeprefix("attncap ").partition(" > ")
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):

@@ -1,4 +1,4 @@
-"""The speed benchmarks run on tiny models and write the fields that the pages need; the tables of the pages equal the result files."""
+"""The speed benchmarks run on tiny models and write the fields that the pages need; the pages show the results."""
 
 import json
 import re
