@@ -102,18 +102,20 @@ class Captioner:
         """Loads a saved model and its processor.
 
         Args:
-            name_or_path: a folder with a checkpoint, a Hugging Face Hub repository, or a folder that `attncap export` wrote.
-                Default: the checkpoint in this package.
-            device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu". Exported folders run on the CPU.
-            dtype: such as "bfloat16". Default: the checkpoint's. The dtype of an exported folder is fixed.
+            name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package. A folder that
+                `attncap export` wrote runs on the CPU without torch, in the dtype of the export; the captioner then has no `model`
+                and `processor`.
+            device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
+            dtype: such as "bfloat16". Default: the checkpoint's.
             optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
                 then be neither trained nor saved. False keeps the model as it was saved.
             compile: also compile the encoder, with `optimize="auto"`. The first batch of each size then takes up to a minute.
 
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
-            ValueError: the device or the dtype cannot be used, or `compile` is given with `optimize=False`.
-            ImportError: the library that runs an exported folder is not installed.
+            ImportError: an exported folder needs a package that is not installed.
+            ValueError: the device cannot be used, `compile` is given with `optimize=False`, or a GPU or a dtype is given for an
+                exported folder.
         """
         if compile and not optimize:
             raise ValueError('`compile=True` needs `optimize="auto"`: leave one of them out.')
