@@ -1,7 +1,7 @@
 """Rounds the weights of convolutions to int8 so that their outputs change little.
 
-Rounding each weight to the nearest int8 level changes the regions of the released checkpoint by 13 %. The method of this module, GPTQ
-(Frantar et al., 2023, arXiv 2210.17323), changes them by 4 %: weights that are rounded later compensate the error of earlier ones.
+Rounding each weight to the nearest int8 level changes the regions of the released checkpoint by 13 %. The method of this module
+(Frantar et al., 2023, "GPTQ", arXiv 2210.17323) changes them by 4 %: later weights compensate the rounding errors of earlier ones.
 """
 
 from collections.abc import Iterable
