@@ -138,7 +138,7 @@ def test_scaling(tiny_checkpoint, capsys, tmp_path, monkeypatch):
 def test_startup_and_memory(tiny_checkpoint, photographs, capsys, tmp_path):
     rows = results_of(startup_memory, capsys, tmp_path, "--checkpoint", str(tiny_checkpoint), "--photographs", photographs)
     found = {row["name"]: row for row in rows}
-    assert found[startup_memory.CHECKPOINT]["times_as_fast"] == 1 and len(found) == 2
+    assert found[startup_memory.CAPTION_COMMAND]["times_as_fast"] == 1 and len(found) == 2
     for row in rows:
         assert row["seconds"] == pytest.approx(row["ms"] / 1000, abs=0.001) and row["memory_mib"] > 100
 

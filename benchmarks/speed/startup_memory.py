@@ -20,8 +20,8 @@ from .inputs import exported_name, find_photographs
 from .measure import Row, create_parser, parse_options, report, summary
 
 COLUMNS = {"name": "command", "seconds": "s", "memory_mib": "peak memory, MiB", "times_as_fast": "times as fast as the checkpoint"}
-CHECKPOINT = "attncap caption photo.jpg"
-IMPORTS = 'python -c "import torch, transformers"'
+CAPTION_COMMAND = "attncap caption photo.jpg"
+IMPORT_COMMAND = 'python -c "import torch, transformers"'
 
 
 def run(command: Sequence[str], threads: int | None) -> tuple[float, float]:
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     python = sys.executable
     caption = [python, "-m", "hf_attncap", "caption", str(find_photographs(args.photographs)[0])]
     model = ["--model", str(args.checkpoint)] if args.checkpoint else []
-    commands = {IMPORTS: [python, "-c", "import torch, transformers"]}
-    commands[CHECKPOINT] = [*caption, *model]
+    commands = {IMPORT_COMMAND: [python, "-c", "import torch, transformers"]}
+    commands[CAPTION_COMMAND] = [*caption, *model]
     for exported in args.exported:
-        commands[f"{CHECKPOINT} --model {exported_name(exported)}"] = [*caption, "--model", str(exported)]
+        commands[f"{CAPTION_COMMAND} --model {exported_name(exported)}"] = [*caption, "--model", str(exported)]
     times: dict[str, list[float]] = {name: [] for name in commands}
     memory: dict[str, list[float]] = {name: [] for name in commands}
     generator = random.Random(0)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 times[name].append(spent)
                 memory[name].append(peak)
     rows: list[Row] = []
-    reference = statistics.median(times[CHECKPOINT])
+    reference = statistics.median(times[CAPTION_COMMAND])
     for name, found in times.items():
         seconds = {"seconds": round(statistics.median(found) / 1000, 3), "memory_mib": round(statistics.median(memory[name]))}
         ratio = round(reference / statistics.median(found), 3)
