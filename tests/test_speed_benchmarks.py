@@ -198,8 +198,8 @@ def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
         {"name": name, "engine": engine, "batch": 1, "ms_per_image": ms}
         for name, engine, ms in (
             ("this package", "torch float32", 28.25),
-            ("this package", "exported, onnx float32", 12.0),
-            ("this package", "exported, openvino int8", 8.0),
+            ("this package", "exported, openvino-int8", 8.0),
+            ("this package", "exported, onnx-float32", 12.0),
             ("vit-gpt2", "torch float32", 1012.0),
         )
     ]
@@ -222,5 +222,5 @@ def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
     readme, page = ((tmp_path / name).read_text(encoding="utf-8") for name in (pages.README, pages.PAGE))
     assert "| ms per photograph, 2 cores of Tested CPU | this package | vit-gpt2 | GIT-base | BLIP-base |" in readme
     assert "| torch float32 | 28.2 | 1,012 | not measured | not measured |" in readme
-    assert "| exported, openvino int8 | 8.00 |" in readme and "onnx" not in readme, "only the fastest export"
+    assert "| exported, openvino-int8 | 8.00 |" in readme and "onnx" not in readme, "only the first export"
     assert "Tested CPU (avx2), 2 cores, 2 threads" in page and "| vit-gpt2 | 1,012 |" in page
