@@ -18,7 +18,7 @@ from .efficientnet_lite_attncap import EFFICIENTNET_LITE, efficientnet_lite, ren
 # The backbone ends before the first of these layers.
 HEAD_NAMES = ("avgpool", "dropout", "classifier", "fc", "head")
 DRY_RUN_SIDE = 128  # pixels; Inception needs 75
-KEEP_CHANNELS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.MaxPool2d, nn.Dropout, nn.Identity)
+CHANNEL_PRESERVING = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.MaxPool2d, nn.Dropout, nn.Identity)
 
 
 def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
@@ -54,18 +54,18 @@ def build_backbone(name: str, padding: str = "torch") -> nn.Sequential:
 
 
 def count_channels(backbone: nn.Module) -> int:
-    """Return D, the number of output channels, from the last layer, or from a run on the meta device if layers branch before it."""
+    """Return D, the number of output channels. If the last layer does not give it, run the backbone on the meta device."""
     return _channels_of_last_layer(backbone) or _channels_of_dry_run(backbone)
 
 
 def _channels_of_last_layer(module: nn.Module) -> int | None:
-    """D if the output comes from a convolution or a norm, followed only by layers that keep the channels; else None."""
+    """D if the output comes from a convolution or a norm, followed only by layers that preserve the channels; else None."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels
     if isinstance(module, nn.BatchNorm2d):
         return module.num_features
     if type(module).forward is nn.Sequential.forward:
-        last = next((child for child in reversed(list(module.children())) if not isinstance(child, KEEP_CHANNELS)), None)
+        last = next((child for child in reversed(list(module.children())) if not isinstance(child, CHANNEL_PRESERVING)), None)
         return None if last is None else _channels_of_last_layer(last)
     return None
 
@@ -184,7 +184,7 @@ class SameConv2d(nn.Conv2d):
         pads = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         if torch.compiler.is_compiling():  # compilers and exported graphs do the padding in the convolution
             return F.conv2d(F.pad(input, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        # Padding both sides by more and dropping the first outputs is faster than `F.pad`, which copies the whole input.
+        # `F.pad` copies the whole input. It is faster to pad all sides equally in the convolution and to drop the surplus outputs.
         left, right, top, bottom = pads
         drop_y, drop_x = (-(-(after - before) // s) for before, after, s in zip((top, left), (bottom, right), self.stride))
         pad = top + drop_y * self.stride[0], left + drop_x * self.stride[1]

@@ -82,7 +82,7 @@ class Captioner:
 
     @property
     def engine(self) -> Engine:
-        """What generates the captions."""
+        """The library that generates the captions, with the loaded model."""
         if self._exported is not None:
             return self._exported
         from .torch_engine import TorchEngine
@@ -103,7 +103,8 @@ class Captioner:
 
         Args:
             name_or_path: a folder or a Hugging Face Hub repository. Default: the checkpoint in this package. A folder that
-                `attncap export` wrote runs on the CPU without torch; it has no `model` and `processor`.
+                `attncap export` wrote runs on the CPU without torch, in the dtype of the export; the captioner then has no `model`
+                and `processor`.
             device: such as "cpu" or "cuda:1". Default: "cuda" if a GPU is available, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
             optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
@@ -113,9 +114,11 @@ class Captioner:
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
             ImportError: an exported folder needs a package that is not installed.
-            ValueError: the device cannot be used; `compile` is given with `optimize=False`; or `device`, `dtype` or `compile` is
-                given for an exported folder.
+            ValueError: the device cannot be used, `optimize` has another value, `compile` is given with `optimize=False`, or a GPU,
+                a dtype or `compile` is given for an exported folder.
         """
+        if optimize not in ("auto", False):
+            raise ValueError(f"`optimize` is {optimize!r}, but it must be 'auto' or False.")
         if compile and not optimize:
             raise ValueError('`compile=True` needs `optimize="auto"`: leave one of them out.')
         if name_or_path is None and not (CHECKPOINT / "config.json").is_file():
@@ -132,9 +135,9 @@ class Captioner:
         if device is not None and str(device) != "cpu":
             raise ValueError(f"'{folder}' was exported for the CPU, but `device` is '{device}': leave it out.")
         if dtype is not None:
-            raise ValueError(f"'{folder}' was exported with a dtype: leave `dtype` out, or export the checkpoint with another one.")
+            raise ValueError(f"The dtype of '{folder}' was fixed by the export: leave `dtype` out, or export the checkpoint again.")
         if compile:
-            raise ValueError(f"'{folder}' was exported and is compiled already: leave `compile` out.")
+            raise ValueError(f"'{folder}' is an export, which is compiled already: leave `compile` out.")
         captioner = cls.__new__(cls)  # an exported captioner has neither model nor processor
         captioner._exported = ExportedModel(folder)
         return captioner

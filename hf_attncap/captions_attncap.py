@@ -1,4 +1,4 @@
-"""Captions with scores and attention: `generate` for every decoding method.
+"""Generates captions with scores and attention, for every decoding method: `generate_captions`.
 
 Shapes: B images, k captions per image, R = B * k rows, T tokens, a grid of H x W regions, E word embedding, V vocabulary.
 """
@@ -62,9 +62,9 @@ def generate_captions(
 
 
 def _generated_tokens(out: Any, ends: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The G generated tokens of the output of `generate`, the row of each step that chose them, and which are not after the end.
+    """The G generated tokens in the output of `generate`, the row that chose each of them, and which are not after the end.
 
-    All are (R, G). Without beams, a caption is one row in all steps.
+    All are (R, G). With greedy search and sampling, a caption has the same row in all steps.
     """
     beams = getattr(out, "beam_indices", None)  # (R, G), -1 after the end
     steps = len(out.logits)
@@ -79,7 +79,8 @@ def _attentions(steps: Any, rows: torch.Tensor, generated: torch.Tensor, prompt_
     """The attention weights that chose each token: (R, T, N) for regions, (R, T, T) or (R, T, E) for words; 0 after the end.
 
     Args:
-        steps: the G steps' weights, one tensor (rows, 1, t, .) each; t is 1, and in the first step the length of the prompt.
+        steps: the weights of G steps, one tensor (rows, 1, t, .) each; t is the length of start token and prompt in the first
+            step, then 1.
         rows, generated: (R, G), from `_generated_tokens`.
         prompt_mask: (B, t), False at padding.
     """

@@ -208,7 +208,10 @@ def _caption(args: argparse.Namespace) -> int:
         captioner = Captioner.from_pretrained(args.model, device=args.device)
     if args.min_confidence is not None and captioner.engine.calibration is None:
         name = args.model or "The checkpoint in this package"
-        raise ValueError(f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on its folder first.")
+        raise ValueError(
+            f"{name} has no calibrated confidence for --min-confidence: run `attncap calibrate` on the checkpoint first, then "
+            "`attncap export` again if this folder was exported."
+        )
     outcomes = captioner.stream(
         args.files,
         on_error="yield",
@@ -261,9 +264,10 @@ def _make_folder(folder: Path, kind: str) -> None:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Imports and loads faster: all objects that exist at the end are exempt from garbage collection, also at exit.
+    """Pauses garbage collection, so that imports and loading are faster.
 
-    Imports and loading create about a million objects that all stay. Python would look for garbage among them again and again.
+    They create about a million objects that stay in use, and Python would search them for garbage several times. At the end, all
+    objects become exempt from later collections.
     """
     gc.disable()
     try:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-# The inputs of a confidence; `generate_captions` defines them.
+# The inputs of the confidence, as `generate_captions` defines them.
 SIGNALS = ("score", "lowest", "entropy")
 
 

@@ -1,4 +1,4 @@
-"""What `Captioner` asks of a model, whichever library runs it. Needs neither torch nor transformers."""
+"""The interface between `Captioner` and the library that runs its model. Needs neither torch nor transformers."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Has `decode(ids)`, `all_special_ids`, `unk_token_id` and `tokenizer(text)["input_ids"]`."""
+        """A tokenizer with `decode(ids)`, `all_special_ids`, `unk_token_id` and `tokenizer(text)["input_ids"]`."""
 
     @property
     def default_beams(self) -> int:
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The checkpoint's `AttnCapConfig.confidence`."""
+        """The checkpoint's `AttnCapConfig.confidence`, the calibration of the confidence."""
 
     @property
     def word_attention(self) -> str:
@@ -52,5 +52,5 @@ class Engine(Protocol):
     def generate(
         self, images: list[Image.Image], prompt: str | None, num_beams: int, num_return_sequences: int, explain: bool
     ) -> GeneratedCaptions:
-        """Captions upright RGB images; `explain` also computes the importance."""
+        """Captions B upright RGB images, k = `num_return_sequences` captions each; `explain` also computes the importance."""
         ...

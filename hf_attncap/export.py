@@ -39,7 +39,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 TURNED_OFF = {"encoder_repetition_penalty": 1, "num_beam_groups": 1, "guidance_scale": 1}  # for others, False or 0
 DEFAULT_NEW_TOKENS = 20  # of transformers
-ROUNDING_IMAGES = 100  # photographs that the weights are rounded with
+ROUNDING_IMAGES = 100  # photographs on which the rounding of the encoder's weights is fitted
 
 
 def export_checkpoint(
@@ -56,8 +56,8 @@ def export_checkpoint(
         out: the folder to write; it must not exist or be empty. It is written atomically.
         format: "onnx" or "openvino".
         dtype: "float32", "bfloat16" (only with "openvino") or "int8".
-        calibration: a folder of photographs like those that the model will caption, best 200 or more. With it, "int8" also
-            quantises the encoder, which is faster and less accurate. Without it, "int8" is for the weights of the decoder.
+        calibration: only with "int8": a folder of photographs like those that the model will caption, 200 or more. With it, the
+            encoder is quantised too, which is faster and less accurate. Without it, only the decoder is quantised.
 
     Returns:
         `out` as a path.
@@ -82,8 +82,8 @@ def export_checkpoint(
         images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
         with _quiet():
             if photographs:
-                few = (torch.tensor(pixels) for pixels in itertools.islice(images, ROUNDING_IMAGES))
-                round_convolutions(Encoder(model, mean, std), few)
+                batches = (torch.tensor(pixels) for pixels in itertools.islice(images, ROUNDING_IMAGES))
+                round_convolutions(Encoder(model, mean, std), batches)
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
             {"onnx": _finish_onnx, "openvino": _finish_openvino}[format](Path(scratch), folder, dtype, images)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
@@ -187,8 +187,8 @@ def _checked_image_processor(image_processor: Any) -> Any:
     wrong += [] if image_processor.do_resize and set(size) == {"height", "width"} else ["size"]
     if wrong:
         raise ValueError(
-            f"The checkpoint's image processor uses another {' and '.join(wrong)} than exported captioners support: they only "
-            "resize images to a fixed height and width."
+            f"The checkpoint's image processor has a `{'` and a `'.join(wrong)}` that exported captioners do not support: they "
+            "only resize images to a fixed height and width."
         )
     return image_processor
 
@@ -215,7 +215,7 @@ class _Photographs:
 
 
 def _finish_onnx(source: Path, folder: Path, dtype: str, photographs: _Photographs) -> None:
-    """Move the ONNX graphs to `folder`, with int8 weights if wanted."""
+    """Copy the ONNX graphs to `folder`; quantise them for "int8"."""
     for name in GRAPHS:
         graph, target = source / f"{name}.onnx", folder / f"{name}.onnx"
         if dtype == "int8" and (name != "encoder" or len(photographs)):
@@ -225,7 +225,7 @@ def _finish_onnx(source: Path, folder: Path, dtype: str, photographs: _Photograp
 
 
 def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) -> None:
-    """Quantise weights, and the activations too: with ranges from photographs, or with ranges of each run."""
+    """Quantise weights and activations. The ranges of activations come from photographs, or without them from each run."""
     from onnxruntime.quantization import (  # pyright: ignore[reportMissingImports]
         CalibrationDataReader,
         QuantType,
@@ -252,7 +252,7 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) 
 
 
 def _finish_openvino(source: Path, folder: Path, dtype: str, photographs: _Photographs) -> None:
-    """Convert the ONNX graphs to OpenVINO's format in `folder`, with int8 weights if wanted."""
+    """Convert the ONNX graphs to OpenVINO's format in `folder`; quantise them for "int8"."""
     import openvino  # pyright: ignore[reportMissingImports]
 
     for name in GRAPHS:

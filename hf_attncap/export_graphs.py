@@ -45,7 +45,7 @@ class Start(nn.Module):
 
 
 class Step(nn.Module):
-    """Reads one word of each caption.
+    """One step of the decoder: reads one word of each caption.
 
     Inputs: the words so far (B, K, t), of which only `word_attention="history"` needs more than the newest; h and c before the
     word, (B, K, S) each; keys (B, N, A) and regions (B, N, C).
@@ -85,7 +85,7 @@ def write_onnx(
     Returns:
         (H, W), the grid of regions.
     """
-    free: Any = torch.export.Dim.DYNAMIC
+    dynamic: Any = torch.export.Dim.DYNAMIC
     encoder, start, step = Encoder(model, mean, std).eval(), Start(model).eval(), Step(model).eval()
     pixels = torch.zeros(IMAGES, *size, 3, dtype=torch.uint8)  # (B, height, width, 3)
     regions = encoder(pixels)  # (B, N, C)
@@ -94,13 +94,14 @@ def write_onnx(
     all_words = model.config.word_attention == "history"
     ids = torch.zeros(IMAGES, CAPTIONS, WORDS if all_words else 1, dtype=torch.long)  # (B, K, t)
 
-    def write(name: str, module: nn.Module, inputs: dict[str, torch.Tensor], free_axes: tuple[int, ...]) -> None:
+    def write(name: str, module: nn.Module, inputs: dict[str, torch.Tensor], dynamic_axes: tuple[int, ...]) -> None:
+        """Write a graph; `dynamic_axes` says how many of the first axes of each input can have other sizes."""
         torch.onnx.export(
             module,
             tuple(inputs.values()),
             str(folder / f"{name}.onnx"),
             input_names=list(inputs),
-            dynamic_shapes=tuple(dict.fromkeys(range(count), free) for count in free_axes),
+            dynamic_shapes=tuple(dict.fromkeys(range(count), dynamic) for count in dynamic_axes),
             external_data=False,
             verbose=False,
             dynamo=True,

@@ -58,10 +58,10 @@ class NoRepeatedTokens(LogitsProcessor):
 
 
 class SuppressedTokens(LogitsProcessor):
-    """Bans tokens: transformers' processor, without a comparison of the whole vocabulary at each step."""
+    """Bans tokens. Does the same as transformers' processor, but does not search the whole vocabulary at each step."""
 
     def __init__(self, banned: torch.Tensor, vocab_size: int):
-        self.banned = banned[(banned >= 0) & (banned < vocab_size)].long()  # an empty list makes floats
+        self.banned = banned[(banned >= 0) & (banned < vocab_size)].long()  # the tensor of an empty list has floats
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.banned = self.banned.to(scores.device)
@@ -69,7 +69,7 @@ class SuppressedTokens(LogitsProcessor):
 
 
 class NoRepeatedNgrams(LogitsProcessor):
-    """Bans the tokens that would complete an n-gram that the row already has: transformers' processor, on tensors."""
+    """Bans the tokens that would repeat an n-gram of the row. Does the same as transformers' processor, without Python lists."""
 
     def __init__(self, size: int):
         self.size = size
@@ -117,7 +117,7 @@ class AttnCapGenerationMixin(GenerationMixin):
         return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_logits_processor(self, generation_config, *args: Any, logits_processor=None, **kwargs: Any):
-        """Add `NoRepeatedTokens` if `repeatable_token_ids` is set."""
+        """Add `NoRepeatedTokens` if `repeatable_token_ids` is set, and use this module's processors in place of transformers'."""
         own, repeatable = LogitsProcessorList(), getattr(generation_config, "repeatable_token_ids", None)
         if repeatable is not None:
             if not (isinstance(repeatable, (list, tuple)) and all(isinstance(token, int) for token in repeatable)):
@@ -131,11 +131,11 @@ class AttnCapGenerationMixin(GenerationMixin):
             own.append(NoRepeatedTokens([*repeatable, *self.end_token_ids], self.config.vocab_size))
         own.extend(logits_processor or [])
         processors = super()._get_logits_processor(generation_config, *args, logits_processor=own, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        for place, processor in enumerate(processors):
+        for index, processor in enumerate(processors):
             if type(processor) is NoRepeatNGramLogitsProcessor:
-                processors[place] = NoRepeatedNgrams(processor.ngram_size)
+                processors[index] = NoRepeatedNgrams(processor.ngram_size)
             elif type(processor) is SuppressTokensLogitsProcessor:
-                processors[place] = SuppressedTokens(processor.suppress_tokens, self.config.vocab_size)
+                processors[index] = SuppressedTokens(processor.suppress_tokens, self.config.vocab_size)
         return processors
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

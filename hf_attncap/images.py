@@ -83,7 +83,7 @@ def load_image(source: Any, *, allow_private_urls: bool = False) -> Image.Image:
 
 
 def is_tensor(source: Any) -> bool:
-    """Whether this is a torch tensor; does not import torch, because without torch there are no tensors."""
+    """Whether this is a torch tensor. It does not import torch: if nothing has imported torch, there are no tensors."""
     return isinstance(source, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 

@@ -1,4 +1,4 @@
-"""Greedy and beam search in numpy for exported captioners. Their captions are those of `search_attncap.py`.
+"""Greedy and beam search in numpy for exported captioners. The captions are the same as those of `search_attncap.py`.
 
 Shapes: B images, K beams per image, L tokens at most, t tokens so far, V vocabulary.
 """
@@ -17,9 +17,9 @@ Captions = tuple[np.ndarray, np.ndarray]  # tokens (B, k, t + T), and scores (B,
 
 @dataclass
 class SearchSettings:
-    """The generation settings of a checkpoint, by their names in transformers.
+    """The generation settings of a checkpoint, under their names in transformers.
 
-    `eos_token_id` is a list. One of `max_new_tokens` and `max_length` is None.
+    `eos_token_id` is always a list. One of `max_new_tokens` and `max_length` is None.
     """
 
     decoder_start_token_id: int
@@ -38,7 +38,7 @@ class SearchSettings:
     repeatable_token_ids: list[int] | None = None
 
     def longest(self, start: int) -> int:
-        """The maximum number of tokens of a caption, with its first `start` tokens: the start token and the prompt."""
+        """The maximum number of tokens in a caption, including the first `start` ones, which are start token and prompt."""
         longest = self.max_length if self.max_new_tokens is None else start + self.max_new_tokens
         assert longest is not None
         if longest <= start:
@@ -56,7 +56,7 @@ class Decoder(Protocol):
         """Read the last token of the captions (B, K, t); return logits (B, K, V), their log-sum-exp and entropy (B, K)."""
 
     def select(self, beams: np.ndarray) -> None:
-        """Continue, for each image, the captions (B, K), in this order."""
+        """Keep the captions at these indices (B, K) of each image, in this order."""
 
 
 def search(decoder: Decoder, settings: SearchSettings, images: int, prompt: list[int], beams: int, wanted: int) -> Captions:
@@ -98,7 +98,7 @@ def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, 
     image = np.arange(B)[:, None]  # (B, 1)
     count = max(2, 1 + len(settings.eos_token_id)) * K  # candidates per image
     is_top = np.arange(count) < K  # (count)
-    best = beams.copy()  # the finished ones
+    best = beams.copy()  # (B, K, L): the best finished beams
     scores = np.zeros((B, K), np.float32)
     scores[:, 1:] = IMPOSSIBLE  # at first all beams of an image are equal, so only one counts
     best_scores = np.full((B, K), IMPOSSIBLE)
@@ -171,7 +171,7 @@ def _is_in(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
 
 
 def _top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest of values (B, n), in falling order, and their places, (B, count) each."""
+    """The `count` largest of values (B, n), in descending order, and their indices, (B, count) each."""
     places = np.argpartition(-values, count - 1, axis=1)[:, :count] if count < values.shape[1] // 4 else None
     found = values if places is None else np.take_along_axis(values, places, 1)
     order = np.argsort(-found, axis=1, kind="stable")[:, :count]  # (B, count)

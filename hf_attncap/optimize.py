@@ -1,8 +1,4 @@
-"""Makes a faster copy of a captioner for inference.
-
-Batch norm is folded into convolutions, images are in channels-last layout, and the products of the word embedding are computed once
-for each word of the vocabulary.
-"""
+"""Makes a faster copy of a captioner for inference: `optimize_for_inference`."""
 
 import copy
 import logging
@@ -18,16 +14,18 @@ from .modeling_attncap import AttnCapForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
-MAX_TABLE = 2**25  # elements of the products of all words; larger vocabularies keep the decoder as it is
+MAX_TABLE_ELEMENTS = 2**25  # of the table of word products; with a larger vocabulary the decoder stays as it is
 
 
 def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool = False) -> AttnCapForConditionalGeneration:
-    """A faster copy of a captioner. Its captions are the same; scores and attention differ by rounding errors only.
+    """Makes a faster copy of a captioner. Its captions are the same; scores and attention differ by rounding errors only.
 
-    Batch norm is folded into the convolution before it, and the encoder's weights are stored in channels-last layout, which
-    convolutions on CPUs and GPUs read faster. With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`
-    unless its table would exceed 128 MB in float32. The copy is in evaluation mode. It can be neither trained nor saved. An INFO
-    message in the log says what was done.
+    - Batch norm is folded into the convolution before it.
+    - The encoder's weights are in channels-last layout, with which convolutions are faster.
+    - With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`, which looks up the products of the word
+      embeddings in a table. If the table would exceed 128 MiB in float32, the decoder stays as it is.
+
+    The copy is in evaluation mode. It can be neither trained nor saved. An INFO message in the log says what was done.
 
     Args:
         model: is not changed.
@@ -39,7 +37,7 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
     folded = _fold_batch_norm(encoder.backbone)
     encoder.to(memory_format=torch.channels_last)
     decoder: Any = fast.model.decoder
-    if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE:
+    if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE_ELEMENTS:
         fast.model.decoder = InferenceDecoder(decoder)
     if compile:
         encoder.compile()
@@ -47,20 +45,22 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
     logger.info(
         "Optimized for inference: %d batch norms folded, channels last, %s, %s.",
         folded,
-        "products of the words tabulated" if tabulated else "decoder unchanged",
-        "encoder compiled" if compile else "not compiled",
+        "word products in a table" if tabulated else "decoder unchanged",
+        "encoder compiled" if compile else "encoder not compiled",
     )
     fast.save_pretrained = _refuse_saving
     return fast
 
 
 class InferenceDecoder(AttnCapDecoder):
-    """A decoder for inference in which each step has one product of the state, one of the context and one before the output layer.
+    """A decoder for inference that needs fewer matrix products per step.
 
-    The products of the word embedding are rows of a table. D is E with deep output, else 0.
+    The layers that read the LSTM state are merged into one. The layers of the deep output that read state and context are merged
+    too. The products of the word embeddings with weight matrices are computed once for the whole vocabulary, and each step looks
+    them up in a table. D is E with deep output, else 0.
 
     Args:
-        decoder: with `word_attention` "none" or "score". The parts that the steps do not need are left out.
+        decoder: with `word_attention` "none" or "score". Layers that the steps do not need are left out.
     """
 
     word_products: torch.Tensor
@@ -72,13 +72,15 @@ class InferenceDecoder(AttnCapDecoder):
         self.init_h, self.init_c = decoder.init_h, decoder.init_c
         cell, query = decoder.cell, decoder.attention.query_proj
         words = decoder.embed_tokens.weight  # (V, E)
-        of_word, of_context = cell.weight_ih.split([words.shape[1], cell.input_size - words.shape[1]], dim=1)  # (4S, E), (4S, C)
+        word_weight, context_weight = cell.weight_ih.split(
+            [words.shape[1], cell.input_size - words.shape[1]], dim=1
+        )  # (4S, E), (4S, C)
         gate = [] if decoder.gate is None else [decoder.gate]
         self.widths = [query.out_features, *(layer.out_features for layer in gate), 4 * cell.hidden_size]
         bias = [query.bias, *(layer.bias for layer in gate), cell.bias_ih + cell.bias_hh]
         self.state_proj = _linear(torch.cat([query.weight, *(layer.weight for layer in gate), cell.weight_hh]), torch.cat(bias))
-        self.context_proj = _linear(of_context.contiguous())
-        table = [words @ of_word.T]  # (V, 4S)
+        self.context_proj = _linear(context_weight.contiguous())
+        table = [words @ word_weight.T]  # (V, 4S)
         if decoder.deep_output:
             self.output_proj = _linear(torch.cat([decoder.state_out.weight, decoder.region_out.weight], dim=1))
             table.append(decoder.word_out(words) + decoder.state_out.bias)  # (V, E)
@@ -88,12 +90,12 @@ class InferenceDecoder(AttnCapDecoder):
 
     @staticmethod
     def table_size(decoder: AttnCapDecoder) -> int:
-        """Elements of the table of a decoder."""
+        """The number of elements in the table that a decoder would have."""
         words, embed = decoder.embed_tokens.weight.shape
         return words * (4 * decoder.cell.hidden_size + embed + decoder.attention.query_proj.out_features)
 
     def _embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the products of the words (R, T, 4S + D) in place of e, and u (R, T, A)."""
+        """Look up the word products (R, T, 4S + D), which take the place of e, and u (R, T, A)."""
         u = None if self.attention.word_attention == "none" else F.embedding(input_ids, self.word_queries)  # (R, T, A)
         return F.embedding(input_ids, self.word_products), u
 
@@ -124,20 +126,22 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError("This model was optimized for inference and cannot be saved: save the model that it was made of.")
+    raise RuntimeError(
+        "A model optimized for inference cannot be saved: save the original, or load the checkpoint with `optimize=False`."
+    )
 
 
 class _Tracer(fx.Tracer):
-    """Follows every module except single layers, so that a convolution and its batch norm become neighbours in the graph."""
+    """Traces into all modules that have children, so that each convolution and batch norm is a node of its own in the graph."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not list(m.children())
 
 
 def _fold_batch_norm(backbone: nn.Module) -> int:
-    """Replace each convolution whose only use is a batch norm by both in one, in place. A backbone that fx cannot trace stays.
+    """Fold batch norms into the convolutions whose outputs only they use, in place; return the number of folded batch norms.
 
-    Returns the number of batch norms.
+    A backbone that fx cannot trace is not changed.
     """
     try:
         graph = _Tracer().trace(backbone)

@@ -30,7 +30,11 @@ def _add_caption(commands: Any) -> None:
     )
     add = caption.add_argument
     add("files", nargs="+", metavar="FILE", help="an image: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
-    add("--model", metavar="DIR_OR_NAME", help="a folder or a Hub repository (default: the checkpoint in this package)")
+    add(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
+    )
     add("--attention", metavar="DIR", type=Path, help="also write attention plots to DIR/NAME.attention.png")
     add(
         "--importance",
@@ -154,20 +158,20 @@ def _add_checkpoint_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a folder that captions without torch",
-        description="Writes a folder for ONNX Runtime or OpenVINO, a model for `attncap caption` that runs on the CPU without "
-        "torch and transformers. bfloat16 needs OpenVINO. int8 is for the decoder, with a calibration folder also for the encoder.",
+        description="Writes a folder for `attncap caption`. ONNX Runtime or OpenVINO runs it on the CPU, without torch "
+        "and transformers. bfloat16 needs OpenVINO. int8 applies to the decoder, with --calibration also to the encoder.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")
     export.add_argument("out", metavar="OUT", help="the folder to write")
-    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="the library that runs it (default: onnx)")
+    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="ONNX Runtime or OpenVINO (default: onnx)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="data type (default: float32)")
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the computation (default: float32)"
+        "--calibration", metavar="DIR", help="with int8: a folder of 200 or more photographs, to quantise the encoder too"
     )
-    export.add_argument("--calibration", metavar="DIR", help="a folder of photographs, best 200 or more, for an int8 encoder")
 
-    export = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
-    export.add_argument("out", metavar="OUT", help="the folder to write")
+    export_hub = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
+    export_hub.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    export_hub.add_argument("out", metavar="OUT", help="the folder to write")
 
 
 class _OldName(argparse.Action):

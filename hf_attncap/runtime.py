@@ -17,7 +17,7 @@ from .occlusion import hidden_squares
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
 EXPORT_VERSION = 1  # of the folder's layout
 GRAPHS = ("encoder", "start", "step")
-MAX_ELEMENTS = 2**25  # of the regions of one pass, which bounds its memory
+MAX_ELEMENTS = 2**25  # in the regions of one forward pass, which bounds its memory
 Graph = Callable[..., list[Any]]  # arrays to arrays
 
 
@@ -27,7 +27,7 @@ def is_export(folder: str | os.PathLike) -> bool:
 
 
 class ExportedTokenizer:
-    """The part of a tokenizer of transformers that captions and prompts need."""
+    """A tokenizer with the methods of transformers' tokenizers that captions and prompts need."""
 
     def __init__(self, file: Path, all_special_ids: list[int], unk_token_id: int | None, split_special_tokens: bool):
         from tokenizers import Tokenizer
@@ -105,14 +105,14 @@ class ExportedModel:
         generated = tokens["beam"] != NOT_GENERATED  # (B, k, 1 + T)
         count = np.maximum(generated.sum(axis=-1), 1)  # (B, k)
         beams = np.maximum(tokens["beam"][:, :, 1:], 0)  # (B, k, T)
-        attention = _of_beams(decoder.attention, beams)  # (B, k, T, N)
+        attention = _select_beams(decoder.attention, beams)  # (B, k, T, N)
         return GeneratedCaptions(
             sequences=np.ascontiguousarray(tokens["id"]),
             scores=scores.astype(np.float64),
             lowest=tokens["log_prob"].min(axis=-1, where=generated, initial=0).astype(np.float64),
             entropy=tokens["entropy"].sum(axis=-1, where=generated) / count,
             attention=attention.reshape(*attention.shape[:3], *self._grid),
-            word_attention=_of_beams(decoder.word_attention, beams) if decoder.word_attention else None,
+            word_attention=_select_beams(decoder.word_attention, beams) if decoder.word_attention else None,
             importance=self._importance(regions, tokens["id"][:, 0]) if explain else None,
         )
 
@@ -180,12 +180,12 @@ class _Decoder:
         return [logits, normalizer, entropy]
 
     def select(self, beams: np.ndarray) -> None:
-        """Continue, for each image, the captions (B, K), in this order."""
+        """Keep the captions at these indices (B, K) of each image, in this order."""
         self._h, self._c = (np.take_along_axis(x, beams[..., None], 1) for x in (self._h, self._c))
 
 
-def _of_beams(steps: list[np.ndarray], beams: np.ndarray) -> np.ndarray:
-    """Of arrays (B, K, n), one per step, those of the beams (B, k, T): (B, k, T, n), with zeros where a step has fewer columns."""
+def _select_beams(steps: list[np.ndarray], beams: np.ndarray) -> np.ndarray:
+    """Select the beams (B, k, T) from T arrays (B, K, n), one per step: (B, k, T, n), with zeros where a step has fewer columns."""
     B, k, T = beams.shape
     found = np.zeros((B, k, T, steps[T - 1].shape[-1]), np.float32)
     for t, values in enumerate(steps[:T]):

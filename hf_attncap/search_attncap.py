@@ -1,9 +1,10 @@
-"""Greedy search, sampling and beam search that call the decoder directly.
+"""Greedy search, sampling and beam search that call the decoder directly. They are faster than transformers' loops.
 
-Their results are those of transformers' loops, at a fraction of the cost.
+transformers' loops prepare the inputs of a whole model at each step. Here a step calls only the decoder, the output layer and the
+logits processors in use. The results are the same. `is_supported` says which settings these loops support; transformers' loops
+run the others.
 
-transformers' loops prepare the inputs of a whole model at each step. Here a step is a call of the decoder, the output layer and the
-logits processors in use. `is_supported` decides which settings these loops can handle; transformers' loops handle the others.
+Shapes: B images, K beams per image, R rows, t tokens of start token and prompt, L tokens at most, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -16,14 +17,14 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, Gene
 from .cache_attncap import CACHE_NAME, AttnCapCache
 
 IMPOSSIBLE = -1.0e9  # the score of a beam that must not be chosen, as in transformers
-GPU_STEPS = 8  # between two checks whether all captions have ended, because each check waits for the GPU
+GPU_STEPS = 8  # steps between two checks whether all captions have ended, because each check waits for the GPU
 
 
 def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwargs: dict[str, Any]) -> bool:
     """Whether `greedy_search` or `beam_search` can run with these settings of `generate`."""
     cache = kwargs.get(CACHE_NAME)
     return (
-        not _has_other_forward(model)
+        not _has_changed_forward(model)
         and not (config.do_sample and config.num_beams > 1)
         and not config.output_hidden_states
         and not synced_gpus
@@ -37,8 +38,8 @@ def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwar
     )
 
 
-def _has_other_forward(model: Any) -> bool:
-    """Whether the whole model has to be called: a subclass, a hook, a compiler or mixed precision has changed its `forward`."""
+def _has_changed_forward(model: Any) -> bool:
+    """Whether a subclass, a hook, a compiler or mixed precision has changed `forward`, so that the whole model must be called."""
     owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
     hooks = model._forward_hooks or model._forward_pre_hooks
     is_replaced = "forward" in vars(model) or model._compiled_call_impl is not None
@@ -46,8 +47,8 @@ def _has_other_forward(model: Any) -> bool:
 
 
 @dataclass
-class Steps:
-    """The decoder's steps of a search, and what `generate` was asked to return of them."""
+class DecodingSteps:
+    """Runs the steps of the decoder in a search, and records what `generate` was asked to return."""
 
     model: Any
     processors: Any
@@ -57,9 +58,9 @@ class Steps:
     logits: list[torch.Tensor] = field(default_factory=list)
     cross_attentions: list[tuple] = field(default_factory=list)
     decoder_attentions: list[tuple] = field(default_factory=list)
-    goes_on: list[torch.Tensor] = field(default_factory=list)  # after each step, whether a caption has not ended
+    unfinished: list[torch.Tensor] = field(default_factory=list)  # after each step: whether any caption has not ended
 
-    def first(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def read_prompt(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Read the start token and the prompt (R, t); return the logits of the next token (R, V)."""
         out = self.model.model(
             decoder_input_ids=input_ids,
@@ -75,7 +76,7 @@ class Steps:
             self.decoder_attentions.append(out.decoder_attentions)
         return self.model.lm_head(out.last_hidden_state[:, -1]).float()  # (R, V)
 
-    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+    def read_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per row, (R); return the logits of the next one (R, V)."""
         out = self.model.model.decoder(tokens[:, None], None, past=self.cache, output_attentions=self.config.output_attentions)
         if self.config.output_attentions:
@@ -85,7 +86,7 @@ class Steps:
         return self.model.lm_head(out.last_hidden_state[:, -1]).float()  # (R, V)
 
     def process(self, input_ids: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Apply the logits processors to scores (R, V), and record what is wanted."""
+        """Apply the logits processors to scores (R, V); record logits and scores if `generate` returns them."""
         scores = self.processors(input_ids, scores)
         if self.config.output_logits:
             self.logits.append(logits)
@@ -93,21 +94,21 @@ class Steps:
             self.scores.append(scores)
         return scores
 
-    def should_stop(self, goes_on: torch.Tensor) -> bool:
-        """Whether all captions have ended. On a GPU, it may be some steps late; `trim` removes these."""
-        self.goes_on.append(goes_on)
-        due = goes_on.device.type == "cpu" or len(self.goes_on) % GPU_STEPS == 0
-        return due and not goes_on
+    def should_stop(self, unfinished: torch.Tensor) -> bool:
+        """Whether all captions have ended. On a GPU, a search may run some steps too many; `trim` removes their records."""
+        self.unfinished.append(unfinished)
+        check_now = unfinished.device.type == "cpu" or len(self.unfinished) % GPU_STEPS == 0
+        return check_now and not unfinished
 
     def trim(self) -> int:
-        """Remove the records of the steps after all captions have ended; return the number of steps left."""
-        needed = 1 + int(torch.stack(self.goes_on).long().cumprod(0)[:-1].sum())
+        """Remove the records of the steps after all captions had ended; return the number of remaining steps."""
+        needed = 1 + int(torch.stack(self.unfinished).long().cumprod(0)[:-1].sum())
         for records in (self.scores, self.logits, self.cross_attentions, self.decoder_attentions):
             del records[needed:]
         return needed
 
-    def outputs(self, sequences: torch.Tensor) -> dict[str, Any]:
-        """The fields that both kinds of output have."""
+    def output_fields(self, sequences: torch.Tensor) -> dict[str, Any]:
+        """The fields that the outputs of greedy search and of beam search have in common."""
         config = self.config
         return {
             "sequences": sequences,
@@ -120,14 +121,14 @@ class Steps:
 
 
 def greedy_search(model: Any, input_ids: torch.Tensor, processors: Any, config: Any, kwargs: dict[str, Any]) -> Any:
-    """The most probable token at each step, for rows (R, t) of start token and prompt; with `do_sample`, a random one.
+    """Greedy search, or sampling with `do_sample`, for rows (R, t) of start token and prompt.
 
-    The result is that of `_sample`, and uses the same random numbers.
+    The result is that of transformers' `_sample`, also with the same random seed.
     """
-    steps = Steps(model, processors, config, kwargs[CACHE_NAME])
+    steps = DecodingSteps(model, processors, config, kwargs[CACHE_NAME])
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (R)
-    logits = steps.first(input_ids, kwargs)  # (R, V)
+    logits = steps.read_prompt(input_ids, kwargs)  # (R, V)
     while True:
         scores = steps.process(input_ids, logits, logits)  # (R, V)
         tokens = torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1) if config.do_sample else scores.argmax(dim=-1)  # (R)
@@ -137,21 +138,21 @@ def greedy_search(model: Any, input_ids: torch.Tensor, processors: Any, config: 
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)  # (R, t + 1)
         if steps.should_stop(running.any()) or input_ids.shape[1] >= config.max_length:
             break
-        logits = steps.next(tokens)  # (R, V)
-    late = len(steps.goes_on) - steps.trim()
-    input_ids = input_ids[:, : input_ids.shape[1] - late]
-    steps.cache.crop(-late)
-    return GenerateEncoderDecoderOutput(**steps.outputs(input_ids)) if config.return_dict_in_generate else input_ids
+        logits = steps.read_token(tokens)  # (R, V)
+    extra = len(steps.unfinished) - steps.trim()  # steps after all captions had ended
+    input_ids = input_ids[:, : input_ids.shape[1] - extra]
+    steps.cache.crop(-extra)
+    return GenerateEncoderDecoderOutput(**steps.output_fields(input_ids)) if config.return_dict_in_generate else input_ids
 
 
 def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: Any, kwargs: dict[str, Any]) -> Any:
-    """Beam search for rows (B * K, t) of start token and prompt, K = `num_beams`. The result is that of `_beam_search`.
+    """Beam search for rows (B * K, t) of start token and prompt, K = `num_beams`.
 
-    Finished captions are padded with `pad_token_id`.
+    The result is that of transformers' `_beam_search`, except that finished captions are always padded with `pad_token_id`.
     """
-    K, start, longest = config.num_beams, input_ids.shape[1], config.max_length
-    B, L = len(input_ids) // K, longest
-    steps = Steps(model, processors, config, kwargs[CACHE_NAME])
+    K, start, L = config.num_beams, input_ids.shape[1], config.max_length
+    B = len(input_ids) // K
+    steps = DecodingSteps(model, processors, config, kwargs[CACHE_NAME])
     ends, device = config._eos_token_tensor, input_ids.device
     candidates_kept = max(2, 1 + (0 if ends is None else len(ends))) * K
 
@@ -159,17 +160,17 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
     beams = torch.full((B, K, 2 * L), -1, dtype=torch.long, device=device)  # (B, K, 2L)
     beams[:, :, :L] = 0 if config._pad_token_tensor is None else config._pad_token_tensor
     beams[:, :, :start] = input_ids.unflatten(0, (B, K))
-    best = beams  # the finished ones
+    best = beams  # (B, K, 2L): the best finished beams
     scores = torch.zeros(B, K, device=device)  # (B, K)
     scores[:, 1:] = IMPOSSIBLE  # at first all beams of an image are equal, so only one counts
     best_scores = torch.full((B, K), IMPOSSIBLE, device=device)  # (B, K)
     finished = torch.zeros(B, K, dtype=torch.bool, device=device)  # (B, K)
     improvable = torch.ones(B, 1, dtype=torch.bool, device=device)  # (B, 1)
-    goes_on = torch.ones((), dtype=torch.bool, device=device)
+    unfinished = torch.ones((), dtype=torch.bool, device=device)
     first_row = torch.arange(B, device=device)[:, None] * K  # (B, 1)
 
-    logits = steps.first(input_ids, kwargs)  # (B * K, V)
-    for length in range(start, longest):
+    logits = steps.read_prompt(input_ids, kwargs)  # (B * K, V)
+    for length in range(start, L):
         log_probs = steps.process(beams[:, :, :length].flatten(0, 1), logits, logits.log_softmax(dim=-1))  # (B * K, V)
         total = (log_probs.unflatten(0, (B, K)) + scores[:, :, None]).flatten(1)  # (B, K * V)
         top, index = total.topk(candidates_kept)  # (B, candidates)
@@ -178,29 +179,29 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
         candidates = _select(beams, parent)  # (B, candidates, 2L)
         candidates[:, :, length] = token
         candidates[:, :, L + length - start] = parent + first_row
-        is_last = length + 1 >= longest
+        is_last = length + 1 >= L
         ended = torch.full_like(token, is_last, dtype=torch.bool) if is_last or ends is None else _is_in(token, ends)
 
         scores, order = top.masked_fill(ended, IMPOSSIBLE).topk(K)  # (B, K)
         beams = _select(candidates, order)  # (B, K, 2L)
 
-        finishing = ended[:, :K] & goes_on  # (B, K), because only the best K candidates may finish
-        counts = finishing & improvable  # (B, K)
+        finishing = ended[:, :K] & unfinished  # (B, K), because only the best K candidates may finish
+        eligible = finishing & improvable  # (B, K)
         if config.early_stopping is True:
-            counts = counts & ~finished.all(dim=-1, keepdim=True)
-        new = (top[:, :K] / (length + 1 - start) ** config.length_penalty).masked_fill(~counts, IMPOSSIBLE)  # (B, K)
-        best_scores, order = torch.cat([best_scores, new], dim=1).topk(K)  # (B, K)
+            eligible = eligible & ~finished.all(dim=-1, keepdim=True)
+        new_scores = (top[:, :K] / (length + 1 - start) ** config.length_penalty).masked_fill(~eligible, IMPOSSIBLE)  # (B, K)
+        best_scores, order = torch.cat([best_scores, new_scores], dim=1).topk(K)  # (B, K)
         best = _select(torch.cat([best, candidates[:, :K]], dim=1), order)  # (B, K, 2L)
         finished = torch.cat([finished, finishing], dim=1).gather(1, order)  # (B, K)
 
         steps.cache.reorder_cache(beams[:, :, L + length - start].flatten())  # type: ignore[arg-type]
         improvable = model._check_early_stop_heuristic(
-            improvable, scores, best_scores, finished, length + 1, longest, start, config.early_stopping, config.length_penalty
+            improvable, scores, best_scores, finished, length + 1, L, start, config.early_stopping, config.length_penalty
         )
-        goes_on = goes_on & model._beam_search_has_unfinished_sequences(improvable, finished, ended, config.early_stopping)
-        if steps.should_stop(goes_on):
+        unfinished = unfinished & model._beam_search_has_unfinished_sequences(improvable, finished, ended, config.early_stopping)
+        if steps.should_stop(unfinished):
             break
-        logits = steps.next(beams[:, :, length].flatten())  # (B * K, V)
+        logits = steps.read_token(beams[:, :, length].flatten())  # (B * K, V)
 
     steps.trim()
     best = best[:, : config.num_return_sequences].flatten(0, 1)  # (R, 2L)
@@ -210,7 +211,7 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
     if not config.return_dict_in_generate:
         return sequences
     return GenerateBeamEncoderDecoderOutput(
-        **steps.outputs(sequences),
+        **steps.output_fields(sequences),
         sequences_scores=best_scores[:, : config.num_return_sequences].flatten() if config.output_scores else None,
         beam_indices=rows[:, :generated].int(),  # type: ignore[arg-type]
     )
@@ -226,7 +227,7 @@ def pad_after_end(tokens: torch.Tensor, config: Any) -> None:
 
 
 def _select(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of beams (B, n, 2L) those at `index` (B, m): (B, m, 2L)."""
+    """Select the beams at `index` (B, m) from beams (B, n, 2L): (B, m, 2L)."""
     return beams.gather(1, index[:, :, None].expand(-1, -1, beams.shape[2]))
 
 

@@ -68,7 +68,7 @@ def _check_device(device: str | torch.device) -> torch.device:
 
 @dataclass
 class TorchEngine:
-    """Generates captions with a model of transformers; see `Engine`."""
+    """The `Engine` of a model of transformers."""
 
     model: AttnCapForConditionalGeneration
     processor: AttnCapProcessor
@@ -104,11 +104,11 @@ class TorchEngine:
             num_return_sequences=num_return_sequences,
         )
         weights = found["word_attention"]
-        falls = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
+        importance = word_importance(self.model, found["sequences"][:, 0], encoded) if explain else None  # (B, T, H, W)
         return GeneratedCaptions(
             sequences=found["sequences"].cpu().numpy(),
             **{name: found[name].double().cpu().numpy() for name in ("scores", "lowest", "entropy")},  # numpy has no bfloat16
             attention=found["attention"].float().cpu().numpy(),
             word_attention=None if weights is None else weights.float().cpu().numpy(),
-            importance=None if falls is None else falls.cpu().numpy(),
+            importance=None if importance is None else importance.cpu().numpy(),
         )

@@ -1,7 +1,7 @@
 """Rounds the weights of convolutions to int8 so that their outputs change little.
 
-Rounding each weight to its nearest level changes the regions of the released checkpoint by 13 %, this by 4 %: the error of each
-weight is compensated by the weights that are rounded after it (Frantar et al., 2023, "GPTQ", arXiv 2210.17323).
+Rounding each weight to the nearest int8 level changes the regions of the released checkpoint by 13 %. The method of this module
+(Frantar et al., 2023, "GPTQ", arXiv 2210.17323) changes them by 4 %: later weights compensate the rounding errors of earlier ones.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 LEVELS = 127  # int8 without -128
-POSITIONS = 128  # per image, of the inputs of a convolution
-DAMPING = 0.01  # of the mean of the diagonal
+POSITIONS = 128  # about this many positions of the input of a convolution are used per image
+DAMPING = 0.01  # added to the diagonal, relative to its mean
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def _rounded(weight: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     weight = weight.double()
     largest = weight.abs().amax(dim=-1, keepdim=True)  # (G, out, 1)
     scale = (largest / LEVELS).clamp(min=1e-12)
-    keeps_scale = weight.abs() == largest  # (G, out, d): it must stay the largest, so that the scale stays
+    keeps_scale = weight.abs() == largest  # (G, out, d): the largest weights stay, because they set the scale
     products = products.double()
     diagonal = products.diagonal(dim1=-2, dim2=-1)  # (G, d), a view
     diagonal += DAMPING * diagonal.mean(dim=-1, keepdim=True) + 1e-9

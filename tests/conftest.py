@@ -78,7 +78,7 @@ def _sharpen(model: AttnCapForConditionalGeneration) -> None:
 
 @pytest.fixture
 def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots with fewer pixels, which are faster, for tests of everything but how they look."""
+    """Makes plots with fewer pixels, which is faster, for tests that do not check the pixels."""
     monkeypatch.setattr("hf_attncap.visualize.DPI", 40)
 
 
@@ -118,7 +118,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def make_export(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a tiny captioner of `make_checkpoint(**config)` and gives the folder: `make_export("onnx", **config)`."""
+    """`make_export("onnx", **config)` exports the checkpoint of `make_checkpoint(**config)` and returns the folder."""
 
     @cache
     def make(format: str = "onnx", **config) -> Path:

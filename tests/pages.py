@@ -41,7 +41,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_here(command: str, folder: Path) -> str:
-    """Runs `attncap WORDS` or `attncap WORDS > FILE` in a folder in this process, which takes seconds less than its own one."""
+    """Runs `attncap WORDS` or `attncap WORDS > FILE` in a folder, in this process, which is seconds faster than in a new one."""
     words, _, file = command.removeprefix("attncap ").partition(" > ")
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
@@ -54,7 +54,7 @@ def run_here(command: str, folder: Path) -> str:
 def check_commands(folder: Path, commands: list[str], training_options: str = "") -> str:
     """Runs commands one after the other; returns what the last one printed. Training gets further options.
 
-    Captioning and the inspection of data run in this process; the first command of the README captions in its own one.
+    Captioning and the inspection of data run in this process, other commands in a new one.
     """
     output = ""
     for command in commands:

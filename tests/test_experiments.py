@@ -234,7 +234,7 @@ def test_settings_of_the_search_are_scored_as_the_captioner_would_say_it(script,
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_what_is_missing_is_named_in_one_line(table, arguments, monkeypatch, capsys):
-    """Without torch in a process of its own, else in this one, which has imported torch already."""
+    """The script that does not need torch runs in a new process, the others in this one, which has already imported torch."""
     arguments = [argument.replace("TABLE", str(table)) for argument in arguments]
     if arguments[0] == "benchmarks/grammar.py":
         found = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -83,9 +83,9 @@ def test_a_folder_with_files_is_not_replaced(make_checkpoint, tmp_path, capsys):
         (
             "processor_config.json",
             {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
-            "another do_center_crop than",
+            "has a `do_center_crop` that exported captioners do not",
         ),
-        ("processor_config.json", {"do_resize": False}, "another size than"),
+        ("processor_config.json", {"do_resize": False}, "has a `size` that exported captioners do not"),
     ],
 )
 def test_settings_that_an_exported_captioner_does_not_have_are_refused(checkpoint, tmp_path, file, change, message):

@@ -1,4 +1,4 @@
-"""A model optimized for inference gives the same captions, and the model that it was made of does not change."""
+"""A model optimized for inference gives the same captions, and the original model does not change."""
 
 import copy
 import logging
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from hf_attncap import Captioner, optimize
 from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
 
-# Backbones whose batch norms follow convolutions, and how many are left where some do not.
+# The number of batch norms that remain after folding, by backbone. In DenseNet some do not follow a convolution.
 BACKBONES = {
     "resnet18": 0,
     "mobilenet_v2": 0,
@@ -70,7 +70,7 @@ def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate):
 
 
 def test_large_vocabularies_keep_the_decoder(monkeypatch):
-    monkeypatch.setattr(optimize, "MAX_TABLE", 100)
+    monkeypatch.setattr(optimize, "MAX_TABLE_ELEMENTS", 100)
     assert not isinstance(optimize_for_inference(tiny_model(word_attention="score")).model.decoder, InferenceDecoder)
 
 
@@ -83,7 +83,7 @@ def test_optimized_model_is_not_saved(tmp_path):
 def test_log_says_what_was_done(caplog):
     with caplog.at_level(logging.INFO, logger="hf_attncap.optimize"):
         optimize_for_inference(tiny_model(backbone="resnet18", word_attention="score"))
-    assert "20 batch norms folded" in caplog.text and "words tabulated" in caplog.text and "not compiled" in caplog.text
+    assert "20 batch norms folded" in caplog.text and "word products in a table" in caplog.text and "not compiled" in caplog.text
 
 
 def test_compiling_needs_optimizing():

@@ -150,7 +150,7 @@ import torch
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 
-self_critical.draw = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
+self_critical.sample_tokens = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
 with open(sys.argv[1]) as file:
     for argv in json.load(file):
         assert main(argv) == 0, argv
@@ -218,7 +218,7 @@ def test_two_processes_train_and_evaluate_like_one(stage, pair, new, warm, parqu
     epoch had before, in training as in evaluation: it must not count.
     """
     likeliest = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])  # noqa: E731
-    monkeypatch.setattr(self_critical, "draw", likeliest)
+    monkeypatch.setattr(self_critical, "sample_tokens", likeliest)
     more = stages(new, warm, tmp_path / "cache")[stage]
     names = ["loss", "grad_norm", *(["reward", "advantage_std", "sample_length"] if stage == "self-critical" else [])]
     folders = {}

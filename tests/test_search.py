@@ -1,4 +1,4 @@
-"""The fast greedy and beam search equal transformers' loops, and every other setting falls back to them."""
+"""The package's greedy search, sampling and beam search give the results of transformers' loops; other settings use those loops."""
 
 import itertools
 from typing import Any
@@ -115,13 +115,13 @@ def test_banned_ngrams_are_those_of_transformers(size, rows, length):
 
 
 def test_steps_between_two_checks_for_the_end_change_nothing(monkeypatch):
-    """On a GPU, the loops look for the end of all captions at some steps only."""
-    late: list[int] = []
+    """On a GPU, the loops check only at some steps whether all captions have ended."""
+    used: list[int] = []
 
-    def should_stop(steps: Any, goes_on: torch.Tensor) -> bool:
-        steps.goes_on.append(goes_on)
-        late.append(len(steps.goes_on))
-        return len(steps.goes_on) % 4 == 0 and not goes_on
+    def should_stop(steps: Any, unfinished: torch.Tensor) -> bool:
+        steps.unfinished.append(unfinished)
+        used.append(len(steps.unfinished))
+        return len(steps.unfinished) % 4 == 0 and not unfinished
 
     for early, beams in itertools.product([False, True, "never"], [1, 2, 4]):
         options = {"num_beams": beams, "max_new_tokens": WORDS, "no_repeat_ngram_size": 2}
@@ -129,12 +129,12 @@ def test_steps_between_two_checks_for_the_end_change_nothing(monkeypatch):
         for seed in range(8):
             regions = images(2, "score")
             stock = search(False, "score", seed, regions, **options)
-            late.clear()
+            used.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(search_attncap.Steps, "should_stop", should_stop)
+                patch.setattr(search_attncap.DecodingSteps, "should_stop", should_stop)
                 fast = search(True, "score", seed, regions, **options)
             assert_same(fast, stock)
-            assert late, "the fast loops were not used"
+            assert used, "the fast loops were not used"
 
 
 def test_finished_captions_are_padded_with_the_padding_token():

@@ -18,7 +18,14 @@ from hf_attncap.training.data.vocabulary import build_tokenizer
 from hf_attncap.training.train import main
 from hf_attncap.training.trainers import self_critical
 from hf_attncap.training.trainers.caption_trainer import CaptionTrainer
-from hf_attncap.training.trainers.self_critical import SelfCriticalTrainer, advantages, disable_dropout, draw, policy_logits, sample
+from hf_attncap.training.trainers.self_critical import (
+    SelfCriticalTrainer,
+    advantages,
+    disable_dropout,
+    policy_logits,
+    sample,
+    sample_tokens,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -201,12 +208,12 @@ def test_sampling_and_loss_use_the_same_probabilities(warm, processor):
     assert torch.equal(behind, samples == -100)
 
 
-def test_draws_have_the_given_probabilities():
+def test_sampled_tokens_have_the_given_probabilities():
     p = torch.tensor([[0.5, 0.0, 0.3, 0.15, 0.05], [0.0, 0.0, 1.0, 0.0, 0.0]])
     torch.manual_seed(0)
-    drawn = draw(p.repeat_interleave(20_000, 0))
-    assert drawn.shape == (40_000, 1)
-    counts = torch.stack([torch.bincount(row, minlength=5) for row in drawn.flatten().unflatten(0, (2, 20_000))])
+    sampled = sample_tokens(p.repeat_interleave(20_000, 0))
+    assert sampled.shape == (40_000, 1)
+    counts = torch.stack([torch.bincount(row, minlength=5) for row in sampled.flatten().unflatten(0, (2, 20_000))])
     assert (counts / 20_000 - p).abs().max() < 0.014  # four standard errors
     assert (counts[p == 0] == 0).all()
 
@@ -217,8 +224,8 @@ def test_sampling_converts_weights_to_half_precision_once(processor, tmp_path, m
     trainer = trainer_of(model, processor, tmp_path, bf16=True)
     trainer.model_wrapped = trainer.accelerator.prepare(model)
     seen = []
-    draw_words = self_critical.draw
-    monkeypatch.setattr(self_critical, "draw", lambda p: seen.append(torch.is_autocast_enabled("cpu")) or draw_words(p))
+    original = self_critical.sample_tokens
+    monkeypatch.setattr(self_critical, "sample_tokens", lambda p: seen.append(torch.is_autocast_enabled("cpu")) or original(p))
     loss_of(trainer, [batch_of(processor)])
     assert len(seen) > 1 and all(seen)
 
@@ -540,7 +547,7 @@ def counted(*args, **kwargs):
     return count(*args, **kwargs)
 
 DocumentFrequencies.from_references = counted
-self_critical.draw = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
+self_critical.sample_tokens = lambda p: p.topk(5).indices.gather(1, (torch.arange(len(p)) % 5)[:, None])
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -1,4 +1,4 @@
-"""The speed benchmarks run on tiny models and write the fields that the pages read; the pages show what the files hold."""
+"""The speed benchmarks run on tiny models and write the fields that the pages need; the pages show the results."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pages import ROOT, shell_commands
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, ViTImageProcessor
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.speed import __main__ as everything
+from benchmarks.speed import __main__ as run_all
 from benchmarks.speed import decoding, encoder, end_to_end, measure, models, pages, peers, scaling, startup_memory, training
 
 TIMES = {"ms", "lowest_ms", "highest_ms"}
@@ -19,7 +19,7 @@ TIMES = {"ms", "lowest_ms", "highest_ms"}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """One call per round."""
+    """Each candidate runs once per round."""
     monkeypatch.setattr(measure, "QUICK_SECONDS", 0.0)
 
 
@@ -36,7 +36,7 @@ def results_of(script: Any, capsys: pytest.CaptureFixture, tmp_path: Path, *opti
     assert found["machine"]["cores"] >= 1 and found["versions"]["torch"] and found["rounds"] == 2 and len(found["load"]) == 2
     assert found["command"].startswith(f"python -m {script.__name__} --quick")
     assert found["machine"]["cpu"] in shown
-    assert measure.table(found["columns"], found["rows"]) in shown
+    assert measure.markdown_table(found["columns"], found["rows"]) in shown
     for row in found["rows"]:
         assert set(row) >= TIMES and 0 < row["lowest_ms"] <= row["ms"] <= row["highest_ms"]
     return found["rows"]
@@ -138,7 +138,7 @@ def test_scaling(tiny_checkpoint, capsys, tmp_path, monkeypatch):
 def test_startup_and_memory(tiny_checkpoint, photographs, capsys, tmp_path):
     rows = results_of(startup_memory, capsys, tmp_path, "--checkpoint", str(tiny_checkpoint), "--photographs", photographs)
     found = {row["name"]: row for row in rows}
-    assert found[startup_memory.CHECKPOINT]["times_as_fast"] == 1 and len(found) == 2
+    assert found[startup_memory.CAPTION_COMMAND]["times_as_fast"] == 1 and len(found) == 2
     for row in rows:
         assert row["seconds"] == pytest.approx(row["ms"] / 1000, abs=0.001) and row["memory_mib"] > 100
 
@@ -156,14 +156,13 @@ def test_random_checkpoint_can_be_loaded(tmp_path, monkeypatch):
     assert captioner.model.generation_config.max_new_tokens == captioner.model.generation_config.min_new_tokens == 16
 
 
-def test_all_scripts_run_with_the_options_that_they_know(tmp_path, monkeypatch):
+def test_all_scripts_run_with_options_that_they_have(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(everything.subprocess, "run", lambda command, check: calls.append(command))
-    everything.main(["--quick", "--exported", "a", "b", "--output_dir", str(tmp_path / "out")])
-    assert [call[2].removeprefix("benchmarks.speed.") for call in calls] == list(everything.SCRIPTS)
+    monkeypatch.setattr(run_all.subprocess, "run", lambda command, check: calls.append(command))
+    run_all.main(["--quick", "--exported", "a", "b", "--output_dir", str(tmp_path / "out")])
+    assert [call[2].removeprefix("benchmarks.speed.") for call in calls] == list(run_all.SCRIPTS)
     scripts = (decoding, encoder, end_to_end, scaling, startup_memory, training)
-    assert {script.__name__.rpartition(".")[2] for script in scripts} == set(everything.SCRIPTS)
-    monkeypatch.setattr(measure, "parse", lambda options, argv: None)
+    assert {script.__name__.rpartition(".")[2] for script in scripts} == set(run_all.SCRIPTS)
     for call in calls:
         text = (ROOT / f"{call[2].replace('.', '/')}.py").read_text() + (ROOT / "benchmarks/speed/measure.py").read_text()
         for option in re.findall(r"--\w+", " ".join(call)):
@@ -183,7 +182,7 @@ def test_commands_on_the_page_have_options_that_exist():
     [(None, ""), (0.0, "0"), (1234.5, "1,234"), (28.04, "28.0"), (3.456, "3.46"), (0.0123, "0.012"), (12000, "12,000"), ("x", "x")],
 )
 def test_numbers_in_tables_have_three_digits(value, text):
-    assert measure.shown(value) == text
+    assert measure.format_value(value) == text
 
 
 def test_tables_of_the_pages_are_those_of_the_results():
@@ -199,8 +198,8 @@ def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
         {"name": name, "engine": engine, "batch": 1, "ms_per_image": ms}
         for name, engine, ms in (
             ("this package", "torch float32", 28.25),
-            ("this package", "exported, onnx float32", 12.0),
-            ("this package", "exported, openvino int8", 8.0),
+            ("this package", "exported, openvino-int8", 8.0),
+            ("this package", "exported, onnx-float32", 12.0),
             ("vit-gpt2", "torch float32", 1012.0),
         )
     ]
@@ -223,5 +222,5 @@ def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
     readme, page = ((tmp_path / name).read_text(encoding="utf-8") for name in (pages.README, pages.PAGE))
     assert "| ms per photograph, 2 cores of Tested CPU | this package | vit-gpt2 | GIT-base | BLIP-base |" in readme
     assert "| torch float32 | 28.2 | 1,012 | not measured | not measured |" in readme
-    assert "| exported, openvino int8 | 8.00 |" in readme and "onnx" not in readme, "only the fastest export"
+    assert "| exported, openvino-int8 | 8.00 |" in readme and "onnx" not in readme, "only the first export"
     assert "Tested CPU (avx2), 2 cores, 2 threads" in page and "| vit-gpt2 | 1,012 |" in page

@@ -1,9 +1,9 @@
-"""What does `generate` cost, compared with transformers' own loops and with the bare steps of the decoder?
+"""How long does `generate` take with this package's loops, with transformers' loops, and how much of that is overhead?
 
     python -m benchmarks.speed.decoding --output decoding.json
 
-The regions of one image are given and 16 tokens are generated. "bare steps" is greedy search without `generate`: its difference to
-`generate` is the overhead of a call.
+The regions of one image are given and 16 tokens are generated. "bare steps" is greedy search without `generate`. The overhead of a
+call of `generate` is its time minus that of the bare steps.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from hf_attncap import AttnCapForConditionalGeneration, Captioner, generation_at
 from hf_attncap.cache_attncap import AttnCapCache
 from hf_attncap.captioner import CHECKPOINT
 
-from .measure import Row, Way, interleave, parse, parser, report
+from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
 from .models import TOKENS
 
 BEAMS = (1, 3, 5)
-# Without the checkpoint's settings against repetition.
+# Without banned tokens, and with the length penalty that is the default of transformers.
 PLAIN = {"no_repeat_ngram_size": 0, "repeatable_token_ids": None, "suppress_tokens": None, "length_penalty": 1.0}
 COLUMNS = {
     "settings": "settings",
@@ -49,7 +49,7 @@ def bare_steps(model: AttnCapForConditionalGeneration, regions: torch.Tensor, to
 
 @torch.inference_mode()
 def generate(model: Any, regions: torch.Tensor, fast: bool, settings: dict[str, Any]) -> torch.Tensor:
-    """`generate` with this package's loops, or with transformers' own."""
+    """`generate` with this package's loops if `fast`, else with transformers' loops."""
     outputs = BaseModelOutput(last_hidden_state=regions)  # type: ignore[arg-type]
     if fast:
         return model.generate(encoder_outputs=outputs, **settings)
@@ -58,21 +58,22 @@ def generate(model: Any, regions: torch.Tensor, fast: bool, settings: dict[str, 
 
 
 def measure_dtype(checkpoint: Path, dtype: str, beams: Sequence[int], args: Any) -> list[Row]:
+    """The rows of one data type."""
     model: Any = Captioner.from_pretrained(checkpoint, device=args.device, dtype=dtype).model
     side = Captioner.from_pretrained(checkpoint, device="cpu").processor.image_processor.size["height"]
     with torch.inference_mode():
         torch.manual_seed(0)
         regions = model.get_encoder()(torch.randn(1, 3, side, side, device=args.device)).last_hidden_state  # (1, N, C)
     length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
-    ways: dict[str, Way] = {"bare": partial(bare_steps, model, regions, args.tokens)}
+    candidates: dict[str, Candidate] = {"bare": partial(bare_steps, model, regions, args.tokens)}
     cases = {}
     for settings, changes in (("plain", PLAIN), ("the checkpoint's", {})):
         for count in beams:
             for fast in (False, True):
                 name = f"{settings} {count} {fast}"
                 cases[name] = settings, count, fast
-                ways[name] = partial(generate, model, regions, fast, {"num_beams": count, **length, **changes})
-    found = interleave(ways, args)
+                candidates[name] = partial(generate, model, regions, fast, {"num_beams": count, **length, **changes})
+    found = time_candidates(candidates, args)
     rows: list[Row] = [{"settings": "none", "beams": 1, "name": "bare steps", "dtype": dtype, **found["bare"]}]
     for name, (settings, count, fast) in cases.items():
         row = {"settings": settings, "beams": count, "name": "this package" if fast else "transformers", "dtype": dtype}
@@ -86,11 +87,11 @@ def measure_dtype(checkpoint: Path, dtype: str, beams: Sequence[int], args: Any)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, __file__)
+    options = create_parser(__doc__, __file__)
     options.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the released checkpoint")
     options.add_argument("--tokens", type=int, default=TOKENS, help="generated tokens (default: %(default)s)")
     options.add_argument("--beams", type=int, nargs="+", default=BEAMS, help="beam widths (default: 1 3 5)")
-    args = parse(options, argv)
+    args = parse_options(options, argv)
     rows = [
         row
         for dtype in (("float32",) if args.quick else ("float32", "bfloat16"))

@@ -1,4 +1,4 @@
-"""How fast is the encoder, as PyTorch runs it by default, optimised for inference, in bfloat16 and exported?
+"""How fast is the encoder: without optimisation ("eager"), optimised for inference, in bfloat16, and exported?
 
     python -m benchmarks.speed.encoder --output encoder.json
 
@@ -18,8 +18,8 @@ from hf_attncap import Captioner
 from hf_attncap.captioner import CHECKPOINT
 from hf_attncap.optimize import optimize_for_inference
 
-from .inputs import decoded, exported_name, photographs
-from .measure import Row, Way, interleave, parse, parser, report
+from .inputs import decode_image, exported_name, find_photographs
+from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
 from .models import BACKBONES, LARGEST, random_model
 
 BATCHES = (1, 32)
@@ -34,30 +34,30 @@ COLUMNS = {
 
 
 def torch_models(model: Any, device: str) -> dict[str, Any]:
-    """A model without and with optimisation, by name."""
+    """A model without optimisation, optimised, and optimised in bfloat16, by name."""
     fast: Any = optimize_for_inference(model)
     fast, half = fast.to(device), copy.deepcopy(fast).to(device, torch.bfloat16)
     return {"eager float32": model.to(device), "optimised float32": fast, "optimised bfloat16": half}
 
 
 @torch.inference_mode()
-def run_torch(model: Any, pixel_values: torch.Tensor) -> Any:
+def encode(model: Any, pixel_values: torch.Tensor) -> Any:
     return model.get_encoder()(pixel_values).last_hidden_state  # (B, N, C)
 
 
 def measure_backbone(name: str, models: dict[str, Any], exported: dict[str, Any], side: int, args: Any) -> list[Row]:
     """The rows of one backbone. `side` is the height and width of its images."""
-    picture = decoded(photographs(args.photographs)[0].read_bytes())
+    picture = decode_image(find_photographs(args.photographs)[0].read_bytes())
     rows: list[Row] = []
     for batch in args.batches:
         images = torch.randn(batch, 3, side, side, device=args.device)
-        ways: dict[str, Way] = {way: partial(run_torch, model, images) for way, model in models.items()}
-        for way, captioner in exported.items():
+        candidates: dict[str, Candidate] = {kind: partial(encode, model, images) for kind, model in models.items()}
+        for kind, captioner in exported.items():
             engine = captioner.engine
             pixels = engine._pixels([picture] * batch)  # (B, height, width, 3)
-            ways[way] = partial(engine._encode, pixels)
-        for way, times in interleave(ways, args).items():
-            rows.append({"backbone": name, "name": way, "batch": batch, **times, "ms_per_image": round(times["ms"] / batch, 3)})
+            candidates[kind] = partial(engine._encode, pixels)
+        for kind, times in time_candidates(candidates, args).items():
+            rows.append({"backbone": name, "name": kind, "batch": batch, **times, "ms_per_image": round(times["ms"] / batch, 3)})
     for row in rows:
         eager = next(other for other in rows if other["name"] == "eager float32" and other["batch"] == row["batch"])
         first = next(other for other in rows if other["name"] == row["name"])
@@ -67,13 +67,15 @@ def measure_backbone(name: str, models: dict[str, Any], exported: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, __file__)
-    options.add_argument("--backbones", nargs="*", help=f"default: {' '.join(BACKBONES)}, without the last one if --quick is given")
+    options = create_parser(__doc__, __file__)
+    options.add_argument(
+        "--backbones", nargs="*", help=f"other backbones (default: {' '.join(BACKBONES)}; with --quick, not the last one)"
+    )
     options.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes (default: 1 32)")
     options.add_argument("--exported", type=Path, nargs="*", default=[], help="exported folders of the checkpoint")
     options.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the released checkpoint")
     options.add_argument("--photographs", type=Path, help="a folder (default: photographs of scikit-image)")
-    args = parse(options, argv)
+    args = parse_options(options, argv)
     backbones = args.backbones
     if backbones is None:
         backbones = [name for name in BACKBONES if not (args.quick and name == LARGEST)]

@@ -1,10 +1,11 @@
-"""How long does a caption take, from the photograph's file to the text and its attention, and how long do other captioners take?
+"""How long does captioning a photograph take, in this package and in other captioners?
 
     python -m benchmarks.speed.end_to_end --exported runs/int8 --output end_to_end.json
 
-This package captions photographs with the checkpoint's default decoding. The other captioners have their published sizes and
-random weights, decode greedily and generate 16 tokens. They appear as shipped (float32) and in bfloat16. Ratios are to vit-gpt2 as
-shipped, and to vit-gpt2 in the same type with the same engine where that was measured.
+For this package, the time is from the bytes of an image file to the text and its attention, with the checkpoint's default decoding.
+The other captioners have their published sizes and random weights. They generate 16 tokens greedily and return token ids. They run
+as shipped, in float32, and in bfloat16. Each time is compared with vit-gpt2 as shipped, and with vit-gpt2 in the same engine and
+data type if that was measured.
 """
 
 import itertools
@@ -19,8 +20,8 @@ from transformers import GenerationConfig
 from hf_attncap import Captioner
 from hf_attncap.captioner import CHECKPOINT
 
-from .inputs import exported_name, photographs
-from .measure import NOT_MEASURED, Row, Way, interleave, parse, parser, report
+from .inputs import exported_name, find_photographs
+from .measure import NOT_MEASURED, Candidate, Row, create_parser, parse_options, report, time_candidates
 from .models import LARGEST, TOKENS, random_captioner
 from .peers import PEERS, Peer
 
@@ -35,18 +36,18 @@ COLUMNS = {
     "batch": "batch",
     "ms_per_image": "ms per image",
     "times_as_fast": "times as fast as vit-gpt2 as shipped",
-    "same_engine": "as vit-gpt2, same type and engine",
+    "same_engine": "times as fast as vit-gpt2, same engine and type",
 }
 
 
-def each(caption: Callable[[Any], Any], pictures: Sequence[Any]) -> None:
-    """Caption pictures one at a time."""
+def caption_each(caption: Callable[[Any], Any], pictures: Sequence[Any]) -> None:
+    """Caption images one at a time."""
     for picture in pictures:
         caption(picture)
 
 
-def own_ways(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Way]]:
-    """The released checkpoint, by engine and batch size. The key is (name, engine, batch)."""
+def own_candidates(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Candidate]]:
+    """The candidates with the released checkpoint: the row and the function of each (name, engine, batch size)."""
     loaded: dict[str, Any] = {
         "torch float32, optimize=False": Captioner.from_pretrained(args.checkpoint, device=args.device, optimize=False),
         "torch float32": Captioner.from_pretrained(args.checkpoint, device=args.device),
@@ -56,49 +57,55 @@ def own_ways(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Way]]:
     size = round(sum(parameter.numel() for parameter in loaded["torch float32"].model.parameters()) / 1e6, 1)
     beams = GenerationConfig.from_pretrained(args.checkpoint).num_beams
     many = [files[n % len(files)] for n in range(args.batch)]
-    found: dict[tuple, tuple[Row, Way]] = {}
+    found: dict[tuple, tuple[Row, Candidate]] = {}
     for engine, captioner in loaded.items():
         row = {"name": "this package", "engine": engine, "decoding": f"{beams} beams", "parameters": size}
-        found["this package", engine, 1] = {**row, "batch": 1, "images": len(files)}, partial(each, captioner.caption, files)
+        found["this package", engine, 1] = (
+            {**row, "batch": 1, "images": len(files)},
+            partial(caption_each, captioner.caption, files),
+        )
         batch = partial(captioner.caption, many, batch_size=args.batch)
         found["this package", engine, args.batch] = {**row, "batch": args.batch, "images": args.batch}, batch
     return found
 
 
-def other_ways(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Way]]:
-    """Other backbones with random weights, and other captioners."""
-    found: dict[tuple, tuple[Row, Way]] = {}
+def other_candidates(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Candidate]]:
+    """The candidates with other backbones and random weights, and the other captioners, as in `own_candidates`."""
+    found: dict[tuple, tuple[Row, Candidate]] = {}
     for backbone, (name, dtype) in itertools.product(args.backbones, TYPES.items()):
         captioner = random_captioner(backbone, args.checkpoint, dtype, args.device)
         settings = captioner.model.generation_config
         size = round(sum(parameter.numel() for parameter in captioner.model.parameters()) / 1e6, 1)
         row = {"name": f"this package, {backbone}", "engine": f"torch {name}", "parameters": size, "batch": 1, "images": len(files)}
         row["decoding"] = f"{settings.num_beams} beams, {settings.max_new_tokens} tokens"
-        found[row["name"], row["engine"], 1] = row, partial(each, captioner.caption, files)
+        found[row["name"], row["engine"], 1] = row, partial(caption_each, captioner.caption, files)
     for peer_name, (name, dtype) in itertools.product(args.peers, TYPES.items()):
         peer = Peer.build(peer_name, dtype, args.device, args.tokens)
         row = {"name": peer_name, "engine": f"torch {name}", "parameters": peer.parameters, "batch": 1, "images": 1}
         row["decoding"] = f"greedy, {args.tokens} tokens"
-        found[peer_name, row["engine"], 1] = row, partial(peer.caption, files[0])  # of fixed length
+        found[peer_name, row["engine"], 1] = (
+            row,
+            partial(peer.caption, files[0]),
+        )  # one file is enough: all captions have this length
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, __file__)
+    options = create_parser(__doc__, __file__)
     options.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the released checkpoint")
     options.add_argument("--exported", type=Path, nargs="*", default=[], help="exported folders of the checkpoint")
     options.add_argument("--backbones", nargs="*", default=[], help=f"also captioners with these backbones, such as {LARGEST}")
-    options.add_argument("--peers", nargs="*", choices=[*PEERS], default=[*PEERS], help="default: all")
-    options.add_argument("--tokens", type=int, default=TOKENS, help="tokens that peers generate (default: %(default)s)")
+    options.add_argument("--peers", nargs="*", choices=[*PEERS], default=[*PEERS], help="other captioners (default: all)")
+    options.add_argument("--tokens", type=int, default=TOKENS, help="tokens that other captioners generate (default: %(default)s)")
     options.add_argument("--batch", type=int, default=BATCH, help="images of a batch (default: %(default)s)")
     options.add_argument("--photographs", type=Path, help="a folder (default: photographs of scikit-image)")
-    args = parse(options, argv)
-    files = [path.read_bytes() for path in photographs(args.photographs)]
-    ways = own_ways(args, files) | other_ways(args, files)
-    times = interleave({str(key): way for key, (_, way) in ways.items()}, args)
-    rows = [{**row, **times[str(key)]} for key, (row, _) in ways.items()]
+    args = parse_options(options, argv)
+    files = [path.read_bytes() for path in find_photographs(args.photographs)]
+    candidates = own_candidates(args, files) | other_candidates(args, files)
+    times = time_candidates({str(key): candidate for key, (_, candidate) in candidates.items()}, args)
+    rows = [{**row, **times[str(key)]} for key, (row, _) in candidates.items()]
     medians = {}
-    for key, row in zip(ways, rows):
+    for key, row in zip(candidates, rows):
         row["ms_per_image"] = medians[key] = round(row["ms"] / row["images"], 3)
     for row in rows:
         for field, engine in (("times_as_fast", "torch float32"), ("same_engine", row["engine"])):

@@ -1,4 +1,7 @@
-"""The photographs and the exported folders that scripts measure. It does not import torch, whose memory a script may measure."""
+"""The photographs and the exported folders that scripts measure.
+
+This module does not import torch, because a script may measure the memory that torch needs.
+"""
 
 import importlib.util
 import io
@@ -9,7 +12,7 @@ from PIL import Image
 EXAMPLES = ("chelsea.png", "coffee.png", "motorcycle_left.png", "astronaut.png", "rocket.jpg")  # of scikit-image
 
 
-def photographs(folder: Path | None) -> list[Path]:
+def find_photographs(folder: Path | None) -> list[Path]:
     """The photographs in a folder; by default the five of scikit-image that the README captions."""
     if folder is not None:
         return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -19,7 +22,8 @@ def photographs(folder: Path | None) -> list[Path]:
     return [Path(package.origin).parent / "data" / name for name in EXAMPLES]
 
 
-def decoded(photograph: bytes) -> Image.Image:
+def decode_image(photograph: bytes) -> Image.Image:
+    """The RGB image of an image file."""
     return Image.open(io.BytesIO(photograph)).convert("RGB")
 
 

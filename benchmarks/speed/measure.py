@@ -1,6 +1,7 @@
-"""What the speed scripts share: options, the machine, interleaved runs, tables and JSON files.
+"""Functions that the speed scripts share: options, the machine, times of candidates, tables and JSON files.
 
-Importing it does not import torch, whose memory a script may measure.
+A script runs several candidates, for example one model in two data types, and compares their times. This module does not import
+torch, because a script may measure the memory that torch needs.
 """
 
 import argparse
@@ -25,30 +26,30 @@ ROOT = Path(__file__).parent.parent.parent
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
 PACKAGES = ("hf_attncap", "torch", "torchvision", "transformers", "onnxruntime", "openvino", "numpy", "pillow")
 ROUNDS, QUICK_ROUNDS = 7, 5
-SECONDS, QUICK_SECONDS = 0.3, 0.05  # the calls of a way in one round take at least this long
+SECONDS, QUICK_SECONDS = 0.3, 0.05  # the calls of a candidate in one round take at least this long
 MAX_CALLS = 50  # per round
 NOT_MEASURED = "not measured"
-Way = Callable[[], Any]
+Candidate = Callable[[], Any]
 Row = dict[str, Any]
 
 
-def parser(description: str | None, file: str) -> argparse.ArgumentParser:
-    """A parser with the options that all scripts have, for the script in a file."""
+def create_parser(description: str | None, file: str) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts have. `file` is the file of the script."""
     program = f"python -m benchmarks.speed.{Path(file).stem}"
-    found = argparse.ArgumentParser(prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--quick", action="store_true", help="fewer cases and shorter runs")
-    found.add_argument("--rounds", type=int, help=f"interleaved rounds (default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
-    found.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    found.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
-    found.add_argument("--output", type=Path, help="file for the results, as JSON")
-    return found
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and shorter runs")
+    parser.add_argument("--rounds", type=int, help=f"rounds of measurements (default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
+    parser.add_argument("--output", type=Path, help="file for the results, as JSON")
+    return parser
 
 
-def parse(found: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with defaults that depend on others."""
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a script, with the defaults that depend on others, its command line and the load of the machine."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = found.parse_args(words)
-    args.command = f"{found.prog} {shlex.join(Path(word).name if word.startswith('/') else word for word in words)}".strip()
+    args = parser.parse_args(words)
+    args.command = f"{parser.prog} {shlex.join(Path(word).name if word.startswith('/') else word for word in words)}".strip()
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     args.seconds = QUICK_SECONDS if args.quick else SECONDS
     args.load_before = os.getloadavg()[0]
@@ -59,8 +60,8 @@ def parse(found: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpars
     return args
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """The processor, its cores for this process, its instructions that matter here, and its memory; of a GPU the name."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """The processor, the cores that this process may use, the instructions of `FLAGS`, the memory, and the name of the GPU."""
     about = Path("/proc/cpuinfo")
     text = about.read_text() if about.exists() else ""
     name = re.search(r"^model name\s*: (.+)$", text, flags=re.M)
@@ -80,47 +81,47 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
+    """The versions of Python and of those `PACKAGES` that are installed."""
     installed = {distribution.metadata["Name"].lower().replace("-", "_") for distribution in metadata.distributions()}
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES if name in installed}}
 
 
-def interleave(ways: Mapping[str, Way], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds per call of each way: the median, lowest and highest of the rounds, and the median of the CPU time.
+def time_candidates(candidates: Mapping[str, Candidate], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds per call of each candidate: median, minimum and maximum over the rounds, and the median of the CPU time.
 
-    Each round runs all ways, in random order, so that a change of the machine's load meets all of them.
+    Each round runs all candidates, in random order, so that a change in the machine's load affects all of them.
     """
-    wait = _wait_for(args.device)
+    synchronize = _synchronizer(args.device)
     calls = {}
-    for name, way in ways.items():
-        way()  # the first call compiles and allocates
-        wait()
+    for name, candidate in candidates.items():
+        candidate()  # the first call compiles and allocates
+        synchronize()
         start = time.perf_counter()
-        way()
-        wait()
+        candidate()
+        synchronize()
         spent = time.perf_counter() - start
         calls[name] = max(1, min(MAX_CALLS, math.ceil(args.seconds / spent)))
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
-    chance = random.Random(0)
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    generator = random.Random(0)
     for _ in range(args.rounds):
-        for name in chance.sample(list(ways), len(ways)):
+        for name in generator.sample(list(candidates), len(candidates)):
             start = time.perf_counter(), time.process_time()
             for _ in range(calls[name]):
-                ways[name]()
-            wait()
+                candidates[name]()
+            synchronize()
             wall[name].append(1000 * (time.perf_counter() - start[0]) / calls[name])
             cpu[name].append(1000 * (time.process_time() - start[1]) / calls[name])
     return {name: summary(times) | {"cpu_ms": round(statistics.median(cpu[name]), 3)} for name, times in wall.items()}
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """The median, lowest and highest of milliseconds."""
+    """The median, minimum and maximum of times in milliseconds."""
     return {"ms": round(statistics.median(times), 3), "lowest_ms": round(min(times), 3), "highest_ms": round(max(times), 3)}
 
 
-def _wait_for(device: str) -> Callable[[], Any]:
-    """What waits until the device has finished its work."""
+def _synchronizer(device: str) -> Callable[[], Any]:
+    """A function that waits until the device has finished its work."""
     if device == "cpu":
         return lambda: None
     import torch
@@ -128,11 +129,11 @@ def _wait_for(device: str) -> Callable[[], Any]:
     return lambda: torch.cuda.synchronize(device)
 
 
-def table(columns: Mapping[str, str], rows: Sequence[Row]) -> str:
-    """A Markdown table. `columns` maps the names of fields to headings; numbers have three significant digits."""
+def markdown_table(columns: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """A Markdown table of rows. `columns` maps field names to headings."""
     lines = ["| " + " | ".join(columns.values()) + " |"]
     lines.append("|" + "|".join("---:" if _is_number(rows, name) else "---" for name in columns) + "|")
-    lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(format_value(row.get(name)) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -140,8 +141,8 @@ def _is_number(rows: Sequence[Row], name: str) -> bool:
     return all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
 
 
-def shown(value: Any) -> str:
-    """A value of a table: floats with three significant digits, integers and text as they are, an empty cell for None."""
+def format_value(value: Any) -> str:
+    """The text of a table cell: floats with three significant digits, integers and text unchanged, nothing for None."""
     if value is None:
         return ""
     if not isinstance(value, float):
@@ -153,13 +154,13 @@ def shown(value: Any) -> str:
 
 
 def report(args: argparse.Namespace, columns: Mapping[str, str], rows: Sequence[Row], **more: Any) -> None:
-    """Print the machine, the versions and the table, and write them with all figures to `--output`."""
+    """Print the machine, the versions and the table. Write them to `--output`, with all fields of the rows and `more`."""
     import torch
 
     found = {
         "command": args.command,
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(args.device),
+        "machine": describe_machine(args.device),
         "versions": versions(),
         "device": args.device,
         "threads": torch.get_num_threads(),
@@ -169,17 +170,17 @@ def report(args: argparse.Namespace, columns: Mapping[str, str], rows: Sequence[
         "columns": dict(columns),
         "rows": list(rows),
     }
-    print(describe(found) + "\n\n" + table(columns, rows) + "\n", flush=True)
+    print(describe_run(found) + "\n\n" + markdown_table(columns, rows) + "\n", flush=True)
     if args.output:
         write_json(args.output, found)
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The machine, the versions and the number of rounds in one line."""
-    box, packages = found["machine"], found["versions"]
+def describe_run(found: dict[str, Any]) -> str:
+    """The machine, the versions, the number of rounds and the load in one line."""
+    machine, packages = found["machine"], found["versions"]
     named = ", ".join(f"{name} {packages[name]}" for name in packages if name not in ("numpy", "pillow", "torchvision"))
-    device = box.get("gpu") or f"{box['cpu']} ({', '.join(box['instructions'])})"
+    device = machine.get("gpu") or f"{machine['cpu']} ({', '.join(machine['instructions'])})"
     return (
-        f"{device}, {box['cores']} cores, {found['threads']} threads; {named}; medians of {found['rounds']} interleaved rounds; "
-        f"load {found['load'][0]} to {found['load'][1]}"
+        f"{device}, {machine['cores']} cores, {found['threads']} threads; {named}; "
+        f"medians of {found['rounds']} interleaved rounds; load {found['load'][0]} to {found['load'][1]}"
     )

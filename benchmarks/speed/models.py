@@ -1,8 +1,8 @@
-"""The captioners that are measured: the released checkpoint, and random weights of other sizes.
+"""Makes captioners with random weights, and writes one as a checkpoint, for example for `attncap export`.
 
     python -m benchmarks.speed.models resnet152 runs/random152
 
-writes a checkpoint with random weights, for example for `attncap export`. Its captions have 16 tokens.
+Its captions have 16 tokens.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def random_model(backbone: str | None = None, checkpoint: Path = CHECKPOINT, **c
 
 
 def force_length(model: AttnCapForConditionalGeneration, tokens: int = TOKENS) -> None:
-    """Let all captions of a model have this many generated tokens."""
+    """Make `generate` give all captions of a model this many tokens."""
     model.generation_config.update(min_new_tokens=tokens, max_new_tokens=tokens)
 
 
@@ -48,7 +48,7 @@ def random_captioner(backbone: str, checkpoint: Path, dtype: torch.dtype, device
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", help="such as resnet152")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="the folder to write")
     args = parser.parse_args()
     model = random_model(args.backbone)
     force_length(model)

@@ -1,4 +1,4 @@
-"""Writes the speed tables of README.md and docs/speed.md from the JSON files of the speed scripts.
+"""Writes the speed tables in README.md and docs/speed.md from the JSON files of the speed scripts.
 
 python -m benchmarks.speed.pages              # exit code 1 if a page differs from the files
 python -m benchmarks.speed.pages --write
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .measure import NOT_MEASURED, ROOT, describe, shown, table
+from .measure import NOT_MEASURED, ROOT, describe_run, format_value, markdown_table
 
 RESULTS = ROOT / "model_card" / "results" / "speed"
 README, PAGE = "README.md", "docs/speed.md"
@@ -21,8 +21,8 @@ TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", flags=re.S)
 Results = dict[str, dict[str, Any]]
 
 
-def load() -> Results:
-    """The results of the scripts by name."""
+def load_results() -> Results:
+    """The results by the name of the script."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 
@@ -36,20 +36,20 @@ def readme_table(found: dict[str, Any]) -> str:
     rows = []
     for engine in engines:
         cells = {name: times.get((name, engine)) for name in (OWN, *PEERS)}
-        rows.append({title: engine} | {name: NOT_MEASURED if ms is None else shown(ms) for name, ms in cells.items()})
-    return table({name: name for name in (title, OWN, *PEERS)}, rows) + "\n"
+        rows.append({title: engine} | {name: NOT_MEASURED if ms is None else format_value(ms) for name, ms in cells.items()})
+    return markdown_table({name: name for name in (title, OWN, *PEERS)}, rows) + "\n"
 
 
 def page_section(results: Results, script: str) -> str:
-    """The machine and the table of a script."""
+    """The table of a script, its command and the machine."""
     if script not in results:
         return f"{NOT_MEASURED.capitalize()}.\n"
     found = results[script]
-    return f"{table(found['columns'], found['rows'])}\n\n`{found['command']}`, {found['date']}: {describe(found)}.\n"
+    return f"{markdown_table(found['columns'], found['rows'])}\n\n`{found['command']}`, {found['date']}: {describe_run(found)}.\n"
 
 
-def updated(page: str, results: Results) -> str:
-    """The text of a page with the tables of the results."""
+def update_tables(page: str, results: Results) -> str:
+    """The text of a page, with its tables replaced by those of the results."""
     text = (ROOT / page).read_text(encoding="utf-8")
     if page == README:
         return README_TABLE.sub(lambda _: readme_table(results["end_to_end"]), text) if "end_to_end" in results else text
@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables instead of comparing them")
     args = parser.parse_args(argv)
-    results = load()
-    stale = {page: text for page in (README, PAGE) if (text := updated(page, results)) != (ROOT / page).read_text(encoding="utf-8")}
+    results = load_results()
+    stale = {
+        page: text for page in (README, PAGE) if (text := update_tables(page, results)) != (ROOT / page).read_text(encoding="utf-8")
+    }
     if args.write:
         for page, text in stale.items():
             (ROOT / page).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Captioners of transformers to compare with, of their published sizes and with random weights."""
+"""Other captioners of transformers, with their published sizes and random weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .inputs import decoded
+from .inputs import decode_image
 
 Build = Callable[[], tuple[PreTrainedModel, Any]]
 
@@ -48,7 +48,7 @@ PEERS: dict[str, Build] = {"vit-gpt2": vit_gpt2, "BLIP-base": blip_base, "GIT-ba
 
 @dataclass
 class Peer:
-    """A captioner of transformers. It decodes greedily; texts are not made, as there is no vocabulary."""
+    """A captioner of transformers. It decodes greedily and returns token ids, because there is no tokenizer."""
 
     model: Any
     processor: Any
@@ -56,6 +56,7 @@ class Peer:
 
     @classmethod
     def build(cls, name: str, dtype: torch.dtype, device: str, tokens: int) -> "Peer":
+        """Make the captioner of a name in `PEERS`. It will generate `tokens` tokens per caption."""
         torch.manual_seed(0)
         model, processor = PEERS[name]()
         return cls(model.eval().to(device, dtype), processor, tokens)  # type: ignore[arg-type]
@@ -68,7 +69,7 @@ class Peer:
     @torch.inference_mode()
     def caption(self, photograph: bytes) -> torch.Tensor:
         """The token ids of a caption of an image file."""
-        inputs = self.processor(images=decoded(photograph), return_tensors="pt")
+        inputs = self.processor(images=decode_image(photograph), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)  # (1, 3, height, width)
         return self.model.generate(
             pixel_values=pixels, min_new_tokens=self.tokens, max_new_tokens=self.tokens, do_sample=False, num_beams=1

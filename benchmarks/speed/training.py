@@ -1,12 +1,12 @@
-"""How long is a training step of stage 2 (encoder and decoder) and of self-critical training, and what do the defaults save?
+"""How long does a training step take in stage 2 and in self-critical training, and how much time do the package's defaults save?
 
     python -m benchmarks.speed.training --output training.json
 
-The steps are those of the Trainers on the released checkpoint: 16 images, 5 captions or samples each, with loss, backward pass,
-gradient clipping and AdamW. Images, features and captions are random; captions have the lengths of Flickr8k's.
+The steps are those of the package's Trainers with the released checkpoint: 16 images with 5 captions or samples each, loss,
+backward pass, gradient clipping and AdamW. Images, features and captions are random; captions have lengths like those of Flickr8k.
 
-"blocks": the last three blocks are trained on cached features of the others, as for the released checkpoint. "all": the whole
-encoder is fine-tuned, as in finetune.yaml.
+"blocks": the decoder and the last three blocks are trained on cached features, as for the released checkpoint. "all": the decoder
+and the whole encoder are trained, as in finetune.yaml.
 """
 
 import tempfile
@@ -27,11 +27,10 @@ from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapPr
 from hf_attncap.captioner import CHECKPOINT
 from hf_attncap.processing_attncap import IGNORED_LABEL
 
-from .measure import Row, Way, interleave, parse, parser, report
+from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
 
 IMAGES, CAPTIONS = 16, 5
-MEAN_LENGTH, DEVIATION, LONGEST = 12.8, 3.4, 21  # Flickr8k's captions with the end token, truncated after 20 words
-BEFORE = "before"  # names of the ways
+MEAN_LENGTH, DEVIATION, LONGEST = 12.8, 3.4, 21  # of Flickr8k's captions, with the end token, truncated after 20 words
 COLUMNS = {
     "step": "step",
     "trained": "trained",
@@ -43,17 +42,17 @@ COLUMNS = {
 }
 
 
-def captions(vocabulary: int, end: int, images: int) -> torch.Tensor:
-    """Random labels (images, 5, T) with realistic lengths, -100 after the end token."""
-    chance = torch.Generator().manual_seed(1)
-    lengths = (MEAN_LENGTH + DEVIATION * torch.randn(images, CAPTIONS, generator=chance)).round().clamp(3, LONGEST)
-    ids = torch.randint(4, vocabulary, (images, CAPTIONS, int(lengths.max())), generator=chance)
+def random_labels(vocabulary: int, end: int, images: int) -> torch.Tensor:
+    """Random labels (images, 5, T) with the lengths of real captions, -100 after the end token."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (MEAN_LENGTH + DEVIATION * torch.randn(images, CAPTIONS, generator=generator)).round().clamp(3, LONGEST)
+    ids = torch.randint(4, vocabulary, (images, CAPTIONS, int(lengths.max())), generator=generator)
     position = torch.arange(ids.shape[-1])
     ids = ids.masked_fill(position == lengths[..., None] - 1, end)
     return ids.masked_fill(position >= lengths[..., None], IGNORED_LABEL)
 
 
-class Step:
+class TrainingStep:
     """One training step of a Trainer on a batch."""
 
     def __init__(self, args: Any, folder: Path, trained: str, bf16: bool, self_critical: bool, channels_last: bool = True):
@@ -68,7 +67,7 @@ class Step:
         if self_critical:
             options |= {"self_critical": True, "samples_per_image": CAPTIONS, "cross_entropy_weight": 0.6}
         training = CaptionTrainingArguments(output_dir=str(folder), **options)
-        labels = captions(config.vocab_size, model.end_token_ids[0], args.images)  # (B, 5, T)
+        labels = random_labels(config.vocab_size, model.end_token_ids[0], args.images)  # (B, 5, T)
         references = {
             str(n): processor.batch_decode(row.masked_fill(row < 0, config.pad_token_id).tolist(), skip_special_tokens=True)
             for n, row in enumerate(labels)
@@ -95,7 +94,8 @@ class Step:
         self.trainer.optimizer.step()
         self.model.zero_grad()
 
-    def compute_depthwise_in_bfloat16(self) -> "Step":
+    def compute_depthwise_in_bfloat16(self) -> "TrainingStep":
+        """Undo `keep_depthwise_in_float32`."""
         for layer in self.model.base_model.encoder.modules():
             vars(layer).pop("forward", None)
         return self
@@ -103,7 +103,7 @@ class Step:
 
 @contextmanager
 def slow_sampling(trainer: Any) -> Iterator[None]:
-    """Samples with `torch.multinomial`, and converts the weights to half precision at every word."""
+    """Makes a Trainer sample with `torch.multinomial`, and convert the weights to half precision for every word."""
     own = self_critical.sample
 
     def sample(*arguments: Any) -> torch.Tensor:
@@ -111,13 +111,13 @@ def slow_sampling(trainer: Any) -> Iterator[None]:
             return own(*arguments)
 
     with (
-        mock.patch.object(self_critical, "draw", lambda probabilities: torch.multinomial(probabilities, 1)),
+        mock.patch.object(self_critical, "sample_tokens", lambda probabilities: torch.multinomial(probabilities, 1)),
         mock.patch.object(self_critical, "sample", sample) if trainer.args.bf16 else nullcontext(),
     ):
         yield
 
 
-def sampled_slowly(step: Step) -> Way:
+def with_slow_sampling(step: TrainingStep) -> Candidate:
     def run() -> None:
         with slow_sampling(step.trainer):
             step()
@@ -125,33 +125,35 @@ def sampled_slowly(step: Step) -> Way:
     return run
 
 
-def ways_of(args: Any, folder: Path, kind: str, trained: str) -> dict[str, Way]:
-    """The steps of a kind, without and with what makes them faster. Those in float32 come first: Accelerate has one global type."""
+def step_candidates(args: Any, folder: Path, kind: str, trained: str) -> dict[str, Candidate]:
+    """The steps of a kind, with and without the package's optimisations.
+
+    Steps in float32 are made first, because Accelerate has one precision for the whole process.
+    """
     critical = kind == "self-critical"
-    make = partial(Step, args, folder, trained, self_critical=critical)
-    half, fast = "bfloat16", "bfloat16, as trained"
+    make = partial(TrainingStep, args, folder, trained, self_critical=critical)
     if critical:
-        full = {"float32, torch.multinomial": sampled_slowly(make(bf16=False)), "float32, as trained": make(bf16=False)}
-        slow = sampled_slowly(make(bf16=True).compute_depthwise_in_bfloat16())
+        full = {"float32, torch.multinomial": with_slow_sampling(make(bf16=False)), "float32, as trained": make(bf16=False)}
+        slow = with_slow_sampling(make(bf16=True).compute_depthwise_in_bfloat16())
     else:
         full = {"float32, contiguous": make(bf16=False, channels_last=False), "float32, as trained": make(bf16=False)}
         slow = make(bf16=True).compute_depthwise_in_bfloat16()
-    return {**full, half: slow, fast: make(bf16=True)}
+    return {**full, "bfloat16": slow, "bfloat16, as trained": make(bf16=True)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, __file__)
+    options = create_parser(__doc__, __file__)
     options.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the released checkpoint")
     options.add_argument("--images", type=int, default=IMAGES, help="images of a step (default: %(default)s)")
     options.add_argument("--side", type=int, default=224, help="height and width of the images (default: %(default)s)")
     options.add_argument("--blocks", type=int, default=3, help="blocks that are trained on cached features (default: %(default)s)")
-    args = parse(options, argv)
+    args = parse_options(options, argv)
     rows: list[Row] = []
     for kind, trained in (("stage 2", "blocks"), ("self-critical", "blocks"), ("stage 2", "all")):
         if args.quick and trained == "all":
             continue
         with tempfile.TemporaryDirectory() as folder:
-            times = interleave(ways_of(args, Path(folder), kind, trained), args)
+            times = time_candidates(step_candidates(args, Path(folder), kind, trained), args)
         first = next(iter(times.values()))
         for name, found in times.items():
             ratios = {"times_as_fast": first["ms"] / found["ms"], "times_as_fast_cpu": first["cpu_ms"] / found["cpu_ms"]}

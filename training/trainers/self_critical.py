@@ -178,7 +178,7 @@ def sample(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     for _ in range(captioner.generation_config.max_new_tokens):
         out = captioner(encoder_outputs=(regions,), decoder_input_ids=words, use_cache=True, **{CACHE_NAME: state})
         state = out[CACHE_NAME]
-        words = draw(policy_logits(captioner, out.logits[:, -1]).softmax(dim=-1))  # (R, 1)
+        words = sample_tokens(policy_logits(captioner, out.logits[:, -1]).softmax(dim=-1))  # (R, 1)
         samples.append(words.masked_fill(~unfinished, IGNORED_LABEL))
         unfinished = unfinished & ~torch.isin(words, ends)
         if not unfinished.any():
@@ -186,10 +186,10 @@ def sample(captioner: Any, regions: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat(samples, dim=1)
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """Draw one index per row of probabilities (R, V): (R, 1).
+def sample_tokens(probabilities: torch.Tensor) -> torch.Tensor:
+    """Sample one token per row of probabilities (R, V): (R, 1).
 
-    `torch.multinomial` does the same, but draws its exponential random numbers four times slower on a CPU.
+    Equivalent to `torch.multinomial`, which generates its random numbers four times slower on CPUs.
     """
     exponential = torch.rand_like(probabilities).log_().neg_()  # (R, V)
     return (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (R, 1)
