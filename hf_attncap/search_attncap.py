@@ -41,9 +41,10 @@ def is_supported(model: Any, criteria: Any, config: Any, synced_gpus: bool, kwar
 def _has_changed_forward(model: Any) -> bool:
     """Whether a subclass, a hook, a compiler or mixed precision has changed `forward`, so that the whole model must be called."""
     owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
-    hooks = model._forward_hooks or model._forward_pre_hooks
-    is_replaced = "forward" in vars(model) or model._compiled_call_impl is not None
-    return bool(owner.__name__ != "AttnCapForConditionalGeneration" or hooks or is_replaced)
+    return owner.__name__ != "AttnCapForConditionalGeneration" or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module._compiled_call_impl is not None
+        for module in (model, model.model)
+    )
 
 
 @dataclass

@@ -89,6 +89,8 @@ def test_log_says_what_was_done(caplog):
 def test_compiling_needs_optimizing():
     with pytest.raises(ValueError, match="leave one of them out"):
         Captioner.from_pretrained(optimize=False, compile=True)
+    with pytest.raises(ValueError, match="must be 'auto' or False"):
+        Captioner.from_pretrained(optimize=True)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

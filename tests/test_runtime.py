@@ -161,7 +161,8 @@ def test_captioning_imports_neither_torch_nor_transformers(make_export, tmp_path
     folder = make_export(format, **CONFIGS["score"])
     pictures(1)[0].save(tmp_path / "a.png")
     for code in (
-        f"from hf_attncap import Captioner; print(Captioner.from_pretrained({str(folder)!r}).explain('a.png', prompt='a black dog').text)",
+        f"from hf_attncap import Captioner; found = Captioner.from_pretrained({str(folder)!r})"
+        ".explain('a.png', prompt='a black dog'); print(found.text)",
         f"from hf_attncap.cli import main; main(['caption', '--prompt', 'a black dog', '--model', {str(folder)!r}, 'a.png'])",
     ):
         code += "; import sys; print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"

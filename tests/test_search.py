@@ -161,3 +161,18 @@ def test_other_settings_use_transformers(options, monkeypatch):
     for name in ("greedy_search", "beam_search"):
         monkeypatch.setattr(generation_attncap, name, lambda *_: pytest.fail("the fast loop was used"))
     talker("score").generate(encoder_outputs=images(2, "score"), max_new_tokens=WORDS, **options)
+
+
+@pytest.mark.parametrize("place", ["model", "model.model"])
+def test_changed_forwards_are_called_at_each_step(place, monkeypatch):
+    model = talker("score")
+    regions = images(1, "score")
+    calls = []
+    module = model if place == "model" else model.model
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(generation_attncap, "beam_search", lambda *_: pytest.fail("the fast loop was used"))
+    try:
+        model.generate(encoder_outputs=regions, num_beams=2, min_new_tokens=4, max_new_tokens=4)
+    finally:
+        handle.remove()
+    assert len(calls) == 4

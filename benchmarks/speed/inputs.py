@@ -15,7 +15,10 @@ EXAMPLES = ("chelsea.png", "coffee.png", "motorcycle_left.png", "astronaut.png",
 def find_photographs(folder: Path | None) -> list[Path]:
     """The photographs in a folder; by default the five of scikit-image that the README captions."""
     if folder is not None:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not found:
+            raise FileNotFoundError(f"The folder '{folder}' has no .jpg or .png files: name a folder of photographs.")
+        return found
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         raise FileNotFoundError("The photographs of scikit-image are not installed: install `.[examples]`, or give --photographs.")

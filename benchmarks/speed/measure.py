@@ -53,7 +53,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     args.seconds = QUICK_SECONDS if args.quick else SECONDS
     args.load_before = os.getloadavg()[0]
-    if args.threads:
+    if args.threads and "torch" in sys.modules:  # a script without it passes the number to its processes
         import torch
 
         torch.set_num_threads(args.threads)
