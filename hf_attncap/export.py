@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import itertools
 import logging
 import os
 import tempfile
@@ -20,12 +19,11 @@ from PIL import Image
 
 from . import __version__
 from .atomic import atomic_folder, refuse_occupied, write_json
-from .export_graphs import Encoder, write_onnx
+from .export_graphs import write_onnx
 from .images import load_image
 from .numpy_search import SearchSettings
 from .runtime import EXPORT_FILE, EXPORT_VERSION, GRAPHS, TOKENIZER_FILE
 from .torch_engine import load_model
-from .weight_rounding import round_convolutions
 
 FORMATS, DTYPES = ("onnx", "openvino"), ("float32", "bfloat16", "int8")
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -39,7 +37,6 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 TURNED_OFF = {"encoder_repetition_penalty": 1, "num_beam_groups": 1, "guidance_scale": 1}  # for others, False or 0
 DEFAULT_NEW_TOKENS = 20  # of transformers
-ROUNDING_IMAGES = 100  # photographs on which the rounding of the encoder's weights is fitted
 
 
 def export_checkpoint(
@@ -81,9 +78,6 @@ def export_checkpoint(
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
         with _quiet():
-            if photographs:
-                batches = (torch.tensor(pixels) for pixels in itertools.islice(images, ROUNDING_IMAGES))
-                round_convolutions(Encoder(model, mean, std), batches)
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
             {"onnx": _finish_onnx, "openvino": _finish_openvino}[format](Path(scratch), folder, dtype, images)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
@@ -235,7 +229,7 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) 
     )
 
     if photographs is None:
-        quantize_dynamic(graph, target, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(graph, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
         return
 
     class Reader(CalibrationDataReader):
@@ -277,7 +271,7 @@ def _quantize_openvino(graph: Any, photographs: _Photographs | None) -> Any:
         nncf.Dataset(list(photographs)),
         subset_size=len(photographs),
         preset=nncf.QuantizationPreset.MIXED,
-        # Seven bits for the first layer, the default, would undo the rounding of its weights.
+        # By default, weights get seven bits for CPUs without VNNI, which costs more accuracy.
         advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE),
     )
 

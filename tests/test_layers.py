@@ -28,7 +28,7 @@ LAYERS = {
         {"parser"},
         {"captioner", "export"},
         {"torch_engine", "result", "runtime", "export_graphs"},
-        {"engine", "importance", "optimize", "visualize", "numpy_search", "weight_rounding"},
+        {"engine", "importance", "optimize", "visualize", "numpy_search"},
         {"hub"},
         {"images"},
         {"pipeline_attncap"},
