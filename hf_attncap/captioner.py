@@ -114,8 +114,8 @@ class Captioner:
         Raises:
             OSError: the checkpoint does not exist, one of its files is missing or damaged, or it is another kind of model.
             ImportError: an exported folder needs a package that is not installed.
-            ValueError: the device cannot be used, `optimize` has another value, `compile` is given with `optimize=False`, or a GPU,
-                a dtype or `compile` is given for an exported folder.
+            ValueError: the device or the dtype cannot be used, `optimize` has another value, `compile` is given with
+                `optimize=False`, or a GPU, a dtype or `compile` is given for an exported folder.
         """
         if optimize not in ("auto", False):
             raise ValueError(f"`optimize` is {optimize!r}, but it must be 'auto' or False.")
@@ -263,8 +263,8 @@ class Captioner:
             num_beams = max(self.engine.default_beams, num_return_sequences)
         numbers = {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "batch_size": batch_size}
         for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}, but it must be at least 1.")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value}, but it must be an integer, at least 1.")
         if num_return_sequences > num_beams:
             raise ValueError(
                 f"`num_beams` is {num_beams}, but `num_return_sequences` is {num_return_sequences}: raise `num_beams` to that."

@@ -71,6 +71,8 @@ class ExportedModel:
             self._settings = SearchSettings(**about["generation"])
             self._size, self._resample = (about["width"], about["height"]), Image.Resampling(about["resample"])
             self._grid: tuple[int, int] = tuple(about["grid"])
+            if not (self._folder / TOKENIZER_FILE).is_file():
+                raise FileNotFoundError(f"{TOKENIZER_FILE} is missing")
             self.tokenizer = ExportedTokenizer(self._folder / TOKENIZER_FILE, **about["tokenizer"])
             self._load = {"onnx": _load_onnx, "openvino": _load_openvino}[about["format"]]
             self._dtype: str = about["dtype"]
@@ -86,7 +88,7 @@ class ExportedModel:
         except ImportError:
             raise
         except Exception as error:  # each library raises kinds of its own
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().rpartition("\n")[2]  # OpenVINO's errors begin with places in its code
             raise OSError(f"The graph '{name}' of '{self._folder}' cannot be loaded ({reason}): export again.") from error
 
     @property

@@ -18,6 +18,7 @@ from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .optimize import optimize_for_inference
 from .processing_attncap import AttnCapProcessor
+from .runtime import is_export
 
 NAMING_HINT = "name a folder with a config.json, or a captioner on the Hub as owner/name"
 
@@ -30,6 +31,8 @@ def load_model(
     compile: bool = False,
 ) -> tuple[AttnCapForConditionalGeneration, AttnCapProcessor]:
     """The model and the processor of a folder or Hub repository; arguments and errors as in `Captioner.from_pretrained`."""
+    if is_export(source):
+        raise OSError(f"'{source}' is an export: give the checkpoint that it was made from.")
     is_folder = os.path.isdir(source)
     if not is_folder:
         try:
@@ -37,7 +40,7 @@ def load_model(
         except HFValidationError:
             raise FileNotFoundError(f"'{source}' is not a folder: {NAMING_HINT}.") from None
     device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    chosen: dict[str, Any] = {} if dtype is None else {"dtype": _check_dtype(dtype)}
     try:
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, AttnCapConfig):
@@ -56,6 +59,13 @@ def load_model(
     if optimize == "auto":
         model = optimize_for_inference(model, compile)
     return model.to(device), processor
+
+
+def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"`dtype` is {dtype!r}: give 'float32', 'bfloat16' or 'float16'. For int8, use `attncap export`.")
+    return dtype
 
 
 def _check_device(device: str | torch.device) -> torch.device:

@@ -370,3 +370,9 @@ def test_failure_of_one_image_keeps_the_results_of_its_batch(captioner, pictures
 def test_stream_rejects_wrong_arguments_before_reading(captioner, images, settings, message):
     with pytest.raises(ValueError, match=message):
         captioner.stream(images, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nonsense", torch.int8])
+def test_a_dtype_that_cannot_be_used_is_named(dtype):
+    with pytest.raises(ValueError, match="give 'float32', 'bfloat16' or 'float16'. For int8, use `attncap export`"):
+        Captioner.from_pretrained(dtype=dtype)

@@ -155,3 +155,18 @@ def test_int8_captions_are_close_to_those_of_float32(make_checkpoint, photograph
     encoder = (out / ("encoder.onnx" if format == "onnx" else "encoder.bin")).stat().st_size
     share = encoder / (checkpoint / "model.safetensors").stat().st_size
     assert share < 0.4 if calibrated else share > 0.8
+
+
+@pytest.mark.parametrize("command", [["pack"], ["export"], ["average"]], ids=lambda command: command[0])
+def test_an_export_is_not_a_checkpoint(command, make_export, tmp_path, capsys):
+    folder = str(make_export("onnx", **SMALL))
+    inputs = [folder, folder] if command == ["average"] else [folder]
+    assert main([*command, *inputs, *(["--output"] if command == ["average"] else []), str(tmp_path / "out")]) == 1
+    assert f"'{folder}' is an export: give the checkpoint that it was made from" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer_is_named(make_export, tmp_path):
+    shutil.copytree(make_export("onnx", **SMALL), tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").unlink()
+    with pytest.raises(OSError, match=r"tokenizer\.json is missing"):
+        Captioner.from_pretrained(tmp_path / "damaged")

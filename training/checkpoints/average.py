@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_folder, refuse_occupied, write_json
 from hf_attncap.hub import RECORD
+from hf_attncap.torch_engine import load_model
 
 from .record import averaged_record, copy_metadata
 
@@ -56,4 +56,4 @@ def average_checkpoints(checkpoints: Sequence[str | Path], out: str | Path, weig
 
 
 def _load(checkpoint: str | Path) -> Any:
-    return Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32", optimize=False).model
+    return load_model(str(checkpoint), "cpu", "float32", optimize=False)[0]

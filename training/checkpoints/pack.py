@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from hf_attncap import Captioner
 from hf_attncap.atomic import atomic_folder, refuse_occupied
+from hf_attncap.torch_engine import load_model
 
 from .record import copy_metadata
 
@@ -28,7 +28,7 @@ def pack(checkpoint: str | Path, out: str | Path, generation: dict[str, Any] | N
         OSError: the checkpoint cannot be loaded.
     """
     refuse_occupied(out)
-    model: Any = Captioner.from_pretrained(checkpoint, device="cpu", dtype="float32", optimize=False).model
+    model: Any = load_model(str(checkpoint), "cpu", "float32", optimize=False)[0]
     largest = torch.finfo(torch.float16).max
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.abs().max() <= largest:
