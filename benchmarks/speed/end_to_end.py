@@ -22,7 +22,7 @@ from hf_attncap.captioner import CHECKPOINT
 
 from .inputs import exported_name, find_photographs
 from .measure import NOT_MEASURED, Candidate, Row, create_parser, parse_options, report, time_candidates
-from .models import LARGEST, TOKENS, random_captioner
+from .models import LARGEST, TOKENS, million_parameters, random_captioner
 from .peers import PEERS, Peer
 
 BATCH = 32
@@ -54,7 +54,7 @@ def own_candidates(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Cand
         "torch bfloat16": Captioner.from_pretrained(args.checkpoint, device=args.device, dtype="bfloat16"),
     }
     loaded |= {exported_name(folder): Captioner.from_pretrained(folder) for folder in args.exported}
-    size = round(sum(parameter.numel() for parameter in loaded["torch float32"].model.parameters()) / 1e6, 1)
+    size = million_parameters(loaded["torch float32"].model.config)
     beams = GenerationConfig.from_pretrained(args.checkpoint).num_beams
     many = [files[n % len(files)] for n in range(args.batch)]
     found: dict[tuple, tuple[Row, Candidate]] = {}
@@ -75,7 +75,7 @@ def other_candidates(args: Any, files: list[bytes]) -> dict[tuple, tuple[Row, Ca
     for backbone, (name, dtype) in itertools.product(args.backbones, TYPES.items()):
         captioner = random_captioner(backbone, args.checkpoint, dtype, args.device)
         settings = captioner.model.generation_config
-        size = round(sum(parameter.numel() for parameter in captioner.model.parameters()) / 1e6, 1)
+        size = million_parameters(captioner.model.config)
         row = {"name": f"this package, {backbone}", "engine": f"torch {name}", "parameters": size, "batch": 1, "images": len(files)}
         row["decoding"] = f"{settings.num_beams} beams, {settings.max_new_tokens} tokens"
         found[row["name"], row["engine"], 1] = row, partial(caption_each, captioner.caption, files)

@@ -37,6 +37,11 @@ def force_length(model: AttnCapForConditionalGeneration, tokens: int = TOKENS) -
     model.generation_config.update(min_new_tokens=tokens, max_new_tokens=tokens)
 
 
+def million_parameters(config: AttnCapConfig) -> float:
+    """Parameters of the trained model, in millions; the optimised copy has other ones."""
+    return round(sum(parameter.numel() for parameter in AttnCapForConditionalGeneration(config).parameters()) / 1e6, 1)
+
+
 def random_captioner(backbone: str, checkpoint: Path, dtype: torch.dtype, device: str) -> Captioner:
     """A captioner with random weights whose captions have 16 tokens."""
     model = random_model(backbone, checkpoint)
