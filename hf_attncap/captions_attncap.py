@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .search_attncap import is_after_end
+
 
 @torch.no_grad()
 def generate_captions(
@@ -70,7 +72,11 @@ def _generated_tokens(out: Any, ends: Any) -> tuple[torch.Tensor, torch.Tensor, 
     steps = len(out.logits)
     if beams is None:
         tokens = out.sequences[:, -steps:]  # (R, G)
-        return tokens, torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens), _until_end(tokens, ends)
+        return (
+            tokens,
+            torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens),
+            ~is_after_end(tokens, torch.tensor([] if ends is None else ends, device=tokens.device)),
+        )
     tokens = out.sequences[:, -beams.shape[1] :]  # (R, G)
     return tokens, beams.long().clamp(min=0), beams >= 0
 
@@ -114,12 +120,6 @@ def _signals(
     if scores is None:
         scores = chosen.sum(dim=1) / count**length_penalty  # (R)
     return {"scores": scores, "lowest": chosen.amin(dim=1), "entropy": entropies.sum(dim=1) / count}
-
-
-def _until_end(tokens: torch.Tensor, ends: Any) -> torch.Tensor:
-    """(R, T): which tokens (R, T) are not after the end token."""
-    is_end = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))  # (R, T)
-    return is_end.cumsum(dim=1) - is_end.long() == 0
 
 
 __all__ = ["generate_captions"]

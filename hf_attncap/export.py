@@ -79,7 +79,10 @@ def export_checkpoint(
         images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
         with _quiet():
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
-            {"onnx": _finish_onnx, "openvino": _finish_openvino}[format](Path(scratch), folder, dtype, images)
+            finish = {"onnx": _finish_onnx, "openvino": _finish_openvino}[format]
+            for name in GRAPHS:
+                quantize = dtype == "int8" and (name != "encoder" or bool(photographs))
+                finish(Path(scratch) / f"{name}.onnx", folder, quantize, images if name == "encoder" else None)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
         about = {
             "version": EXPORT_VERSION,
@@ -208,14 +211,12 @@ class _Photographs:
             yield np.asarray(load_image(file).resize(self.size, self.resample))[None]
 
 
-def _finish_onnx(source: Path, folder: Path, dtype: str, photographs: _Photographs) -> None:
-    """Copy the ONNX graphs to `folder`; quantise them for "int8"."""
-    for name in GRAPHS:
-        graph, target = source / f"{name}.onnx", folder / f"{name}.onnx"
-        if dtype == "int8" and (name != "encoder" or len(photographs)):
-            _quantize_onnx(graph, target, photographs if name == "encoder" else None)
-        else:
-            target.write_bytes(graph.read_bytes())
+def _finish_onnx(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
+    """Copy an ONNX graph to `folder`, quantised if wanted."""
+    if quantize:
+        _quantize_onnx(graph, folder / graph.name, photographs)
+    else:
+        (folder / graph.name).write_bytes(graph.read_bytes())
 
 
 def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) -> None:
@@ -245,15 +246,14 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) 
     quantize_static(prepared, target, Reader(iter(photographs)), per_channel=True, activation_type=QuantType.QUInt8)
 
 
-def _finish_openvino(source: Path, folder: Path, dtype: str, photographs: _Photographs) -> None:
-    """Convert the ONNX graphs to OpenVINO's format in `folder`; quantise them for "int8"."""
+def _finish_openvino(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
+    """Convert an ONNX graph to OpenVINO's format in `folder`, quantised if wanted."""
     import openvino  # pyright: ignore[reportMissingImports]
 
-    for name in GRAPHS:
-        graph = openvino.convert_model(source / f"{name}.onnx")
-        if dtype == "int8" and (name != "encoder" or len(photographs)):
-            graph = _quantize_openvino(graph, photographs if name == "encoder" else None)
-        openvino.save_model(graph, folder / f"{name}.xml", compress_to_fp16=False)
+    converted = openvino.convert_model(graph)
+    if quantize:
+        converted = _quantize_openvino(converted, photographs)
+    openvino.save_model(converted, folder / f"{graph.stem}.xml", compress_to_fp16=False)
 
 
 def _quantize_openvino(graph: Any, photographs: _Photographs | None) -> Any:

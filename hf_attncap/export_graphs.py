@@ -27,9 +27,12 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor) -> Any:  # a GridEncoderOutput
         x = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (B, 3, height, width)
-        return self.encoder(x).last_hidden_state
+        return self.encoder(x)
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        return self.encode(pixels).last_hidden_state
 
 
 class Start(nn.Module):
@@ -88,7 +91,8 @@ def write_onnx(
     dynamic: Any = torch.export.Dim.DYNAMIC
     encoder, start, step = Encoder(model, mean, std).eval(), Start(model).eval(), Step(model).eval()
     pixels = torch.zeros(IMAGES, *size, 3, dtype=torch.uint8)  # (B, height, width, 3)
-    regions = encoder(pixels)  # (B, N, C)
+    encoded = encoder.encode(pixels)
+    regions: Any = encoded.last_hidden_state  # (B, N, C)
     keys, h, c = start(regions)
     h, c = (state[:, None].repeat(1, CAPTIONS, 1) for state in (h, c))  # (B, K, S) each
     all_words = model.config.word_attention == "history"
@@ -111,5 +115,4 @@ def write_onnx(
     write("start", start, {"regions": regions}, (1,))
     inputs = {"ids": ids, "h": h, "c": c, "keys": keys, "regions": regions}
     write("step", step, inputs, (3 if all_words else 2, 2, 2, 1, 1))
-    x = (pixels.permute(0, 3, 1, 2).float() - encoder.mean) / encoder.std  # (B, 3, height, width)
-    return model.model.encoder(x).grid_shape
+    return encoded.grid_shape

@@ -58,7 +58,7 @@ class DecodingSteps:
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     cross_attentions: list[tuple] = field(default_factory=list)
-    decoder_attentions: list[tuple] = field(default_factory=list)
+    decoder_attentions: list[tuple | None] = field(default_factory=list)
     unfinished: list[torch.Tensor] = field(default_factory=list)  # after each step: whether any caption has not ended
 
     def read_prompt(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -83,7 +83,7 @@ class DecodingSteps:
         if self.config.output_attentions:
             self.cross_attentions.append((out.region_attention[:, None],))
             words = out.word_attention
-            self.decoder_attentions.append(None if words is None else (words[:, None],))  # type: ignore[arg-type]
+            self.decoder_attentions.append(None if words is None else (words[:, None],))
         return self.model.lm_head(out.last_hidden_state[:, -1]).float()  # (R, V)
 
     def process(self, input_ids: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -223,8 +223,13 @@ def pad_after_end(tokens: torch.Tensor, config: Any) -> None:
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
     if ends is None or pad is None:
         return
+    tokens.masked_fill_(is_after_end(tokens, ends), pad)
+
+
+def is_after_end(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """(R, T): which tokens (R, T) come after the first of the end tokens `ends`."""
     is_end = _is_in(tokens, ends).long()  # (R, T)
-    tokens.masked_fill_(is_end.cumsum(dim=1) - is_end > 0, pad)
+    return is_end.cumsum(dim=1) - is_end > 0
 
 
 def _select(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -236,4 +241,4 @@ def _is_in(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return (tokens[..., None] == ends).any(dim=-1)
 
 
-__all__ = ["beam_search", "greedy_search", "is_supported", "pad_after_end"]
+__all__ = ["beam_search", "greedy_search", "is_after_end", "is_supported", "pad_after_end"]

@@ -41,6 +41,15 @@ def assert_same(fast: Any, stock: Any) -> None:
         assert torch.equal(fast.beam_indices, stock.beam_indices)
 
 
+def assert_same_as_transformers(kind: str, seed: int, batch: int, prompt: list[list[int]] | None, options: dict[str, Any]) -> None:
+    """Compare the loops on images that all have the same prompt."""
+    if prompt is not None:
+        ids = torch.tensor(prompt * batch)
+        options = {**options, "decoder_input_ids": ids, "decoder_attention_mask": ids != PAD}
+    regions = images(batch, kind)
+    assert_same(search(True, kind, seed, regions, **options), search(False, kind, seed, regions, **options))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["none", "score", "channel", "history"]),
@@ -71,13 +80,7 @@ def test_results_equal_those_of_transformers(kind, seed, batch, beams, length, p
         options |= {"length_penalty": penalty, "early_stopping": early, "num_return_sequences": min(returned, beams)}
     if ends is None:
         options.pop("min_new_tokens", None)
-    if prompt is not None:
-        options |= {
-            "decoder_input_ids": torch.tensor(prompt * batch),
-            "decoder_attention_mask": torch.tensor(prompt * batch) != PAD,
-        }
-    regions = images(batch, kind)
-    assert_same(search(True, kind, seed, regions, **options), search(False, kind, seed, regions, **options))
+    assert_same_as_transformers(kind, seed, batch, prompt, options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,13 +99,7 @@ def test_results_equal_those_of_transformers(kind, seed, batch, beams, length, p
 def test_samples_equal_those_of_transformers(kind, seed, batch, returned, length, more, ends, prompt):
     """With the same random seed."""
     options = {"do_sample": True, "max_new_tokens": length, "num_return_sequences": returned, "eos_token_id": ends, **more}
-    if prompt is not None:
-        options |= {
-            "decoder_input_ids": torch.tensor(prompt * batch),
-            "decoder_attention_mask": torch.tensor(prompt * batch) != PAD,
-        }
-    regions = images(batch, kind)
-    assert_same(search(True, kind, seed, regions, **options), search(False, kind, seed, regions, **options))
+    assert_same_as_transformers(kind, seed, batch, prompt, options)
 
 
 @settings(max_examples=200, deadline=None)

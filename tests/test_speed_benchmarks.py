@@ -71,10 +71,11 @@ def test_fast_and_stock_loops_are_both_measured(tiny_checkpoint, monkeypatch):
     search = generation_attncap.greedy_search
     monkeypatch.setattr(generation_attncap, "greedy_search", lambda *args: called.append(1) or search(*args))
     regions = torch.randn(1, 6, 16)
-    found = [decoding.generate(model, regions, fast, {"num_beams": 1, "max_new_tokens": 3}) for fast in (True, False)]
+    loops = (decoding.generate, decoding.generate_by_transformers)
+    found = [loop(model, regions, num_beams=1, max_new_tokens=3) for loop in loops]
     assert len(called) == 1 and torch.equal(*found)
     bare = decoding.bare_steps(model, regions, 3)
-    plain = decoding.generate(model, regions, True, {"num_beams": 1, "max_new_tokens": 3, "min_new_tokens": 3, **decoding.PLAIN})
+    plain = decoding.generate(model, regions, num_beams=1, max_new_tokens=3, min_new_tokens=3, **decoding.PLAIN)
     assert bare.shape == (1, 1) and plain.shape == (1, 4)
 
 

@@ -13,14 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap import AttnCapForConditionalGeneration, Captioner, generation_attncap
 from hf_attncap.cache_attncap import AttnCapCache
 from hf_attncap.captioner import CHECKPOINT
 
 from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
-from .models import TOKENS
+from .models import TOKENS, encode, generate
 
 BEAMS = (1, 3, 5)
 # Without banned tokens, and with the length penalty that is the default of transformers.
@@ -47,23 +46,19 @@ def bare_steps(model: AttnCapForConditionalGeneration, regions: torch.Tensor, to
     return words
 
 
-@torch.inference_mode()
-def generate(model: Any, regions: torch.Tensor, fast: bool, settings: dict[str, Any]) -> torch.Tensor:
-    """`generate` with this package's loops if `fast`, else with transformers' loops."""
-    outputs = BaseModelOutput(last_hidden_state=regions)  # type: ignore[arg-type]
-    if fast:
-        return model.generate(encoder_outputs=outputs, **settings)
+def generate_by_transformers(model: Any, regions: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """`generate` with transformers' loops."""
     with mock.patch.object(generation_attncap, "is_supported", lambda *_: False):
-        return model.generate(encoder_outputs=outputs, **settings)
+        return generate(model, regions, **settings)
 
 
 def measure_dtype(checkpoint: Path, dtype: str, beams: Sequence[int], args: Any) -> list[Row]:
     """The rows of one data type."""
-    model: Any = Captioner.from_pretrained(checkpoint, device=args.device, dtype=dtype).model
-    side = Captioner.from_pretrained(checkpoint, device="cpu").processor.image_processor.size["height"]
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        regions = model.get_encoder()(torch.randn(1, 3, side, side, device=args.device)).last_hidden_state  # (1, N, C)
+    captioner = Captioner.from_pretrained(checkpoint, device=args.device, dtype=dtype)
+    model: Any = captioner.model
+    side = captioner.processor.image_processor.size["height"]
+    torch.manual_seed(0)
+    regions = encode(model, torch.randn(1, 3, side, side, device=args.device))  # (1, N, C)
     length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
     candidates: dict[str, Candidate] = {"bare": partial(bare_steps, model, regions, args.tokens)}
     cases = {}
@@ -72,7 +67,8 @@ def measure_dtype(checkpoint: Path, dtype: str, beams: Sequence[int], args: Any)
             for fast in (False, True):
                 name = f"{settings} {count} {fast}"
                 cases[name] = settings, count, fast
-                candidates[name] = partial(generate, model, regions, fast, {"num_beams": count, **length, **changes})
+                loop = generate if fast else generate_by_transformers
+                candidates[name] = partial(loop, model, regions, num_beams=count, **length, **changes)
     found = time_candidates(candidates, args)
     rows: list[Row] = [{"settings": "none", "beams": 1, "name": "bare steps", "dtype": dtype, **found["bare"]}]
     for name, (settings, count, fast) in cases.items():

@@ -20,7 +20,7 @@ from hf_attncap.optimize import optimize_for_inference
 
 from .inputs import decode_image, exported_name, find_photographs
 from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
-from .models import BACKBONES, LARGEST, random_model
+from .models import BACKBONES, LARGEST, encode, random_model
 
 BATCHES = (1, 32)
 COLUMNS = {
@@ -38,11 +38,6 @@ def torch_models(model: Any, device: str) -> dict[str, Any]:
     fast: Any = optimize_for_inference(model)
     fast, half = fast.to(device), copy.deepcopy(fast).to(device, torch.bfloat16)
     return {"eager float32": model.to(device), "optimised float32": fast, "optimised bfloat16": half}
-
-
-@torch.inference_mode()
-def encode(model: Any, pixel_values: torch.Tensor) -> Any:
-    return model.get_encoder()(pixel_values).last_hidden_state  # (B, N, C)
 
 
 def measure_backbone(name: str, models: dict[str, Any], exported: dict[str, Any], side: int, args: Any) -> list[Row]:

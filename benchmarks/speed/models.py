@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap import AttnCapConfig, AttnCapForConditionalGeneration, AttnCapImageProcessor, AttnCapProcessor, Captioner
 from hf_attncap.captioner import CHECKPOINT
@@ -30,6 +31,18 @@ def random_model(backbone: str | None = None, checkpoint: Path = CHECKPOINT, **c
     model = AttnCapForConditionalGeneration(AttnCapConfig.from_dict({**sizes, "confidence": None, **config}))
     model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model.eval()
+
+
+@torch.inference_mode()
+def encode(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The regions (B, N, C) of images (B, 3, height, width)."""
+    return model.get_encoder()(pixel_values).last_hidden_state
+
+
+@torch.inference_mode()
+def generate(model: Any, regions: Any, **settings: Any) -> torch.Tensor:
+    """The tokens of captions of regions (B, N, C)."""
+    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=regions), **settings)
 
 
 def force_length(model: AttnCapForConditionalGeneration, tokens: int = TOKENS) -> None:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from hf_attncap.captioner import CHECKPOINT
 from hf_attncap.optimize import optimize_for_inference
 
 from .measure import Candidate, Row, create_parser, parse_options, report, time_candidates
-from .models import TOKENS, force_length, random_model
+from .models import TOKENS, encode, force_length, generate, random_model
 
 BEAMS, REGIONS = 3, 49
 SIZES = {
@@ -35,16 +34,6 @@ DIVIDED = ("images, encoder", "images, decoder", "tokens", "beams")  # the table
 QUICK_SIZES = {name: sizes[::2] for name, sizes in SIZES.items()}
 SUPERLINEAR = 1.1
 COLUMNS = {"what": "what grows", "size": "size", "ms": "ms", "ms_each": "ms each", "growth": "growth", "superlinear": "superlinear"}
-
-
-@torch.inference_mode()
-def encode(model: Any, pixel_values: torch.Tensor) -> Any:
-    return model.get_encoder()(pixel_values)
-
-
-@torch.inference_mode()
-def generate(model: Any, regions: torch.Tensor, **settings: Any) -> Any:
-    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=regions), **settings)  # type: ignore[arg-type]
 
 
 def candidate_of(what: str, size: int, model: Any, args: Any) -> Candidate:
