@@ -7,12 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pages import ROOT, shell_commands
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, ViTImageProcessor
 
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import __main__ as run_all
-from benchmarks.speed import decoding, encoder, end_to_end, measure, models, pages, peers, scaling, startup_memory, training
+from benchmarks.speed import (
+    decoding,
+    encoder,
+    end_to_end,
+    exported_peer,
+    measure,
+    models,
+    pages,
+    peers,
+    scaling,
+    startup_memory,
+    training,
+)
+from hf_attncap import export
 
 TIMES = {"ms", "lowest_ms", "highest_ms"}
 
@@ -63,8 +77,6 @@ def test_decoding(tiny_checkpoint, capsys, tmp_path):
 
 
 def test_fast_and_stock_loops_are_both_measured(tiny_checkpoint, monkeypatch):
-    import torch
-
     from hf_attncap import AttnCapForConditionalGeneration, generation_attncap
 
     model, called = AttnCapForConditionalGeneration.from_pretrained(tiny_checkpoint).eval(), []
@@ -105,11 +117,36 @@ def test_end_to_end(tiny_checkpoint, photographs, capsys, tmp_path, monkeypatch)
     assert times["this package, squeezenet1_1", "torch float32"]["decoding"] == "3 beams, 16 tokens"
 
 
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("onnx", "float32"), ("onnx", "int8"), ("openvino", "float32"), ("openvino", "int8")]
+)
+def test_exported_peer_generates_the_same_tokens(format, dtype, photographs, tmp_path, monkeypatch):
+    for package in export.NEEDED[format]:
+        pytest.importorskip(package)
+    monkeypatch.setitem(peers.PEERS, "vit-gpt2", tiny_peer)
+    peer = peers.Peer.build("vit-gpt2", torch.float32, "cpu", 6)
+    exported = exported_peer.ExportedPeer(peer.model, peer.processor, tmp_path, format, dtype, 6)
+    for file in sorted(Path(photographs).iterdir()):
+        found = exported.caption(file.read_bytes())
+        assert len(found) == 6 and set(found) <= set(range(20))
+        assert dtype != "float32" or found == peer.caption(file.read_bytes())[0, 1:].tolist()
+
+
+def test_exports_are_compared_with_an_exported_peer(tiny_checkpoint, photographs, capsys, tmp_path, monkeypatch):
+    for package in export.NEEDED["onnx"]:
+        pytest.importorskip(package)
+    monkeypatch.setitem(peers.PEERS, "vit-gpt2", tiny_peer)
+    folder = export.export_checkpoint(tiny_checkpoint, tmp_path / "mine")
+    options = ["--checkpoint", str(tiny_checkpoint), "--photographs", photographs, "--batch", "2", "--tokens", "4"]
+    rows = results_of(end_to_end, capsys, tmp_path, *options, "--peers", "vit-gpt2", "--exported", str(folder))
+    peer = next(row for row in rows if row["name"] == "vit-gpt2" and row["engine"] == "exported, onnx-float32")
+    own = next(row for row in rows if row["engine"] == "exported, mine" and row["batch"] == 1)
+    assert own["same_engine"] == pytest.approx(peer["ms_per_image"] / own["ms_per_image"], abs=0.001)
+
+
 @pytest.mark.parametrize("name", peers.PEERS)
 @pytest.mark.slow
 def test_peers_have_their_published_sizes(name, pictures):
-    import torch
-
     peer = peers.Peer.build(name, torch.float32, "cpu", 4)
     assert peer.parameters == {"vit-gpt2": 239, "BLIP-base": 224, "GIT-base": 177}[name]
     generated = peer.caption(pictures[0].read_bytes())
