@@ -3,6 +3,7 @@
 import functools
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from .confidence_attncap import SIGNALS, estimate_confidence
 from .engine import Engine
 from .image_workers import read_images
-from .images import ImageError, describe_error, is_tensor, make_batches
+from .images import ImageError, Reading, describe_error, is_tensor, make_batches
 from .result import Alternative, CaptionResult
 from .runtime import ExportedModel, is_export
 from .words_attncap import CaptionPieces, check_prompt
@@ -209,7 +210,7 @@ class Captioner:
         )
         is_list = isinstance(images, (list, tuple))
         results: list[CaptionResult] = []
-        read = read_images(images if is_list else [images], allow_private_urls)
+        read = read_images(images if is_list else [images], self._reading(settings, allow_private_urls))
         for batch in make_batches(read, batch_size):
             loaded = []
             for _, image in batch:
@@ -286,19 +287,19 @@ class Captioner:
             explain=explain,
             attention=attention,
         )
-        if generate_kwargs or prompt:
+        if generate_kwargs:
             self.engine.try_settings(**settings)  # or each image would fail
+        reading = self._reading(settings, allow_private_urls)
 
         def outcomes() -> Iterator[CaptionResult | ImageError]:
-            with closing(read_images(images, allow_private_urls, workers, batch_size)) as read:
+            with closing(read_images(images, reading, workers, batch_size)) as read:
                 for batch in make_batches(read, batch_size):
-                    readable = [item for item in batch if isinstance(item[1], Image.Image)]
-                    found = iter(self._caption_each(readable, settings))
-                    for _, image in batch:
-                        outcome = image if isinstance(image, ImageError) else next(found)
-                        if isinstance(outcome, ImageError) and on_error == "raise":
-                            raise outcome
-                        yield outcome
+                    done = deque(self._caption_readable(batch, settings))
+                    del batch  # or its images would stay in memory while those of the next batch are read
+                    while done:
+                        if isinstance(done[0], ImageError) and on_error == "raise":
+                            raise done[0]
+                        yield done.popleft()
 
         return outcomes()
 
@@ -321,6 +322,16 @@ class Captioner:
             check_prompt(engine.tokenizer, settings["prompt"])
         engine.check_arguments(num_beams, generate_kwargs)
         return {"num_beams": num_beams, **settings, **generate_kwargs}
+
+    def _reading(self, settings: dict[str, Any], allow_private_urls: bool) -> Reading:
+        """How to read images: in their own size for results that keep them."""
+        keeps = settings["attention"] or settings["explain"]
+        return Reading(allow_private_urls, None if keeps else self.engine.scale)
+
+    def _caption_readable(self, batch: list[tuple[str, Any]], settings: dict[str, Any]) -> list[CaptionResult | ImageError]:
+        """Results of a batch of (name, image), with the `ImageError` of each image that could not be read in its place."""
+        found = iter(self._caption_each([item for item in batch if isinstance(item[1], Image.Image)], settings))
+        return [image if isinstance(image, ImageError) else next(found) for _, image in batch]
 
     def _caption_each(self, named: list[tuple[str, Any]], settings: dict[str, Any]) -> list[CaptionResult | ImageError]:
         """Results of a batch of (name, image); if the batch fails, each image is captioned alone and its own failure returned."""

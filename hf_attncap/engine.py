@@ -56,9 +56,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def samples(self) -> bool:
-        """Whether the checkpoint's generation settings choose tokens at random (`do_sample`)."""
-        ...
+    def scale(self) -> tuple[tuple[int, int], int] | None:
+        """The size (width, height) and Pillow's resampling of the model's images, if resizing them before changes nothing."""
 
     def check_arguments(self, num_beams: int, generate_kwargs: Mapping[str, Any]) -> None:
         """Raises a ValueError for arguments that `generate` does not take."""

@@ -20,21 +20,19 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image, ImageFile
 
-from .images import MAX_BATCH_PIXELS, ImageError, describe_error, read_image
+from .images import MAX_BATCH_PIXELS, ImageError, Reading, describe_error
 
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # sources that take time to read; others are in memory
 START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from hf_attncap.image_workers import serve; serve()"
 Outcome = tuple[str, "Image.Image | ImageError"]  # the name of an image, and the image or why it cannot be read
 
 
-def read_images(
-    sources: Iterable[Any], allow_private_urls: bool, workers: int = 0, window: int = 1
-) -> Generator[Outcome, None, None]:
+def read_images(sources: Iterable[Any], reading: Reading, workers: int = 0, window: int = 1) -> Generator[Outcome, None, None]:
     """Yields the name of each image, and the image or an `ImageError`, in order.
 
     Args:
         sources: of the kinds that `load_image` reads.
-        allow_private_urls: as for `load_image`.
+        reading: how to read them.
         workers: processes that read files, URLs and bytes. They end with the generator. 0 reads in this process.
         window: with `workers`, how many images beyond the one in use are read from `sources`; at least two per worker. Fewer are
             decoded if they have more than `MAX_BATCH_PIXELS` pixels together.
@@ -43,12 +41,12 @@ def read_images(
     """
     if not workers:
         for number, source in enumerate(sources):
-            yield read_image(number, source, allow_private_urls)
+            yield reading.read(number, source)
         return
     window = max(window, 2 * workers)
     ahead: deque[tuple[int, Any, Future[Outcome] | None]] = deque()
     failure, numbered = None, enumerate(sources)
-    readers = _Readers(workers, allow_private_urls)
+    readers = _Readers(workers, reading)
     try:
         while True:
             while failure is None and len(ahead) < window:
@@ -61,7 +59,7 @@ def read_images(
             if not ahead:
                 break
             number, source, future = ahead.popleft()
-            yield read_image(number, source, allow_private_urls) if future is None else readers.take(number, future)
+            yield reading.read(number, source) if future is None else readers.take(number, future)
     finally:
         readers.close()
     if not isinstance(failure, StopIteration):
@@ -71,8 +69,8 @@ def read_images(
 class _Readers:
     """Threads with a worker process each. Daemon threads: those that wait for room must not keep the interpreter from ending."""
 
-    def __init__(self, count: int, allow_private_urls: bool):
-        self._allow_private_urls = allow_private_urls
+    def __init__(self, count: int, reading: Reading):
+        self._reading = reading
         self._tasks: queue.SimpleQueue[tuple[int, Any, Future[Outcome]] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the following
         self._wanted = -1  # the number of the image that the consumer waits for
@@ -140,7 +138,7 @@ class _Readers:
         with self._changed:
             if self._closed:
                 raise RuntimeError("The readers are closed.")
-            worker = _Worker(self._allow_private_urls)
+            worker = _Worker(self._reading)
             self._workers.add(worker)
         return worker
 
@@ -148,13 +146,12 @@ class _Readers:
 class _Worker:
     """A process that runs `serve`."""
 
-    def __init__(self, allow_private_urls: bool):
+    def __init__(self, reading: Reading):
         command = [sys.executable, "-W", "ignore", "-P", "-c", START]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._ready = False
-        self._greeting = pickle.dumps(sys.path) + pickle.dumps(
-            (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, allow_private_urls)
-        )
+        settings = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, reading
+        self._greeting = pickle.dumps(sys.path) + pickle.dumps(settings)
 
     def read(self, number: int, source: Any) -> tuple[Outcome, bool]:
         """Image `number`, and whether the process lives on; a RuntimeError if it cannot start."""
@@ -215,13 +212,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
-    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, allow_private_urls = pickle.load(requests)
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, reading = pickle.load(requests)
     try:
         pickle.dump("ready", replies)
         replies.flush()
         while True:
             number, source = pickle.load(requests)
-            name, image = read_image(number, source, allow_private_urls)
+            name, image = reading.read(number, source)
             content = str(image) if isinstance(image, ImageError) else image.size
             pickle.dump((name, content), replies)
             if isinstance(image, Image.Image):

@@ -14,6 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -111,17 +112,30 @@ def make_batches(images: Iterable[tuple[str, Image.Image | ImageError]], batch_s
         raise failure
 
 
-def read_image(number: int, source: Any, allow_private_urls: bool) -> tuple[str, Image.Image | ImageError]:
-    """The name of image `number`, and the image, or an `ImageError` for one that cannot be read."""
-    name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
-    try:
-        return name, load_image(source, allow_private_urls=allow_private_urls)
-    except ImageError as error:
-        return name, error
-    except Exception as error:  # anything: sources of unknown types, memory
-        failure = ImageError(f"{name} cannot be read: {describe_error(error)}")
-        failure.__cause__ = error
-        return name, failure
+@dataclass(frozen=True)
+class Reading:
+    """How images are read; the first option is that of `load_image`.
+
+    Attributes:
+        allow_private_urls: also fetch URLs that lead to private addresses.
+        scale: the size (width, height) to resize all images to, and Pillow's resampling filter, or None.
+    """
+
+    allow_private_urls: bool = False
+    scale: tuple[tuple[int, int], int] | None = None
+
+    def read(self, number: int, source: Any) -> tuple[str, Image.Image | ImageError]:
+        """The name of image `number`, and the image, or an `ImageError` if it cannot be read."""
+        name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
+        try:
+            image = load_image(source, allow_private_urls=self.allow_private_urls)
+            return name, image if self.scale is None else image.resize(*self.scale)
+        except ImageError as error:
+            return name, error
+        except Exception as error:  # anything: sources of unknown types, memory
+            failure = ImageError(f"{name} cannot be read: {describe_error(error)}")
+            failure.__cause__ = error
+            return name, failure
 
 
 def describe_error(error: Exception) -> str:

@@ -96,8 +96,8 @@ class ExportedModel:
         return self._settings.num_beams
 
     @property
-    def samples(self) -> bool:
-        return False
+    def scale(self) -> tuple[tuple[int, int], int]:
+        return self._size, self._resample
 
     def check_arguments(self, num_beams: int, generate_kwargs: Mapping[str, Any]) -> None:
         _, sampling = change_settings(self._settings, generate_kwargs)

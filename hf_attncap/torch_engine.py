@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -159,8 +160,8 @@ class TorchEngine:
         return self.model.config.word_attention
 
     @property
-    def samples(self) -> bool:
-        return bool(self.model.generation_config.do_sample)
+    def scale(self) -> None:
+        return None  # torchvision resizes to other values than Pillow
 
     def check_arguments(self, num_beams: int, generate_kwargs: Mapping[str, Any]) -> None:
         known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} | FURTHER_ARGUMENTS
@@ -169,7 +170,7 @@ class TorchEngine:
                 raise ValueError(f"`{name}` is an argument of `generate` that the captioner sets itself: leave it out.")
             if name not in known:
                 raise ValueError(unknown_argument(name, known))
-        check_sampling(generate_kwargs, self.samples)
+        check_sampling(generate_kwargs, bool(self.model.generation_config.do_sample))
 
     def try_settings(self, **settings: Any) -> None:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -204,7 +205,7 @@ class TorchEngine:
         return GeneratedCaptions(
             sequences=found["sequences"].cpu().numpy(),
             # numpy has no bfloat16, and MPS has no float64
-            **{name: found[name].cpu().double().numpy() for name in ("scores", "lowest", "entropy")},
+            **{name: found[name].float().cpu().numpy().astype(np.float64) for name in ("scores", "lowest", "entropy")},
             attention=None if maps is None else maps.float().cpu().numpy(),
             word_attention=None if weights is None else weights.float().cpu().numpy(),
             importance=None if importance is None else importance.cpu().numpy(),
