@@ -482,7 +482,7 @@ def test_an_unreachable_hub_fails_at_once(monkeypatch):
     started = time.monotonic()
     with pytest.raises(OSError, match="'me/captioner' is not a folder, the Hub cannot be reached .*and the cache does not have it"):
         Captioner.from_pretrained("me/captioner")
-    assert time.monotonic() - started < 10  # with the library's attempts half a minute
+    assert time.monotonic() - started < 15  # with the library's attempts half a minute
 
 
 def test_folders_have_no_revision(tiny_checkpoint):
@@ -502,5 +502,5 @@ def test_revision_token_and_cache_reach_each_file_on_the_hub(tiny_checkpoint, pi
     assert found["texts"] == [expected] * 3  # from the server, with `local_files_only`, and without a server
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(found["files"])
     assert found["revisions"] == ["v1"] and found["tokens"] == ["Bearer secret"]
-    assert found["requests_afterwards"] == 0 and found["seconds_without_server"] < 10
+    assert found["requests_afterwards"] == 0 and found["seconds_without_server"] < 25
     assert "cannot be loaded from the Hub" in found["other_revision"]
