@@ -73,13 +73,10 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if is_folder:
             raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
-        if problem:
-            raise OSError(
-                f"'{source}' is not a folder, the Hub cannot be reached ({problem}), and the cache does not have it: check the "
-                f"connection, or {NAMING_HINT}."
-            ) from error
         # After the first line, the library gives hints that do not apply here.
         reason = str(error).partition("\n")[0] if isinstance(error, OSError) else str(error)
+        if problem and isinstance(error, OSError):
+            reason = f"it does not answer: {problem}; files are missing in the cache"
         raise OSError(
             f"'{source}' is not a folder and cannot be loaded from the Hub ({reason.rstrip('.')}): {NAMING_HINT}."
         ) from error
