@@ -5,6 +5,8 @@ module again, which runs a script without `if __name__ == "__main__"` twice, or 
 torch. A worker imports numpy and Pillow but not torch. It ends when its input ends, so also when this process is killed.
 """
 
+import atexit
+import contextlib
 import os
 import pickle
 import queue
@@ -54,8 +56,11 @@ def read_images(sources: Iterable[Any], reading: Reading, workers: int = 0, wind
                     number, source = next(numbered)
                 except Exception as error:
                     failure = error
+                    continue
+                if isinstance(source, FILES):
+                    ahead.append((number, None, readers.submit(number, source)))
                 else:
-                    ahead.append((number, source, readers.submit(number, source) if isinstance(source, FILES) else None))
+                    ahead.append((number, source, None))
             if not ahead:
                 break
             number, source, future = ahead.popleft()
@@ -80,6 +85,9 @@ class _Readers:
         self._threads = [threading.Thread(target=self._run, daemon=True, name=f"attncap-reader-{n}") for n in range(count)]
         for thread in self._threads:
             thread.start()
+        atexit.register(
+            self.close
+        )  # for iterators that are not used up; while the interpreter ends, threads can no longer be joined
 
     def submit(self, number: int, source: Any) -> Future[Outcome]:
         """Let a worker read image `number`; numbers rise."""
@@ -99,16 +107,19 @@ class _Readers:
         return outcome
 
     def close(self) -> None:
-        """End all processes and threads."""
+        """End all processes and threads; a second call changes nothing."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             for worker in self._workers:
-                worker.end()
+                worker.kill()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
+        while self._workers:
+            self._workers.pop().close()
 
     def _run(self) -> None:
         worker = None
@@ -170,22 +181,26 @@ class _Worker:
                 return (name, ImageError(content)), True
             return (name, _receive(content, replies)), True
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            reason = self._end_of_process()
+            code = self.close()
+            reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             if not self._ready:
                 raise RuntimeError(f"A process to read images cannot start ({reason}): use `workers=0`.") from error
             problem = f"the process that read it ended ({reason}); the file may crash a decoder, or memory ran out"
         except Exception as error:  # of memory
-            self.end()
+            self.close()
             problem = describe_error(error)
         return (name, ImageError(f"{name} cannot be read: {problem}")), False
 
-    def end(self) -> None:
+    def kill(self) -> None:
+        """End the process; a `read` in another thread returns."""
         self._process.kill()
 
-    def _end_of_process(self) -> str:
-        self._process.kill()  # it may have closed its output only
-        code = self._process.wait()
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    def close(self) -> int:
+        """End the process, close the pipes and return the exit code."""
+        self.kill()
+        with contextlib.suppress(BrokenPipeError), self._process:  # what is left of a request cannot be written
+            pass
+        return self._process.wait()
 
 
 def _plain(source: Any) -> Any:

@@ -212,7 +212,7 @@ def test_workers_import_no_torch_and_end_with_the_stream(captioner, pictures, pr
         libraries = Path(f"/proc/{process.pid}/maps").read_text()
         assert "numpy" in libraries and "PIL" in libraries and "torch" not in libraries
     stream.close()
-    assert all(process.wait(10) == -signal.SIGKILL for process in processes)
+    assert all(process.returncode == -signal.SIGKILL and process.stdin.closed and process.stdout.closed for process in processes)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("attncap-reader")]
 
 
@@ -220,7 +220,7 @@ def test_workers_end_after_an_error_and_after_the_last_image(captioner, pictures
     with pytest.raises(ImageError, match="empty"):
         list(captioner.stream([pictures[0], b""], workers=1))
     assert len(list(captioner.stream(pictures, workers=1))) == 3
-    assert len(processes) == 2 and all(process.wait(10) for process in processes)
+    assert len(processes) == 2 and all(process.returncode for process in processes)
 
 
 def test_a_worker_that_dies_is_the_error_of_its_image(captioner, pictures, processes):
@@ -263,6 +263,15 @@ print(next(images)[1].size, flush=True)
 while "torch" not in sys.modules:
     time.sleep(0.01)
 """
+
+
+def test_a_script_may_end_before_its_stream(pictures, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.partition("while")[0])  # the iterator is still open
+    for _ in range(3):
+        command = [sys.executable, str(script), *map(str, pictures)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "started\n(160, 60)\n", "")
 
 
 @pytest.mark.parametrize("how", ["file", "stdin"])
