@@ -2,7 +2,7 @@
 
 import copy
 import json
-import shutil
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import hf_attncap.captioner
 from hf_attncap import Captioner, CaptionResult
 from hf_attncap.images import ImageError, load_image
 
@@ -238,47 +237,6 @@ def test_unreadable_image_raises_an_image_error(captioner, images):
         captioner.caption(images)
 
 
-def test_checkpoint_of_the_package_is_the_default(tiny_checkpoint, pictures, captioner, monkeypatch, tmp_path):
-    monkeypatch.setattr(hf_attncap.captioner, "CHECKPOINT", tiny_checkpoint)
-    assert Captioner.from_pretrained().caption(pictures[0]).text == captioner.caption(pictures[0]).text
-    monkeypatch.setattr(hf_attncap.captioner, "CHECKPOINT", tmp_path)
-    with pytest.raises(FileNotFoundError, match="name a folder or Hub repository"):
-        Captioner.from_pretrained()
-
-
-def test_half_precision_gives_float_arrays(tiny_checkpoint, pictures):
-    captioner = Captioner.from_pretrained(tiny_checkpoint, dtype="bfloat16")
-    result = captioner.caption(pictures[0])
-    assert captioner.model.dtype == torch.bfloat16 and result.attention.dtype == np.float32
-    assert np.allclose(result.attention.sum(axis=(1, 2)), 1)
-
-
-def damage(folder, what: str) -> None:
-    if what == "weights":
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:100_000])
-    elif what == "kind":
-        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    else:
-        (folder / what).unlink()
-
-
-@pytest.mark.parametrize("what", ["weights", "kind", "config.json", "model.safetensors", "tokenizer.json"])
-def test_error_names_a_damaged_checkpoint(tiny_checkpoint, tmp_path, what):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_checkpoint, folder)
-    damage(folder, what)
-    with pytest.raises(OSError, match=f"The folder '{folder}' cannot be loaded as a captioner"):
-        Captioner.from_pretrained(folder)
-
-
-def test_error_names_a_missing_folder_and_an_unusable_device(tiny_checkpoint, tmp_path):
-    with pytest.raises(OSError, match="nowhere' is not a folder"):
-        Captioner.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="device 'toaster' cannot be used.*give 'cpu'"):
-        Captioner.from_pretrained(tiny_checkpoint, device="toaster")
-
-
 def test_attention_plot_shows_image_and_words(result, tmp_path):
     figure = result.plot_attention(tmp_path / "plot.png")
     photo, *words = (axis for axis in figure.axes if axis.images)
@@ -316,63 +274,96 @@ def test_unwritable_path_of_a_plot_is_an_os_error(result, tmp_path):
         result.plot_attention(tmp_path / "nowhere" / "plot.png")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_stream_yields_one_result_or_error_per_image_in_order(captioner, pictures, batch_size, tmp_path):
-    (tmp_path / "empty.jpg").touch()
-    sources = [pictures[0], tmp_path / "empty.jpg", pictures[1].read_bytes(), None, Image.open(pictures[2])]
-    found = list(captioner.stream(iter(sources), on_error="yield", batch_size=batch_size))
-    alone = captioner.caption([pictures[0], pictures[1], pictures[2]], batch_size=1)
-    assert [one.text for one in (found[0], found[2], found[4])] == [one.text for one in alone]
-    assert isinstance(found[1], ImageError) and "empty.jpg is empty" in str(found[1])
-    assert isinstance(found[3], ImageError) and "NoneType" in str(found[3])
+GENERATE = [
+    {"max_new_tokens": 3, "length_penalty": 2.0, "num_beams": 2},
+    {"num_beams": 1, "repetition_penalty": 3.0, "min_new_tokens": 6},
+    {"num_beams": 4, "suppress_tokens": [5, 6, 7], "early_stopping": False},
+    {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "num_beams": 1},
+    {"do_sample": True, "temperature": 5.0, "top_k": 30, "num_beams": 3},
+    {"do_sample": True, "num_beams": 1, "num_return_sequences": 4},
+]
 
 
-def test_stream_raises_after_the_results_of_the_images_before(captioner, pictures):
-    stream = captioner.stream([pictures[0], b"no picture", pictures[1]])
-    assert next(stream).text == captioner.caption(pictures[0]).text
-    with pytest.raises(ImageError, match="not an image"):
-        next(stream)
+@pytest.mark.parametrize("options", GENERATE, ids=str)
+def test_arguments_of_generate_do_what_they_do_in_generate(captioner, pictures, options):
+    tokenizer = captioner.processor.tokenizer
+    pixel_values = captioner.processor(images=[load_image(file) for file in pictures], return_tensors="pt").pixel_values
+    torch.manual_seed(1)
+    sequences = captioner.model.generate(pixel_values, **options)
+    expected = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    torch.manual_seed(1)
+    results = captioner.caption(pictures, **options)
+    torch.manual_seed(1)
+    streamed = list(captioner.stream(pictures, **options))
+    for found in (results, streamed):
+        texts = [text for one in found for text in (one.text, *(other.text for other in one.alternatives))]
+        assert texts == expected
+    assert expected != [one.text for one in captioner.caption(pictures)]
 
 
-def test_stream_reads_one_batch_at_a_time(captioner, pictures):
-    read = []
-    stream = captioner.stream((read.append(n) or pictures[n % 3] for n in range(10**9)), batch_size=2)
-    for _ in range(3):
-        next(stream)
-    assert read == [0, 1, 2, 3]
+def test_sampling_is_without_beams_by_default_and_none_means_the_checkpoints_value(captioner, pictures):
+    torch.manual_seed(2)
+    sampled = captioner.caption(pictures[0], do_sample=True, temperature=None)
+    torch.manual_seed(2)
+    assert sampled.text == captioner.caption(pictures[0], do_sample=True, num_beams=1).text
+    plain = captioner.caption(pictures[0])
+    assert captioner.caption(pictures[0], max_new_tokens=None, do_sample=None, top_p=None).text == plain.text
 
 
-def test_failure_of_one_image_keeps_the_results_of_its_batch(captioner, pictures, monkeypatch):
-    caption, bad = captioner._caption_batch, Image.open(pictures[1]).size
-
-    def fail(batch, *arguments):
-        if bad in [picture.size for picture in batch]:
-            raise RuntimeError("out of memory")
-        return caption(batch, *arguments)
-
-    monkeypatch.setattr(captioner, "_caption_batch", fail)
-    found = list(captioner.stream([Image.open(file) for file in pictures], on_error="yield"))
-    assert isinstance(found[0], CaptionResult) and isinstance(found[2], CaptionResult)
-    assert str(found[1]) == "images[1] cannot be captioned: RuntimeError: out of memory"
-    assert isinstance(found[1].__cause__, RuntimeError)
+def test_stop_strings_end_captions(captioner, pictures):
+    words = captioner.caption(pictures[0]).words
+    stopped = captioner.caption(pictures[0], stop_strings=[words[1]], num_beams=1)
+    assert words[1] not in stopped.words[:-1]
 
 
 @pytest.mark.parametrize(
-    ("images", "settings", "message"),
+    "options, message",
     [
-        ("photo.jpg", {}, "single image"),
-        (Image.new("RGB", (9, 9)), {}, "single image"),
-        ([], {"on_error": "skip"}, "'raise' or 'yield'"),
-        ([], {"batch_size": 0}, "at least 1"),
-        ([], {"prompt": "xylophone"}, "does not know"),
+        ({"temprature": 0.5}, "`temprature` is not an argument of the captioner, nor of `generate`: did you mean `temperature`?"),
+        ({"streamer": 1}, "`streamer` is not an argument"),
+        ({"output_attentions": True}, "`output_attentions` is an argument of `generate` that the captioner sets itself"),
+        ({"top_p": 0.5}, "`top_p` has no effect without sampling: add `do_sample=True`"),
+        ({"top_k": 5, "do_sample": False}, "`top_k` has no effect without sampling"),
+        ({"do_sample": True, "num_beams": 2, "num_return_sequences": 3}, "raise `num_beams`"),
     ],
 )
-def test_stream_rejects_wrong_arguments_before_reading(captioner, images, settings, message):
-    with pytest.raises(ValueError, match=message):
-        captioner.stream(images, **settings)
+def test_arguments_that_generate_does_not_take_are_named_before_reading(captioner, options, message):
+    for caption in (captioner.caption, captioner.stream, captioner.explain):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            caption(["nowhere.jpg"], **options)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "nonsense", torch.int8])
-def test_a_dtype_that_cannot_be_used_is_named(dtype):
-    with pytest.raises(ValueError, match="give 'float32', 'bfloat16' or 'float16'. For int8, use `attncap export`"):
-        Captioner.from_pretrained(dtype=dtype)
+def test_values_that_generate_refuses_raise_its_error(captioner, pictures):
+    with pytest.raises(ValueError, match="strictly positive"):
+        captioner.caption(pictures, do_sample=True, temperature=0.0)
+
+
+def test_results_without_attention_cost_none(captioner, pictures, monkeypatch):
+    with_maps, asked = captioner.caption(pictures), []
+    generate = captioner.model.generate
+    monkeypatch.setattr(captioner.model, "generate", lambda *a, **options: asked.append(options) or generate(*a, **options))
+    without = captioner.caption(pictures, attention=False)
+    assert [options["output_attentions"] for options in asked] == [False]
+    for one, other in zip(without, with_maps):
+        assert (one.text, one.words, one.confidence) == (other.text, other.words, other.confidence)
+        assert one.score == pytest.approx(other.score, abs=TINY) and one.signals == pytest.approx(other.signals, abs=TINY)
+        assert one.attention is None and one.word_attention is None and one.image is None and one.importance is None
+        with pytest.raises(ValueError, match="no attention to plot: caption the image without `attention=False`"):
+            one.plot_attention()
+    explained = captioner.explain(pictures[0], attention=False)
+    assert (
+        explained.attention is None and explained.importance.shape == with_maps[0].attention.shape and explained.image is not None
+    )
+
+
+def test_result_as_json(captioner, pictures):
+    result = captioner.explain(pictures[0], num_return_sequences=2)
+    read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert list(read) == ["caption", "score", "confidence", "words", "alternatives", "attention", "importance"]
+    assert (read["caption"], read["score"], read["words"]) == (result.text, result.score, result.words)
+    assert read["confidence"] is None
+    assert read["alternatives"] == [{"caption": result.alternatives[0].text, "score": result.alternatives[0].score}]
+    for name in ("attention", "importance"):
+        assert np.array_equal(np.array(read[name], np.float32), getattr(result, name))
+    short = captioner.caption(pictures[0], attention=False).to_dict()
+    assert short["attention"] is None and short["importance"] is None and short["alternatives"] == []

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from hf_attncap import Captioner
 from hf_attncap.engine import Engine, GeneratedCaptions
+from hf_attncap.numpy_search import Sampling, _sample
 from hf_attncap.runtime import ExportedModel
 
 BACKBONE = "squeezenet1_1"  # exported quickly
@@ -144,6 +146,115 @@ def test_results_equal_those_of_torch_with_their_confidence(make_export, make_ch
     assert exported.caption(pictures(1), prompt="a dog")[0].confidence is None
     with pytest.raises(ValueError, match="does not know zebra"):
         exported.caption(pictures(1), prompt="a zebra")
+
+
+ARGUMENTS = [
+    {"max_new_tokens": 3, "num_beams": 2},
+    {"num_beams": 1, "repetition_penalty": 3.0, "min_new_tokens": 6, "max_new_tokens": 9},
+    {"length_penalty": -1.0, "no_repeat_ngram_size": 2, "early_stopping": "never", "num_return_sequences": 3},
+    {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2},
+    {"do_sample": True, "top_k": 1},
+    {"do_sample": True, "top_p": 1e-4, "top_k": 0, "max_new_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("options", ARGUMENTS, ids=str)
+def test_arguments_of_generate_do_what_they_do_with_torch(make_export, make_checkpoint, options):
+    exported, captioner = (Captioner.from_pretrained(make(**CONFIGS["history"])) for make in (make_export, make_checkpoint))
+    for found, expected in zip(*(one.caption(pictures(3), **options) for one in (exported, captioner))):
+        assert (found.text, found.words) == (expected.text, expected.words)
+        assert found.score == pytest.approx(expected.score, abs=1e-4)
+        assert [other.text for other in found.alternatives] == [other.text for other in expected.alternatives]
+        for name in ("attention", "word_attention"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-4)
+
+
+def test_tokens_are_sampled_with_their_probabilities():
+    scores = np.array([2.0, -np.inf, 1.0, 0.0, 1.0], np.float32)  # the last is equal to the third
+    for sampling, kept in (
+        (Sampling(), [0, 2, 3, 4]),
+        (Sampling(temperature=2.0), [0, 2, 3, 4]),
+        (Sampling(top_k=2), [0, 2, 4]),  # as many more as are equal to the second
+        (Sampling(top_p=0.5), [0]),
+        (Sampling(top_p=0.6, top_k=0), [0, 2]),
+    ):
+        weights = np.zeros(5)
+        weights[kept] = np.exp(scores[kept] / sampling.temperature)
+        np.random.seed(0)
+        drawn = _sample(np.broadcast_to(scores, (100, 100, 5)), sampling)
+        shares = np.bincount(drawn.ravel(), minlength=5) / drawn.size
+        np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.02)
+        assert set(np.unique(drawn)) == set(kept)
+
+
+def test_samples_follow_numpys_seed_and_have_their_own_scores_and_attention(make_export, make_checkpoint):
+    exported = Captioner.from_pretrained(make_export(**CONFIGS["history"]))
+    options = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3}
+    drawn = []
+    for seed in (3, 3, 4):
+        np.random.seed(seed)
+        drawn.append(exported.caption(pictures(2), **options))
+    texts = [[[one.text, *(other.text for other in one.alternatives)] for one in results] for results in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(len(set(group)) == 3 for group in texts[0])
+    np.random.seed(3)
+    found = exported.engine.generate(pictures(2), None, 1, 3, False, do_sample=True, temperature=1.5)
+    model = Captioner.from_pretrained(make_checkpoint(**CONFIGS["history"]), device="cpu", optimize=False)
+    pixel_values = model.processor(images=pictures(2), return_tensors="pt").pixel_values.repeat_interleave(3, 0)
+    ids = torch.from_numpy(found.sequences).flatten(0, 1)  # (R, T + 1)
+    with torch.no_grad():
+        out = model.model(pixel_values=pixel_values, decoder_input_ids=ids[:, :-1], output_attentions=True)
+    is_word = ids[:, 1:] != PAD  # (R, T)
+    chosen = out.logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * is_word  # (R, T)
+    expected = chosen.sum(-1) / is_word.sum(-1) ** model.model.generation_config.length_penalty
+    np.testing.assert_allclose(found.scores.ravel(), expected, atol=1e-4)
+    maps = out.cross_attentions[0][:, 0][is_word]  # (words, N)
+    np.testing.assert_allclose(found.attention.reshape(*is_word.shape, -1)[is_word], maps, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_token": 3}, "`max_new_token` is not an argument .*did you mean `max_new_tokens`"),
+        ({"max_length": 3}, "Exported captioners do not have `max_length`: use the checkpoint without export, or one of max_new"),
+        ({"do_sample": True, "typical_p": 0.5}, "Exported captioners do not have `typical_p`"),
+        ({"stop_strings": ["a"]}, "`stop_strings` is not an argument"),
+        ({"top_p": 0.5}, "`top_p` has no effect without sampling"),
+        ({"do_sample": True, "top_p": 1.5}, "`top_p` is 1.5, but it must be a number above 0, at most 1"),
+        ({"do_sample": True, "temperature": 0}, "`temperature` is 0, but it must be a number above 0"),
+        ({"max_new_tokens": 2.0}, "`max_new_tokens` is 2.0, but it must be an integer, at least 1"),
+        ({"early_stopping": "always"}, "`early_stopping` is 'always', but it must be True, False or 'never'"),
+        ({"do_sample": True, "num_beams": 3}, "sample without beams, but `num_beams` is 3"),
+    ],
+)
+def test_arguments_that_an_export_does_not_have_are_named_before_reading(make_export, options, message):
+    exported = Captioner.from_pretrained(make_export(**CONFIGS["score"]))
+    for caption in (exported.caption, exported.stream):
+        with pytest.raises(ValueError, match=message):
+            caption(["nowhere.jpg"], **options)
+
+
+@pytest.mark.parametrize("option", ["revision", "token", "cache_dir"])
+def test_an_exported_folder_has_no_options_of_the_hub(make_export, option):
+    folder = make_export(**CONFIGS["score"])
+    with pytest.raises(ValueError, match=f"is an exported folder and not on the Hub: leave `{option}` out"):
+        Captioner.from_pretrained(folder, **{option: "v1"})
+    assert Captioner.from_pretrained(folder, local_files_only=True).caption(pictures(1)[0]).text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_without_attention_are_resized_when_read_and_captions_stay_equal(make_export, tmp_path, workers, monkeypatch):
+    exported, sizes = Captioner.from_pretrained(make_export(**CONFIGS["score"])), []
+    files = [tmp_path / f"{n}.png" for n in range(5)]
+    for file, size in zip(files, ((640, 480), (31, 200), (96, 64), (1500, 37), (97, 65))):
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size).save(file)
+    expected = exported.caption(files)
+    pixels = exported.engine._pixels
+    monkeypatch.setattr(exported.engine, "_pixels", lambda images: sizes.extend(one.size for one in images) or pixels(images))
+    found = list(exported.stream(files, workers=workers, attention=False))
+    assert [(one.text, one.score) for one in found] == [(one.text, one.score) for one in expected]
+    assert sizes == [(96, 64)] * 5 and all(one.attention is None and one.image is None for one in found)
 
 
 @pytest.mark.parametrize("size", [(31, 200), (640, 480), (1500, 37), (224, 224)])
