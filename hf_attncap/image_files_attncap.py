@@ -28,7 +28,9 @@ MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which some programs turn off for 
 MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; real files have up to about 20
 JPEG_SCAN, JPEG_END = 0xDA, 0xD9
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # not those within a scan
-MAX_RETRY_BYTES = 2**26
+MAX_SLOW_PIXELS = 2**22  # of formats that Pillow decodes in Python, at about 2 microseconds per pixel
+MAX_WHOLE_BYTES = 2**26  # of files that are read as a whole
+WHOLE_HEADERS = {b"ftyp" + brand for brand in (*HEIF_BRANDS, b"avif", b"avis")}
 
 
 class ImageError(ValueError):
@@ -46,17 +48,22 @@ def open_image(stream: BinaryIO) -> Image.Image:
         The image, or the first frame of an animation, neither rotated nor converted.
 
     Raises:
-        FormatError: PostScript, HEIC without `pillow-heif`, or a JPEG of more than `MAX_SCANS` scans.
+        FormatError: PostScript, HEIC without `pillow-heif`, or a file that takes too long to decode.
         PIL.Image.DecompressionBombError: more than `MAX_PIXELS` pixels.
         PIL.UnidentifiedImageError: not an image, or an unknown format.
         Exception: any type, from Pillow's decoders, for damaged files.
     """
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    header = stream.read(12)
+    if size > MAX_WHOLE_BYTES and (header[8:] == b"WEBP" or header[4:] in WHOLE_HEADERS):
+        raise FormatError(f"has {size} bytes, more than {MAX_WHOLE_BYTES} in this format; save it as JPEG")
     try:
         return _loaded(stream)
     except (FormatError, Image.DecompressionBombError):
         raise
     except Exception:
-        if stream.seek(0, io.SEEK_END) > MAX_RETRY_BYTES:
+        if size > MAX_WHOLE_BYTES:
             raise
         stream.seek(0)
         data = stream.read()
@@ -94,19 +101,25 @@ def _loaded(stream: BinaryIO) -> Image.Image:
             raise FormatError("is PostScript, not an image; save it as JPEG or PNG")
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if image.format in ("JPEG", "MPO"):
-            _check_scans(stream)
+        _check_time(image, stream)
         image.load()
         return image
 
 
-def _check_scans(stream: BinaryIO) -> None:
-    """Raises a FormatError for a JPEG with more than `MAX_SCANS` scans, without moving the stream."""
-    start, count = stream.tell(), 0
+def _check_time(image: Image.Image, stream: BinaryIO) -> None:
+    """Raises a FormatError for an image, opened from a stream, that would take long to decode."""
+    tiles = getattr(image, "tile", [])
+    if image.width * image.height > MAX_SLOW_PIXELS and any(tile[0] in Image.DECODERS for tile in tiles):  # those in Python
+        raise FormatError(
+            f"is a {image.format} of {image.width} x {image.height} pixels, which takes too long to decode; save it as JPEG or PNG"
+        )
+    if image.format not in ("JPEG", "MPO"):
+        return
+    start, scans = stream.tell(), 0
     stream.seek(2)
     while (marker := _next_marker(stream)) != JPEG_END:
-        count += marker == JPEG_SCAN
-        if count > MAX_SCANS:
+        scans += marker == JPEG_SCAN
+        if scans > MAX_SCANS:
             raise FormatError(f"is a JPEG of more than {MAX_SCANS} scans, which take too long to decode; save it again")
         stream.seek(int.from_bytes(stream.read(2)) - 2, io.SEEK_CUR)
     stream.seek(start)
