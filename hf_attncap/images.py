@@ -54,4 +54,4 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-__all__ = ["MAX_BATCH_PIXELS", "ImageError", "describe_error", "is_tensor", "load_batches", "load_image"]
+__all__ = ["MAX_BATCH_PIXELS", "ImageError", "describe_error", "is_tensor", "load_image", "make_batches", "read_image"]
