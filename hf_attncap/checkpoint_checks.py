@@ -66,7 +66,8 @@ def check_weights(folder: Path, config: AttnCapConfig) -> None:
         with torch.device("meta"):
             model = AttnCapForConditionalGeneration(config)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json: there is no model of these sizes ({error}): {AGAIN}.") from error
+        reason = str(error).partition("\n")[0]  # torch adds a trace
+        raise ValueError(f"config.json: there is no model of these sizes ({reason:.200}): {AGAIN}.") from error
     expected = model.state_dict()
     found: dict[str, tuple[str, list[int], str]] = {}  # file, shape and dtype by name
     for path in sorted(folder.glob("model*.safetensors")):
@@ -125,7 +126,7 @@ def _check_tokenizer(config: AttnCapConfig, tokenizer: Any) -> None:
         own = getattr(tokenizer, name)
         if own is not None and own not in ids and ids != [None]:
             raise ValueError(
-                f"tokenizer.json: `{name}` is {own}, but {ids[0]} in config.json: use the tokenizer that the model was trained with."
+                f"tokenizer.json: `{name}` is {own}, but {ids[0]} in config.json: use the tokenizer of the training run."
             )
 
 

@@ -137,3 +137,38 @@ def test_a_folder_that_names_other_code_runs_none_of_it(tiny_checkpoint, picture
     values(CONFIG, auto_map={"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"})(folder)
     assert main(["caption", "--model", str(folder), str(pictures[0])]) == 0
     assert "executed" not in "".join(capfd.readouterr())
+
+
+def generation_value(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        values("export.json", generation=json.loads((folder / "export.json").read_text())["generation"] | changes)(folder)
+
+    return damage
+
+
+EXPORTS = {
+    "a list": (text("export.json", "[]"), r"export.json holds a list, not a JSON object\): export the checkpoint again"),
+    "no JSON": (text("export.json", "{"), "is damaged .*: export the checkpoint again"),
+    "an absurd width": (values("export.json", width=10**9), "`width` in export.json is 1000000000, but .* from 1 to 4096"),
+    "an absurd grid": (values("export.json", grid=[10**6, 1]), "`grid.0.` in export.json is 1000000"),
+    "a million beams": (generation_value(num_beams=10**6), "`num_beams` in export.json is 1000000"),
+    "captions without end": (generation_value(max_new_tokens=10**9), "`max_new_tokens` in export.json is 1000000000"),
+    "another tokenizer": (generation_value(eos_token_id=[10**6]), "token ids that are not in tokenizer.json"),
+    "an unknown setting": (generation_value(magic=1), "is damaged .*magic.*: export the checkpoint again"),
+    "no tokenizer": (without(TOKENIZER), "tokenizer.json is missing.*: export the checkpoint again"),
+    "a damaged tokenizer": (text(TOKENIZER, "[]"), "is damaged .*: export the checkpoint again"),
+    "a damaged graph": (text("step.onnx", "graph"), "The graph 'step' of .* cannot be loaded .*: export again"),
+    "no graph": (without("encoder.onnx"), "The graph 'encoder' of .* cannot be loaded .*: export again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_damaged_export_is_refused_in_one_sentence(make_export, pictures, tmp_path, capfd, name):
+    damage, message = EXPORTS[name]
+    folder = tmp_path / "export"
+    shutil.copytree(make_export(), folder)
+    damage(folder)
+    assert main(["caption", "--model", str(folder), str(pictures[0])]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("attncap: ") and str(folder) in err
+    assert re.search(message, err), err
