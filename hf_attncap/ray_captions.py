@@ -16,7 +16,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,28 @@ class Unit:
     shard: int
 
 
-@dataclass
 class Shard:
-    """The rows of an output shard that have arrived, and how many each of its inputs has."""
+    """The rows of an output shard that have arrived.
 
-    totals: dict[str, int]
-    rows: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    Attributes:
+        places: the inputs of the shard in order.
+        rows: by input and row.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._totals: dict[str, int] = {}  # rows of the inputs whose last row has arrived
+        self._expected = 0  # their sum
 
     def add(self, row: dict[str, Any]) -> bool:
         """Adds a row, which may arrive again after a failure; returns whether the shard is complete."""
         if row["row"] != EMPTY:
             self.rows[row["path"], row["row"]] = row
-        if row["total"] != UNKNOWN:
-            self.totals[row["path"]] = row["total"]
-        return UNKNOWN not in self.totals.values() and len(self.rows) == sum(self.totals.values())
+        if row["total"] != UNKNOWN and row["path"] not in self._totals:
+            self._totals[row["path"]] = row["total"]
+            self._expected += row["total"]
+        return len(self._totals) == len(self.places) and len(self.rows) == self._expected
 
 
 def caption_dataset(
@@ -96,7 +104,7 @@ def caption_dataset(
         dataset: has a column of images: bytes of image files, arrays, paths or URLs.
         model: a folder that all nodes see, or a Hub repository. Default: the checkpoint in this package.
         image_column: the column of images.
-        batch_size: images per call of an actor.
+        batch_size: images per forward pass.
         concurrency: actors, each with its own model, or their least and largest number. Default: 1 to one per GPU, or without GPUs
             one per CPU.
         num_gpus: GPUs per actor. Default: 1 if the cluster has any, else 0.
@@ -127,7 +135,7 @@ def _map_captions(
     return dataset.map_batches(
         captioner,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=(None if model is None else str(model),),
-        fn_constructor_kwargs=options,
+        fn_constructor_kwargs={**options, "batch_size": batch_size},
         batch_size=batch_size,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
@@ -201,7 +209,8 @@ def caption_with_ray(
     open_units = [unit for unit in units if _shard_name(unit.shard) not in finished]
     shards: dict[int, Shard] = {}
     for unit in open_units:
-        shards.setdefault(unit.shard, Shard({})).totals[_name(unit)] = UNKNOWN
+        places = shards.setdefault(unit.shard, Shard()).places
+        places[_name(unit)] = len(places)
     print(f"attncap: {len(units)} input files; {count - len(shards)} of {count} shards are finished", file=sys.stderr)
     if not shards:
         return 0
@@ -372,8 +381,7 @@ def _shard_name(number: int) -> str:
 
 
 def _write_shard(system: Any, folder: str, number: int, shard: Shard) -> pa.Table:
-    order = {path: place for place, path in enumerate(shard.totals)}
-    rows = sorted(shard.rows.values(), key=lambda row: (order[row["path"]], row["row"]))
+    rows = sorted(shard.rows.values(), key=lambda row: (shard.places[row["path"]], row["row"]))
     table = pa.Table.from_pylist([{name: row[name] for name in COLUMNS.names} for row in rows], COLUMNS)
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
