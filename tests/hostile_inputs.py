@@ -44,7 +44,7 @@ class Input:
     Attributes:
         make: writes it to a folder and returns the path or URL to read.
         outcome: `READ`, or a pattern of what the message says after the input's name.
-        megabytes, seconds: what reading it may take. Of inputs that may take `SLOW`, the time of the processor counts.
+        megabytes, seconds: what reading it may take: the time of the processor, for downloads the elapsed time.
         during: is called with the path once the file's header has been read.
         options: of `load_image`.
     """
@@ -355,7 +355,7 @@ def measure(item: Input, folder: Path) -> dict[str, Any]:
         return image
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory starts again
-    clock = time.process_time if item.seconds == SLOW else time.monotonic
+    clock = time.monotonic if item.options else time.process_time  # downloads wait
     before, start = memory("VmRSS"), clock()
     signal.alarm(6 * item.seconds)  # ends this process
     try:
