@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .captioner import Captioner, CaptionResult
     from .configuration_attncap import AttnCapConfig
+    from .image_files_attncap import ImageError
     from .image_processing_attncap import AttnCapImageProcessor
-    from .images import ImageError
     from .modeling_attncap import AttnCapForConditionalGeneration, AttnCapModel
     from .pipeline_attncap import AttnCapPipeline
     from .processing_attncap import AttnCapProcessor
@@ -31,7 +31,7 @@ _HOMES = {
     "AttnCapProcessor": "processing_attncap",
     "CaptionResult": "captioner",
     "Captioner": "captioner",
-    "ImageError": "images",
+    "ImageError": "image_files_attncap",
 }
 
 __all__ = [

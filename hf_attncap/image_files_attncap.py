@@ -1,6 +1,7 @@
 """Decodes image files and applies their EXIF orientation; damaged metadata is ignored."""
 
 import io
+import re
 import struct
 import zlib
 from typing import BinaryIO
@@ -23,10 +24,21 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_TAGS = {*range(254, 260), 262, 263, 266, *range(273, 285), 292, 293, 297, 301, 317, 318, 319, *range(320, 326), 332, 338, 339}
 TIFF_TAGS |= {347, *range(512, 522), *range(529, 533)}
 TIFF_ORIENTATION, TIFF_SHORT = 274, 3
+MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which some programs turn off for their whole process
+MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; real files have up to about 20
+JPEG_SCAN, JPEG_END = 0xDA, 0xD9
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # not those within a scan
+MAX_SLOW_PIXELS = 2**22  # of formats that Pillow decodes in Python, at about 2 microseconds per pixel
+MAX_WHOLE_BYTES = 2**26  # of files that are read as a whole
+WHOLE_HEADERS = {b"ftyp" + brand for brand in (*HEIF_BRANDS, b"avif", b"avis")}
+
+
+class ImageError(ValueError):
+    """An image that cannot be read. The message names the source and says what to do."""
 
 
 class FormatError(ValueError):
-    """A file of an unsupported format; the message says which and what to do."""
+    """A file that is not decoded. The message continues the file's name and says what to do."""
 
 
 def open_image(stream: BinaryIO) -> Image.Image:
@@ -36,15 +48,23 @@ def open_image(stream: BinaryIO) -> Image.Image:
         The image, or the first frame of an animation, neither rotated nor converted.
 
     Raises:
-        FormatError: PostScript, or HEIC without `pillow-heif`.
+        FormatError: PostScript, HEIC without `pillow-heif`, or a file that takes too long to decode.
+        PIL.Image.DecompressionBombError: more than `MAX_PIXELS` pixels.
         PIL.UnidentifiedImageError: not an image, or an unknown format.
         Exception: any type, from Pillow's decoders, for damaged files.
     """
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    header = stream.read(12)
+    if size > MAX_WHOLE_BYTES and (header[8:] == b"WEBP" or header[4:] in WHOLE_HEADERS):
+        raise FormatError(f"has {size} bytes, more than {MAX_WHOLE_BYTES} in this format; save it as JPEG")
     try:
         return _loaded(stream)
     except (FormatError, Image.DecompressionBombError):
         raise
     except Exception:
+        if size > MAX_WHOLE_BYTES:
+            raise
         stream.seek(0)
         data = stream.read()
         stripped = without_metadata(data)
@@ -78,9 +98,43 @@ def _loaded(stream: BinaryIO) -> Image.Image:
         image = Image.open(stream)
     with image:
         if image.format == "EPS":  # Pillow would run Ghostscript, which executes the file's program
-            raise FormatError("PostScript, not an image; save it as JPEG or PNG")
+            raise FormatError("is PostScript, not an image; save it as JPEG or PNG")
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        _check_time(image, stream)
         image.load()
         return image
+
+
+def _check_time(image: Image.Image, stream: BinaryIO) -> None:
+    """Raises a FormatError for an image, opened from a stream, that would take long to decode."""
+    tiles = getattr(image, "tile", [])
+    if image.width * image.height > MAX_SLOW_PIXELS and any(tile[0] in Image.DECODERS for tile in tiles):  # those in Python
+        raise FormatError(
+            f"is a {image.format} of {image.width} x {image.height} pixels, which takes too long to decode; save it as JPEG or PNG"
+        )
+    if image.format not in ("JPEG", "MPO"):
+        return
+    start, scans = stream.tell(), 0
+    stream.seek(2)
+    while (marker := _next_marker(stream)) != JPEG_END:
+        scans += marker == JPEG_SCAN
+        if scans > MAX_SCANS:
+            raise FormatError(f"is a JPEG of more than {MAX_SCANS} scans, which take too long to decode; save it again")
+        stream.seek(int.from_bytes(stream.read(2)) - 2, io.SEEK_CUR)
+    stream.seek(start)
+
+
+def _next_marker(stream: BinaryIO) -> int:
+    """Moves a stream of a JPEG behind the next marker that has a length, or behind the end of the image."""
+    while block := stream.read(2**16):
+        if found := JPEG_MARKER.search(block):
+            stream.seek(found.end() - len(block), io.SEEK_CUR)
+            return found[1][0]
+        if block == b"\xff":
+            break
+        stream.seek(-block.endswith(b"\xff"), io.SEEK_CUR)
+    return JPEG_END
 
 
 def _reads_heif(header: bytes) -> bool:
@@ -90,7 +144,7 @@ def _reads_heif(header: bytes) -> bool:
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:
-        raise FormatError('HEIC, which needs pillow-heif: pip install "hf_attncap[heic]", or save it as JPEG') from error
+        raise FormatError('is HEIC, which needs pillow-heif: pip install "hf_attncap[heic]", or save it as JPEG') from error
     register_heif_opener()
     return True
 
@@ -155,4 +209,4 @@ def _strip_tiff(data: bytes) -> bytes:
     return data[:start] + entries + data[start + len(entries) :]
 
 
-__all__ = ["FormatError", "open_image", "upright", "without_metadata"]
+__all__ = ["FormatError", "ImageError", "open_image", "upright", "without_metadata"]

@@ -1,25 +1,16 @@
 """`pipeline("image-captioning")`: captions of images with their scores and, on request, the attention of each word."""
 
-import base64
-import io
 import os
 from collections.abc import Generator, Iterable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .captions_attncap import generate_captions
-from .image_files_attncap import open_image, upright
+from .images_attncap import load_image
 from .words_attncap import CaptionPieces, check_prompt
-
-try:  # transformers needs one of them
-    from huggingface_hub.utils import httpx
-except ImportError:
-    import httpx  # pyright: ignore[reportMissingImports]
 
 
 class AttnCapPipeline(Pipeline):
@@ -35,7 +26,8 @@ class AttnCapPipeline(Pipeline):
 
     - `text` (or `prompt`): the beginning of the captions: one string, or one per image. "" by default.
     - `output_attentions`: also return the attention, False by default.
-    - `timeout`: of a download, in seconds; none by default.
+    - `timeout`: of a download, in seconds; 30 by default.
+    - `allow_private_urls`: also fetch URLs that lead to private addresses, False by default.
     - `generate_kwargs`, or flat: arguments of the model's `generate`, such as `num_beams`, `max_new_tokens`, `do_sample` or
       `num_return_sequences`. Defaults are those of the model's generation config.
     """
@@ -52,7 +44,7 @@ class AttnCapPipeline(Pipeline):
         """Captions one image or many.
 
         Args:
-            inputs: an image: PIL image, path, URL or base64 string; or a dictionary of an image and a prompt,
+            inputs: an image, in any form that `Captioner.caption` takes; or a dictionary of an image and a prompt,
                 `{"images": image, "text": "a dog"}`; or a list or tuple of these; or a dataset, generator or other iterable of
                 these, which is read lazily.
             kwargs: the options above, and the pipeline's `batch_size` (1 by default) and `num_workers`.
@@ -74,8 +66,8 @@ class AttnCapPipeline(Pipeline):
               (W, E). Otherwise None.
 
         Raises:
-            ValueError: an image cannot be read; the number of prompts differs from the number of images; the model does not know
-                a word of a prompt; `generate` does not know an argument.
+            ValueError: an image cannot be read or its URL is refused (then an `ImageError`); the number of prompts differs from the
+                number of images; the model does not know a word of a prompt; `generate` does not know an argument.
         """
         for name in ("text", "prompt"):
             if isinstance(kwargs.get(name), (list, tuple)):
@@ -91,6 +83,7 @@ class AttnCapPipeline(Pipeline):
         text: str | None = None,
         prompt: str | None = None,
         timeout: float | None = None,
+        allow_private_urls: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -100,7 +93,7 @@ class AttnCapPipeline(Pipeline):
         if twice:
             raise ValueError(f"{', '.join(twice)}: given directly and in `generate_kwargs`: give it once.")
         text = prompt if text is None else text
-        given = {"text": text, "timeout": timeout}
+        given = {"text": text, "timeout": timeout, "allow_private_urls": allow_private_urls}
         return (
             {name: value for name, value in given.items() if value is not None},
             {**(generate_kwargs or {}), **kwargs},
@@ -108,7 +101,7 @@ class AttnCapPipeline(Pipeline):
         )
 
     def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_: Any, text: str = "", timeout: float | None = None
+        self, input_: Any, text: str = "", timeout: float | None = None, allow_private_urls: bool = False
     ) -> dict[str, Any]:
         """Loads one image as `pixel_values` (1, 3, height, width). The prompt stays text, to be padded with its batch."""
         if isinstance(input_, Mapping):
@@ -119,12 +112,7 @@ class AttnCapPipeline(Pipeline):
                 )
             input_, text = input_["images"], input_.get("text", text)
         check_prompt(self.tokenizer, text)
-        source = os.fspath(input_) if isinstance(input_, os.PathLike) else input_
-        try:
-            image = source if isinstance(source, Image.Image) else open_image(_stream(source, timeout))
-            image = upright(image).convert("RGB")
-        except Exception as error:
-            raise ValueError(f"This image cannot be read: {source!r:.200}. {error}") from error
+        image = load_image(input_, allow_private_urls=allow_private_urls, timeout=timeout)
         return {
             "pixel_values": self.processor(images=image, return_tensors="pt")["pixel_values"],
             "text": text,
@@ -167,21 +155,6 @@ class AttnCapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
         if self.model._auto_class is not None and getattr(self.model.config, "custom_pipelines", None):
             custom_object_save(self, save_directory)
-
-
-def _stream(source: Any, timeout: float | None) -> BinaryIO:
-    """The content of a path, URL or base64 string."""
-    if not isinstance(source, str):
-        raise TypeError("Give a PIL image, a path, a URL or a base64 string.")
-    if source.startswith(("http://", "https://")):
-        return io.BytesIO(httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content)
-    if os.path.isfile(source):
-        return io.BytesIO(Path(source).read_bytes())
-    try:
-        payload = source.partition(",")[2] if source.startswith("data:image/") else source
-        return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
-    except ValueError as error:
-        raise ValueError(f"It is not a file, a URL or base64 ({error}).") from error
 
 
 def _with_prompts(images: Any, prompts: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from .occlusion import hidden_squares
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
 EXPORT_VERSION = 1  # of the folder's layout
 GRAPHS = ("encoder", "start", "step")
+MAX_SIDE, MAX_BEAMS, MAX_TOKENS = 4096, 256, 10_000  # of the defaults in an export; callers may ask for more
 MAX_ELEMENTS = 2**25  # in the regions of one forward pass, which bounds its memory
 Graph = Callable[..., list[Any]]  # arrays to arrays
 
@@ -42,6 +43,11 @@ class ExportedTokenizer:
         """The tokens of a prompt, without special tokens."""
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=False).ids}
 
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return self._tokenizer.get_vocab_size()
+
     def decode(self, ids: list[int]) -> str:
         """The text of tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -62,7 +68,7 @@ class ExportedModel:
     def __init__(self, folder: str | os.PathLike):
         self._folder = Path(folder)
         try:
-            about = json.loads((self._folder / EXPORT_FILE).read_text(encoding="utf-8"))
+            about = _read_about(self._folder / EXPORT_FILE)
             version = about["version"]
             if version > EXPORT_VERSION:
                 raise _NewerVersion(f"'{folder}' was exported by a newer version of hf_attncap: update the package.")
@@ -74,6 +80,7 @@ class ExportedModel:
             if not (self._folder / TOKENIZER_FILE).is_file():
                 raise FileNotFoundError(f"{TOKENIZER_FILE} is missing")
             self.tokenizer = ExportedTokenizer(self._folder / TOKENIZER_FILE, **about["tokenizer"])
+            _check_values(about, self._settings, self.tokenizer.size)
             self._load = {"onnx": _load_onnx, "openvino": _load_openvino}[about["format"]]
             self._dtype: str = about["dtype"]
         except (ImportError, _NewerVersion):
@@ -223,6 +230,27 @@ def _select_beams(steps: list[np.ndarray], beams: np.ndarray) -> np.ndarray:
 
 class _NewerVersion(ValueError):
     pass
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(about, dict):
+        raise ValueError(f"{path.name} holds a {type(about).__name__}, not a JSON object")
+    return about
+
+
+def _check_values(about: dict[str, Any], settings: SearchSettings, V: int) -> None:
+    """Raises a ValueError for values with which captions would take all memory or time, or cannot be computed."""
+    numbers = {"height": about["height"], "width": about["width"], "num_beams": settings.num_beams}
+    numbers |= {name: getattr(settings, name) for name in ("max_new_tokens", "max_length") if getattr(settings, name) is not None}
+    numbers |= {f"grid[{axis}]": side for axis, side in enumerate(about["grid"])}
+    for name, value in numbers.items():
+        high = {"num_beams": MAX_BEAMS, "max_new_tokens": MAX_TOKENS, "max_length": MAX_TOKENS}.get(name, MAX_SIDE)
+        if not isinstance(value, int) or not 1 <= value <= high:
+            raise ValueError(f"`{name}` in {EXPORT_FILE} is {value!r:.40}, but it must be a whole number from 1 to {high}")
+    ids = [settings.decoder_start_token_id, settings.pad_token_id, *settings.eos_token_id, *settings.suppress_tokens]
+    if not all(isinstance(token, int) and 0 <= token < V for token in ids):
+        raise ValueError(f"{EXPORT_FILE} has token ids that are not in {TOKENIZER_FILE}, which has {V} tokens")
 
 
 def _load_onnx(folder: Path, name: str, dtype: str) -> Graph:

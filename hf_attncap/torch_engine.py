@@ -1,21 +1,23 @@
 """Loads a checkpoint and generates captions with torch and transformers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from huggingface_hub import constants, is_offline_mode
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
 from PIL import Image
-from safetensors import SafetensorError
 from torch.backends.mps import is_macos_or_newer
 from transformers import AutoConfig, GenerationConfig
 
 from .captions_attncap import generate_captions
+from .checkpoint_checks import check_files, check_parts, check_weights
 from .configuration_attncap import AttnCapConfig
 from .engine import GeneratedCaptions, check_sampling, unknown_argument
 from .importance import word_importance
@@ -64,13 +66,10 @@ def load_model(
     hub = {name: value for name, value in hub.items() if value is not None}
     if problem:
         hub["local_files_only"] = True
+    model: Any
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
-        if not isinstance(config, AttnCapConfig):
-            raise ValueError(f"it is of type '{config.model_type}', not 'attncap'.")
-        model: Any = AttnCapForConditionalGeneration.from_pretrained(source, config=config, **chosen, **hub)
-        processor: Any = AttnCapProcessor.from_pretrained(source, **hub)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        model, processor = _load_parts(source, is_folder, chosen, hub)
+    except Exception as error:  # of any kind: the libraries expect other content of the files
         if is_folder:
             raise OSError(f"The folder '{source}' cannot be loaded as a captioner: {error}") from error
         # After the first line, the library gives hints that do not apply here.
@@ -80,12 +79,44 @@ def load_model(
         raise OSError(
             f"'{source}' is not a folder and cannot be loaded from the Hub ({reason.rstrip('.')}): {NAMING_HINT}."
         ) from error
-    processor.image_processor.warn_of_other_statistics(config)
+    processor.image_processor.warn_of_other_statistics(model.config)
     if optimize == "auto":
         model = optimize_for_inference(model, compile)
     # Convolutions of MPS are made for contiguous weights.
     model = model.to(device, memory_format=torch.contiguous_format) if device.type == "mps" else model.to(device)
     return model, processor
+
+
+def _load_parts(source: str, is_folder: bool, chosen: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, Any]:
+    """Loads and checks model and processor; the error of a damaged file names it."""
+    is_own = Path(source) == Path(__file__).parent / "checkpoint"  # the checks take 0.2 s
+    if is_folder and not is_own:
+        check_files(Path(source))
+    with _naming("config.json", is_folder):
+        config = AutoConfig.from_pretrained(source, **hub)
+    if not isinstance(config, AttnCapConfig):
+        raise ValueError(f"it is of type '{config.model_type}', not 'attncap'.")
+    if is_folder and not is_own:
+        check_weights(Path(source), config)
+    with _naming("generation_config.json or the weights", is_folder):
+        model: Any = AttnCapForConditionalGeneration.from_pretrained(source, config=config, use_safetensors=True, **chosen, **hub)
+    with _naming("tokenizer.json, tokenizer_config.json or processor_config.json", is_folder):
+        processor: Any = AttnCapProcessor.from_pretrained(source, **hub)
+    if not is_own:
+        check_parts(model, processor)
+    return model, processor
+
+
+@contextmanager
+def _naming(files: str, is_folder: bool) -> Iterator[None]:
+    """Adds the names of the files and a way out to errors, except to those of the Hub about a missing file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and not is_folder:
+            raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise ValueError(f"{files} cannot be used ({reason}): correct the value, or copy or download the file again.") from error
 
 
 def _check_repository(name: str) -> None:

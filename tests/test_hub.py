@@ -60,6 +60,11 @@ found["homes of parts saved again"] = [type(part).__module__ for part in parts]
 loaded = [AutoConfig, AutoImageProcessor, AutoTokenizer]
 found["classes"] = [type(auto.from_pretrained(folder, **trusted)).__name__ for auto in loaded]
 found["homes"] = sorted({type(part).__module__.split(".")[0] for part in (captioner, model, captioner.processor)})
+for name, options in (("private url", {}), ("allowed url", {"allow_private_urls": True, "timeout": 5})):
+    try:
+        captioner("http://127.0.0.1:9/a.png", **options)
+    except ValueError as error:
+        found[name] = str(error)
 try:
     pipeline("image-to-text", model=folder)
 except ValueError as error:
@@ -142,6 +147,11 @@ def test_remote_code_runs_only_with_trust_remote_code(elsewhere):
     assert elsewhere["homes"] == ["transformers_modules"]
     assert elsewhere["classes"][:2] == ["AttnCapConfig", "AttnCapImageProcessor"]
     assert "trust_remote_code=True" in elsewhere["without trust"]
+
+
+def test_urls_are_checked_without_the_package(elsewhere):
+    assert elsewhere["private url"].startswith("http://127.0.0.1:9/a.png is refused: 127.0.0.1 is 127.0.0.1, not a public address")
+    assert elsewhere["allowed url"].startswith("http://127.0.0.1:9/a.png could not be fetched (")
 
 
 def test_models_with_remote_code_are_saved_with_it(elsewhere):

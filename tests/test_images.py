@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_attncap import images
+from hf_attncap import urls_attncap as urls
 from hf_attncap.images import ImageError, load_image
 
 
@@ -497,7 +497,7 @@ def public_site(site, monkeypatch):
         return dial(("127.0.0.1", port), timeout)
 
     monkeypatch.setattr(socket, "getaddrinfo", fake_resolve)
-    monkeypatch.setattr(images.socket, "create_connection", fake_dial)
+    monkeypatch.setattr(urls.socket, "create_connection", fake_dial)
     return dialled
 
 
@@ -543,14 +543,14 @@ def test_https_requires_a_valid_certificate(site):
 
 
 def test_url_byte_limit(site, monkeypatch):
-    monkeypatch.setattr(images, "MAX_BYTES", 50)
+    monkeypatch.setattr(urls, "MAX_BYTES", 50)
     with pytest.raises(ImageError, match=r"picture\.png is larger than 50 bytes; download it and give its path"):
         load_image(f"{site}/picture.png", allow_private_urls=True)
 
 
 @pytest.mark.parametrize("page", ["drip", "drip-headers"])
 def test_slow_server_is_disconnected(site, monkeypatch, page):
-    monkeypatch.setattr(images, "TIMEOUT", 0.4)
+    monkeypatch.setattr(urls, "TIMEOUT", 0.4)
     start = time.monotonic()
     with pytest.raises(ImageError, match=rf"{page} could not be fetched \(timed out after 0.4 s\)"):
         load_image(f"{site}/{page}", allow_private_urls=True)
@@ -579,14 +579,14 @@ PRIVATE_HOSTS = [
 
 @pytest.mark.parametrize("host", PRIVATE_HOSTS)
 def test_private_addresses_are_never_connected_to(host, monkeypatch):
-    monkeypatch.setattr(images.socket, "create_connection", lambda *a, **k: pytest.fail("dialled"))
+    monkeypatch.setattr(urls.socket, "create_connection", lambda *a, **k: pytest.fail("dialled"))
     with pytest.raises(ImageError, match="is refused: .* not a public address; set allow_private_urls=True"):
         load_image(f"http://{host}/a.png")
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", PUBLIC, "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses_pass(address):
-    assert images._is_public(address)
+    assert urls._is_public(address)
 
 
 def test_private_url_is_refused_by_default(site):
@@ -611,7 +611,7 @@ def test_changing_dns_cannot_reach_a_private_address(public_site, monkeypatch):
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(*entry, (next(answers), 80))])
     # only the first answer is checked and dialled; had the name been resolved again, it would be 127.0.0.1
-    monkeypatch.setattr(images.socket, "create_connection", lambda address, timeout: pytest.fail(address[0]))
+    monkeypatch.setattr(urls.socket, "create_connection", lambda address, timeout: pytest.fail(address[0]))
     with pytest.raises(pytest.fail.Exception, match=PUBLIC):
         load_image("http://pictures.example/picture.png")
 
@@ -620,7 +620,7 @@ def test_host_with_one_private_address_is_refused(monkeypatch):
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     found = [(*entry, (PUBLIC, 80)), (*entry, ("10.0.0.7", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found)
-    monkeypatch.setattr(images.socket, "create_connection", lambda *a, **k: pytest.fail("dialled"))
+    monkeypatch.setattr(urls.socket, "create_connection", lambda *a, **k: pytest.fail("dialled"))
     with pytest.raises(ImageError, match=r"pictures\.example is 10\.0\.0\.7, not a public address"):
         load_image("http://pictures.example/a.png")
 
@@ -639,21 +639,21 @@ def test_redirect_to_a_host_name_of_another_script(public_site):
 
 
 def test_host_names_are_encoded_as_browsers_do():
-    assert images._ascii_host("faß.de") == "xn--fa-hia.de"
-    assert images._ascii_host("fe80::1%25eth0") == "fe80::1%25eth0"
+    assert urls._ascii_host("faß.de", "") == "xn--fa-hia.de"
+    assert urls._ascii_host("fe80::1%25eth0", "") == "fe80::1%25eth0"
 
 
 def test_tls_uses_the_encoded_host_name(public_site, monkeypatch):
     names = []
-    monkeypatch.setattr(images.socket, "create_connection", lambda *args, **kwargs: socket.socket())
+    monkeypatch.setattr(urls.socket, "create_connection", lambda *args, **kwargs: socket.socket())
 
     class Context:
-        def wrap_socket(self, sock, server_hostname):
+        def wrap_socket(self, sock, server_hostname, do_handshake_on_connect):
             names.append(server_hostname)
             sock.close()
             raise OSError("no TLS in this test")
 
-    monkeypatch.setattr(images.ssl, "create_default_context", Context)
+    monkeypatch.setattr(urls.ssl, "create_default_context", Context)
     with pytest.raises(ImageError, match=r"https://bücher\.example/a\.png could not be fetched \(no TLS in this test\)"):
         load_image("https://bücher.example/a.png")
     assert names == [IN_LETTERS]

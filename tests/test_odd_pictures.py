@@ -84,9 +84,12 @@ def test_pipeline_reads_urls_with_broken_metadata(tiny_checkpoint, tmp_path):
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         captions = pipeline("image-captioning", model=str(tiny_checkpoint), device="cpu")
         url = f"http://127.0.0.1:{server.server_port}"
-        assert captions(f"{url}/a.jpg", timeout=20) == captions(str(tmp_path / "a.jpg"))
-        with pytest.raises(ValueError, match="This image cannot be read: .*404"):
-            captions(f"{url}/missing.jpg")
+        found = captions(f"{url}/a.jpg", timeout=20, allow_private_urls=True)
+        assert found == captions(str(tmp_path / "a.jpg"))
+        with pytest.raises(ImageError, match="missing.jpg answered 404"):
+            captions(f"{url}/missing.jpg", allow_private_urls=True)
+        with pytest.raises(ImageError, match="a.jpg is refused: 127.0.0.1 is 127.0.0.1, not a public address"):
+            captions(f"{url}/a.jpg")
         server.shutdown()
 
 

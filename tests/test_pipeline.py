@@ -282,7 +282,7 @@ def test_tokens_of_a_word_are_merged():
     ("inputs", "options", "message"),
     [
         ("missing.jpg", {}, "missing.jpg"),
-        (3, {}, "cannot be read: 3"),
+        (3, {}, "cannot be read from a int"),
         ({"image": "a.jpg"}, {}, "'image'.*`images`.*dataset\\['image'\\]"),
         (["a.jpg", "b.jpg"], {"text": ["a dog"]}, "a list of 1 for 2 images"),
         ("a.jpg", {"text": ["a dog"]}, "for an input that is not a list"),
