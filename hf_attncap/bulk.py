@@ -46,12 +46,12 @@ class Totals:
 
 
 def caption_inputs(
-    captioner: "Captioner", inputs: Iterable[Input], seeded: bool = False, **options: Any
+    captioner: "Captioner", inputs: Iterable[Input], seed: int | None = None, **options: Any
 ) -> Generator[Outcome, None, None]:
     """Captions images one batch at a time, and yields each input with its result or its error, in order.
 
     Args:
-        seeded: for captions that are sampled: seeds the random numbers of each batch with its position.
+        seed: for sampled captions that can be repeated: the position of the first image. Each batch is seeded with its position.
         options: those of `Captioner.stream`, with `batch_size`.
     """
     waiting: deque[Input] = deque()
@@ -70,8 +70,8 @@ def caption_inputs(
     outcomes: Any = captioner.stream(sources(), on_error="yield", **options)
     with closing(outcomes):
         for number in count():
-            if seeded and number % options["batch_size"] == 0:
-                _seed(number)
+            if seed is not None and number % options["batch_size"] == 0:
+                _seed(seed + number)
             outcome = next(outcomes, None)
             yield from errors()
             if outcome is None:
@@ -142,7 +142,7 @@ def caption_to_target(
     inputs: Iterator[Input],
     settings: dict[str, Any],
     batch_size: int,
-    caption: Callable[[Iterator[Input]], Generator[Outcome, None, None]],
+    caption: Callable[[Iterator[Input], int], Generator[Outcome, None, None]],
     report: Callable[[Row | None, Totals], None],
     min_confidence: float | None = None,
 ) -> Totals:
@@ -153,7 +153,8 @@ def caption_to_target(
         inputs: all images, those of earlier runs too.
         settings: what determines the captions.
         batch_size: images per batch. A continued run makes the same batches, so that its captions are the same.
-        caption: captions the images that are not done yet. It is not called if there are none.
+        caption: captions the images that are not done yet, given them and how many were read before. It is not called if there
+            are none.
         report: is called with the number of images that earlier runs have done, and then with each new row.
         min_confidence: as for `as_row`.
 
@@ -174,7 +175,7 @@ def caption_to_target(
         if first is not None and ended:
             raise ValueError(f"{target.name} was begun with fewer images: {first.name} is new. {target.ways_out}")
         if first is not None:
-            with closing(caption(_stamped(chain([first], inputs)))) as outcomes:
+            with closing(caption(_stamped(chain([first], inputs)), progress.batches * batch_size)) as outcomes:
                 for rows, last in _batches(outcomes, batch_size, min_confidence):
                     progress.add(journal, rows, last, report)
         size = _write_output(target, journal) if target.output else None
@@ -200,7 +201,7 @@ class _Progress:
     """Counts the images and compares them with those of earlier runs."""
 
     def __init__(self, target: Target, inputs: Iterator[Input]):
-        self.totals = Totals()
+        self.totals, self.batches = Totals(), 0
         self._target, self._inputs, self._digest = target, inputs, hashlib.sha256()
 
     @property
@@ -237,6 +238,7 @@ class _Progress:
                 if isinstance(self._target.writer, CaptionFiles):
                     self._target.writer.write(row)
             last = batch["last"]
+            self.batches += 1
         return last
 
     def add(self, journal: Journal, rows: list[Row], last: bool, report: Callable[[Row, Totals], None]) -> None:

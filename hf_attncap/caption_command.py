@@ -103,16 +103,16 @@ def _load_captioner(args: argparse.Namespace) -> "Captioner":
 
 
 def _caption(
-    args: argparse.Namespace, captioner: "Captioner", inputs: Iterator[Input], **more: Any
+    args: argparse.Namespace, captioner: "Captioner", inputs: Iterator[Input], start: int | None = None, **more: Any
 ) -> Generator[Outcome, None, None]:
-    """The captions of all inputs, with the options of the command line."""
+    """The captions of all inputs, with the options of the command line; `start` is the position of the first one."""
     sampling = {name: value for name in ("temperature", "top_p") if (value := getattr(args, name)) is not None}
     options = sampling | ({"do_sample": True} if sampling else {})
     if args.max_words is not None:
         options["max_new_tokens"] = args.max_words
     names = ("num_beams", "num_return_sequences", "prompt", "batch_size", "allow_private_urls", "workers")
     options |= {name: getattr(args, name) for name in names} | more
-    return caption_inputs(captioner, inputs, seeded=bool(sampling), **options)
+    return caption_inputs(captioner, inputs, start if sampling else None, **options)
 
 
 def _print_captions(args: argparse.Namespace, folders: dict[str, Path]) -> int:
@@ -171,7 +171,7 @@ def _write_captions(args: argparse.Namespace, target: Target) -> int:
                 inputs,
                 _settings(args, load),
                 args.batch_size,
-                lambda rest: _caption(args, load(), rest, attention=False),
+                lambda rest, start: _caption(args, load(), rest, start, attention=False),
                 report,
                 args.min_confidence,
             )

@@ -250,7 +250,7 @@ def _expand(pattern: str) -> Iterator[Input]:
         elif isinstance(item, Input):
             yield item
         elif item[1]:
-            stack.append(iter(_match_part(*item, visited)))
+            stack.append(_match_part(item[0], item[1], visited))
         elif os.path.isdir(item[0]):
             yield from () if files_only else _walk(item[0])
         elif is_image(item[0]):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from .inputs import ENDINGS
 
@@ -18,37 +18,32 @@ ROW_GROUP = 10_000  # rows of a Parquet file that are in memory at once
 COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # COCO_val2014_000000000042.jpg, and 000000000042.jpg
 
 
-class Writer(Protocol):
+class Writer:
     """Writes all rows to one file, without keeping them in memory."""
 
-    suffixes: tuple[str, ...]
+    suffixes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises an ImportError if a package is missing."""
 
-    def write(self, rows: Iterable[Row], file: BinaryIO) -> None: ...
+    def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
+        raise NotImplementedError
 
 
-class JsonLines:
+class JsonLines(Writer):
     """One JSON object per line, with all keys."""
 
     suffixes = (".jsonl", ".ndjson")
-
-    def check(self) -> None:
-        pass
 
     def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
         for row in rows:
             file.write(json.dumps(row).encode() + b"\n")
 
 
-class Csv:
+class Csv(Writer):
     """RFC 4180 in UTF-8 with a header. The alternatives are JSON."""
 
     suffixes = (".csv",)
-
-    def check(self) -> None:
-        pass
 
     def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -60,7 +55,7 @@ class Csv:
         text.detach()
 
 
-class Parquet:
+class Parquet(Writer):
     """A table of `COLUMNS`, with the alternatives as a list of (caption, score)."""
 
     suffixes = (".parquet",)
@@ -86,16 +81,11 @@ class Parquet:
                 writer.write_table(pa.Table.from_pylist(group, schema))
 
 
-class CocoResults:
+class CocoResults(Writer):
     """COCO results: a JSON list for pycocotools' `COCO(references).loadRes(file)` and `attncap evaluate --predictions`.
 
     `image_id` is the number in a file name of COCO's, for other images the path.
     """
-
-    suffixes = ()
-
-    def check(self) -> None:
-        pass
 
     def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
         separator = b"[\n"

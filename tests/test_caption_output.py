@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,8 +41,22 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return Captioner.from_pretrained(tiny_checkpoint, device="cpu")
+
+
 @pytest.fixture
-def caption(tiny_checkpoint):
+def caption(tiny_checkpoint, loaded, monkeypatch):
+    """Runs the command with the tiny checkpoint, which is loaded only once."""
+    load = Captioner.from_pretrained
+
+    def from_pretrained(name, **options):
+        used = {option for option, value in options.items() if value is not None}
+        return loaded if name == str(tiny_checkpoint) and not used else load(name, **options)
+
+    monkeypatch.setattr(Captioner, "from_pretrained", from_pretrained)
+
     def run(*arguments) -> int:
         return main(["caption", "--model", str(tiny_checkpoint), "--batch-size", "3", *map(str, arguments)])
 
@@ -50,7 +65,7 @@ def caption(tiny_checkpoint):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """`interrupt(n)` ends the next run with Ctrl-C in batch n, counted from 0; `interrupt.batches` has the sizes of all batches."""
+    """`interrupt.at(n)` ends the next run with Ctrl-C in batch n, from 0; `interrupt.batches` has the sizes of all batches."""
     generate, batches = Captioner._caption_batch, []
 
     def arm(number: int) -> None:
@@ -70,8 +85,7 @@ def interrupt(monkeypatch):
         return generate(captioner, images, *rest)
 
     monkeypatch.setattr(Captioner, "_caption_batch", counted)
-    arm.batches = batches
-    return arm
+    return SimpleNamespace(at=arm, batches=batches)
 
 
 def read_rows(path: Path, format: str) -> list[dict]:
@@ -86,11 +100,14 @@ def read_rows(path: Path, format: str) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = {"score": float, "confidence": float, "alternatives": json.loads, "error": str}
-    return [{name: (numbers[name](value) if value else None) if name in numbers else value for name, value in row.items()} for row in rows]
+    return [
+        {name: (numbers[name](value) if value else None) if name in numbers else value for name, value in row.items()}
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("format", FORMATS[:3])
-def test_tables_have_a_row_per_image_and_the_reason_of_broken_ones(format, here, caption, tiny_checkpoint, capfd):
+def test_tables_have_a_row_per_image_and_the_reason_of_broken_ones(format, here, caption, loaded, capfd):
     assert caption("in", "nowhere.png", "--output", f"out.{format}", "--num-return-sequences", 2) == 1
     out, err = capfd.readouterr()
     rows = {row["path"]: row for row in read_rows(here / f"out.{format}", format)}
@@ -99,7 +116,7 @@ def test_tables_have_a_row_per_image_and_the_reason_of_broken_ones(format, here,
         "in/h,\"'.png", "in/i\nj.png", "in/k.png", "in/l.png", "nowhere.png",
     ]  # fmt: skip
     good = [path for path in rows if path not in (*BROKEN, "nowhere.png")]
-    expected = Captioner.from_pretrained(tiny_checkpoint).caption(good, num_return_sequences=2)
+    expected = loaded.caption(good, num_return_sequences=2)
     for path, result in zip(good, expected):
         row = rows.pop(path)
         assert (row["caption"], row["error"], row["confidence"]) == (result.text, None, None)
@@ -121,7 +138,7 @@ def test_a_continued_run_gives_the_bytes_of_an_uninterrupted_one(format, here, c
     assert batches == [2, 2, 3, 3, 1], "the broken images are in the first two batches"
     for number in range(len(batches)):
         interrupt.batches.clear()
-        interrupt(number)
+        interrupt.at(number)
         capfd.readouterr()
         assert caption(*arguments) == 130
         done = [0, 3, 6, 9, 12][number]
@@ -131,6 +148,22 @@ def test_a_continued_run_gives_the_bytes_of_an_uninterrupted_one(format, here, c
         assert interrupt.batches == batches, "no image is captioned twice, and the batches are the same"
         assert contents(here) == expected
         restart(here)
+
+
+def test_a_continued_run_divides_batches_of_large_images_alike(here, caption, interrupt, monkeypatch):
+    monkeypatch.setattr("hf_attncap.images.MAX_BATCH_PIXELS", 2 * 90 * 60 - 1)
+    assert caption("in", "--output", "out.csv") == 1
+    expected, batches = contents(here), list(interrupt.batches)
+    assert batches == [2, 2, 2, 1, 2, 1, 1], "two of three"
+    for number in range(1, len(batches)):
+        (here / "out.csv").unlink()
+        interrupt.batches.clear()
+        interrupt.at(number)
+        assert caption("in", "--output", "out.csv") == 130
+        assert caption("in", "--output", "out.csv") == 1
+        assert contents(here) == expected
+        again = len(interrupt.batches) - len(batches)
+        assert again in (0, 1) and interrupt.batches[-3:] == batches[-3:]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -154,7 +187,7 @@ def test_a_journal_that_was_cut_anywhere_is_continued(format, here, caption, int
     assert caption(*arguments) == 1
     expected = contents(here)
     restart(here)
-    interrupt(2)
+    interrupt.at(2)
     assert caption(*arguments) == 130
     journal = next(here.rglob("rows.jsonl"))
     whole, files = journal.read_bytes(), contents(here)
@@ -166,11 +199,10 @@ def test_a_journal_that_was_cut_anywhere_is_continued(format, here, caption, int
                 (here / path).write_bytes(content)
         journal.parent.mkdir(exist_ok=True)
         journal.write_bytes(whole[:length])
-        (journal.parent / "run.json").exists() or interrupt(0) or caption(*arguments)
         assert caption(*arguments) == 1
         assert contents(here) == expected, length
         restart(here)
-        interrupt(2)
+        interrupt.at(2)
         assert caption(*arguments) == 130
 
 
@@ -205,7 +237,7 @@ def test_a_finished_run_whose_output_is_gone_runs_again(here, caption):
 )
 def test_other_settings_are_refused(finished, options, message, here, caption, interrupt, capfd):
     if not finished:
-        interrupt(2)
+        interrupt.at(2)
     assert caption("in", "--output", "out.jsonl") == (1 if finished else 130)
     before = contents(here)
     capfd.readouterr()
@@ -220,7 +252,7 @@ def test_another_model_of_the_same_name_is_refused(here, make_checkpoint, captio
 
     model = tmp_path / "model"
     shutil.copytree(make_checkpoint(), model)
-    interrupt(1)
+    interrupt.at(1)
     assert caption("in", "--output", "out.jsonl", "--model", model) == 130
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -233,7 +265,7 @@ def test_another_model_of_the_same_name_is_refused(here, make_checkpoint, captio
 @pytest.mark.parametrize("change", ["new", "missing", "changed"])
 def test_other_images_are_refused(change, finished, here, caption, interrupt, capfd):
     if not finished:
-        interrupt(2)
+        interrupt.at(2)
     assert caption("in", "--output", "out.jsonl") == (1 if finished else 130)
     capfd.readouterr()
     file = here / "in" / "b.jpg"
@@ -271,7 +303,7 @@ def test_images_that_vanish_or_come_at_the_end_are_noticed(here, caption, interr
 
 
 def test_a_second_run_on_the_same_output_is_refused(here, caption, interrupt, capfd):
-    interrupt(1)
+    interrupt.at(1)
     assert caption("in", "--output", "out.jsonl") == 130
     with FileLock(here / "out.jsonl.attncap" / "lock"):
         assert caption("in", "--output", "out.jsonl") == 1
@@ -376,14 +408,14 @@ def test_captions_below_the_confidence_are_left_out_with_a_reason(here, pictures
     assert not (here / "in" / "a.txt").exists()
 
 
-def test_a_caption_file_beside_each_image(here, caption, tiny_checkpoint, capfd):
+def test_a_caption_file_beside_each_image(here, caption, loaded, capfd):
     (here / "in" / "k.txt").write_text("mine")
     (here / "in" / "f.jpg").write_bytes((here / "in" / "b.jpg").read_bytes())
     assert caption("in", "https://127.0.0.1/x.png", "--format", "txt", "--num-return-sequences", 2) == 1
     err = capfd.readouterr().err
     files = {str(path.relative_to(here)) for path in here.rglob("*.txt")}
     assert files == {f"in/{name}.txt" for name in ("a", "b", "d/x", "d/y", "e", "f", "g", "h,\"'", "i\nj", "k", "l")}
-    result = Captioner.from_pretrained(tiny_checkpoint).caption("in/b.jpg", num_return_sequences=2)
+    result = loaded.caption("in/b.jpg", num_return_sequences=2)
     for name in ("b", "f"):
         assert (here / "in" / f"{name}.txt").read_text() == f"{result.text}\n{result.alternatives[0].text}\n"
     assert (here / "in" / "k.txt").read_text() == "mine"
@@ -402,7 +434,7 @@ def test_images_of_one_stem_in_different_batches(here, caption, interrupt, capfd
     for number, name in enumerate(("s.bmp", "s.c.png", "s.d.png", "s.e.png", "s.png")):
         (here / "more").mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(here / "more" / name)
-    interrupt(1)
+    interrupt.at(1)
     assert caption("more", "--format", "txt") == 130
     assert caption("more", "--format", "txt") == 1
     assert "more/s.txt is the caption file of more/s.bmp too; rename more/s.png" in capfd.readouterr().err
@@ -426,7 +458,7 @@ def test_sampled_captions_are_the_same_after_a_continued_run(here, caption, inte
     assert caption(*arguments) == 1
     first = (here / "out").read_bytes()
     restart(here)
-    interrupt(2)
+    interrupt.at(2)
     assert caption(*arguments) == 130
     np.random.random()
     assert caption(*arguments) == 1
@@ -504,7 +536,7 @@ def test_outputs_without_a_row_can_be_read(format, here, caption, capfd):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_progress_is_shown_on_a_terminal(here, caption, tiny_checkpoint, monkeypatch):
+def test_progress_is_shown_on_a_terminal(here, caption, monkeypatch):
     """With the number of images, the rate and the time left; messages stay on lines of their own."""
     import fcntl
     import struct
