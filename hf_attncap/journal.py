@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from filelock import FileLock, Timeout
-
 from .atomic import write_json
 
 VERSION = 1  # of the folder's layout
@@ -34,6 +32,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, output: str, ways_out: str):
+        from filelock import FileLock, Timeout  # takes 40 ms
+
         self.folder, self._output, self._ways_out = folder, output, ways_out
         self._rows, self._about = folder / "rows.jsonl", folder / "run.json"
         try:
