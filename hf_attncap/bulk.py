@@ -290,10 +290,13 @@ def _write_output(target: Target, journal: Journal) -> int:
     assert target.output is not None and not isinstance(target.writer, CaptionFiles)
     rows = (row for batch in journal.batches() for row in batch["rows"])
     scratch = target.folder / "output"  # a killed run leaves no other file
-    with open(scratch, "wb") as file:
-        target.writer.write(({name: row[name] for name in row if name not in INTERNAL} for row in rows), file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(scratch, "wb") as file:
+            target.writer.write(({name: row[name] for name in row if name not in INTERNAL} for row in rows), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{scratch} cannot be written ({error.strerror}); make room, and repeat the command to go on") from error
     if os.path.lexists(target.output) and not filecmp.cmp(scratch, target.output, shallow=False):
         raise ValueError(f"{target.output} was written by another program meanwhile. {target.ways_out}")
     size = scratch.stat().st_size

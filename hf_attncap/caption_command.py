@@ -32,6 +32,8 @@ SETTINGS += ("max_words", "min_confidence", "batch_size", "allow_private_urls", 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code: 1 if an image failed."""
     _check_usage(args)
+    if args.engine == "ray":
+        return _run_ray(args)
     target = _find_target(args)
     folders = {kind: folder for kind in PLOTS if (folder := getattr(args, kind))}
     if folders:
@@ -66,6 +68,24 @@ def _check_usage(args: argparse.Namespace) -> None:
     for problem, found in problems.items():
         if found:
             args.usage_error(problem)
+
+
+def _run_ray(args: argparse.Namespace) -> int:
+    unused = {"format": (None, "parquet"), "num_return_sequences": (1,), "workers": (0,), "json": (False,)}
+    unused |= dict.fromkeys(("files_from", "attention", "importance", "min_confidence"), (None,))
+    if args.output is None:
+        args.usage_error("--engine ray needs --output FOLDER")
+    if not args.files:
+        args.usage_error("--engine ray needs PATH")
+    for name, allowed in unused.items():
+        if getattr(args, name) not in allowed:
+            args.usage_error(f"--engine ray and --{name.replace('_', '-')} exclude each other")
+    from .ray_captions import caption_with_ray  # pyright: ignore[reportMissingImports]
+
+    silence_libraries()
+    names = ("num_beams", "prompt", "batch_size", "allow_private_urls", "device", "dtype", "revision")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return caption_with_ray(args.files, args.output, args.model, **options, **_generate_options(args))
 
 
 def _find_target(args: argparse.Namespace) -> Target | None:
@@ -106,13 +126,17 @@ def _caption(
     args: argparse.Namespace, captioner: "Captioner", inputs: Iterator[Input], start: int | None = None, **more: Any
 ) -> Generator[Outcome, None, None]:
     """The captions of all inputs, with the options of the command line; `start` is the position of the first one."""
-    sampling = {name: value for name in ("temperature", "top_p") if (value := getattr(args, name)) is not None}
-    options = sampling | ({"do_sample": True} if sampling else {})
-    if args.max_words is not None:
-        options["max_new_tokens"] = args.max_words
     names = ("num_beams", "num_return_sequences", "prompt", "batch_size", "allow_private_urls", "workers")
-    options |= {name: getattr(args, name) for name in names} | more
-    return caption_inputs(captioner, inputs, start if sampling else None, **options)
+    options = {name: getattr(args, name) for name in names} | _generate_options(args) | more
+    return caption_inputs(captioner, inputs, start if options.get("do_sample") else None, **options)
+
+
+def _generate_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` for options that have other names or imply others."""
+    options = {"temperature": args.temperature, "top_p": args.top_p}
+    options["do_sample"] = True if any(value is not None for value in options.values()) else None
+    options["max_new_tokens"] = args.max_words
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _print_captions(args: argparse.Namespace, folders: dict[str, Path]) -> int:
@@ -195,7 +219,7 @@ def _settings(args: argparse.Namespace, load: "Callable[[], Captioner]") -> dict
     if folder.is_dir():
         settings["the content of the model"] = model_digest(folder)
     else:
-        settings["the commit of the model"] = load().model.config._commit_hash
+        settings["the commit of the model"] = getattr(load().model.config, "_commit_hash", None)
     return settings | {"the version of hf_attncap": __version__}
 
 

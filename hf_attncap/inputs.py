@@ -104,8 +104,8 @@ def find_inputs(paths: Sequence[str], files_from: str | None = None) -> Iterator
 
 
 def count_inputs(paths: Sequence[str], files_from: str | None = None) -> int | None:
-    """The number of `find_inputs`; None if stdin is among them, which can be read only once."""
-    if STDIN in paths or files_from == STDIN:
+    """The number of `find_inputs`; None if stdin or a pipe is among them, which can be read only once."""
+    if STDIN in paths or (files_from is not None and not os.path.isfile(files_from)):
         return None
     return sum(1 for _ in find_inputs(paths, files_from))
 

@@ -7,7 +7,9 @@ A folder beside the output holds:
 - `lock`: locked while a run writes; the lock ends with the process
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,11 +110,16 @@ class Journal:
 
     def append(self, rows: list[Row], last: bool) -> None:
         """Adds a batch. It survives the end of this process at once, but not that of the machine: its rows are then done again."""
-        if self._file is None:
-            self._file = open(self._rows, "ab", buffering=0)  # noqa: SIM115
         line = json.dumps({"rows": rows, "last": last}).encode() + b"\n"
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._rows} cannot be written: the disk is full")
+        try:
+            if self._file is None:
+                self._file = open(self._rows, "ab", buffering=0)  # noqa: SIM115
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(
+                f"{self._rows} cannot be written ({error.strerror}); make room, and repeat the command to go on"
+            ) from error
 
     def finish(self, **about: Any) -> None:
         """Notes that the output is complete, and removes the rows."""

@@ -80,6 +80,11 @@ def _add_caption(commands: Any) -> None:
     add("--temperature", metavar="T", type=_positive, help="sample captions: below 1 more probable words, above 1 more varied ones")
     add("--top-p", metavar="P", type=_probability, help="sample captions from the most probable words that add up to P (0 to 1)")
     add("--batch-size", metavar="N", type=_count, default=8, help="images per forward pass (default: 8)")
+    add(
+        "--engine",
+        choices=("ray",),
+        help="caption folders, Parquet files and WebDataset shards on a Ray cluster; --output is then a folder of Parquet files",
+    )
     add("--workers", metavar="N", type=_whole, default=0, help="processes that read images (default: 0, this process)")
     add("--dtype", metavar="NAME", help="data type of the model, such as bfloat16 (default: the checkpoint's)")
     add("--revision", metavar="NAME", help="branch, tag or commit of a Hub repository")

@@ -206,6 +206,25 @@ def test_a_journal_that_was_cut_anywhere_is_continued(format, here, caption, int
         assert caption(*arguments) == 130
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
+@pytest.mark.parametrize("limit", [1500, 2500, 3500])
+def test_a_run_on_a_full_disk_can_be_continued(limit, here, caption, capfd):
+    import resource
+
+    assert caption("in", "--output", "whole.csv") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capfd.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        code = caption("in", "--output", "out.csv")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and not (here / "out.csv").exists()
+    assert "rows.jsonl cannot be written" in (err := capfd.readouterr().err) and "repeat the command to go on" in err
+    assert caption("in", "--output", "out.csv") == 1
+    assert (here / "out.csv").read_bytes() == (here / "whole.csv").read_bytes()
+
+
 def test_a_finished_run_does_nothing(here, caption, capfd, monkeypatch):
     assert caption("in", "--output", "out.csv") == 1
     written = (here / "out.csv").stat()
@@ -493,6 +512,22 @@ def test_folders_patterns_lists_and_stdin_are_printed(here, caption, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no image")))
     assert caption("-") == 1
     assert capfd.readouterr().err.startswith("attncap: stdin: the bytes object of length 8 is not an image")
+
+
+def test_ray_gets_the_options(monkeypatch, capsys):
+    calls = []
+    ray = SimpleNamespace(caption_with_ray=lambda *args, **options: calls.append((args, options)) or 7)
+    monkeypatch.setitem(sys.modules, "hf_attncap.ray_captions", ray)
+    words = ["caption", "in", "b.tar", "--engine", "ray", "--output", "out", "--model", "m", "--num-beams", "2", "--max-words", "9"]
+    assert main(words) == 7
+    expected = {"num_beams": 2, "batch_size": 8, "allow_private_urls": False, "max_new_tokens": 9}
+    assert calls == [((["in", "b.tar"], "out", "m"), expected)]
+    for wrong in (["--format", "csv"], ["--workers", "2"], ["--json"], ["--attention", "maps"], ["--min-confidence", "0.5"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main(["caption", "in", "--engine", "ray"])
+    assert "--engine ray needs --output FOLDER" in capsys.readouterr().err and len(calls) == 1
 
 
 def test_version(capsys):

@@ -176,6 +176,8 @@ def test_lists_of_names(here, monkeypatch):
     assert names(files_from="nothing") == []
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\n")))
     assert names(files_from="-") == ["a.png"]
+    os.mkfifo("fifo")
+    assert count_inputs([], "zero") == 3 and count_inputs([], "fifo") is None, "a pipe is not read to count its names"
     with pytest.raises(OSError, match="missing cannot be read .*check --files-from"):
         names(files_from="missing")
 
