@@ -95,10 +95,15 @@ def as_row(item: Input, outcome: "CaptionResult | ImageError", min_confidence: f
     if isinstance(outcome, ImageError):
         return row | {"error": str(outcome), "failed": True}
     row |= {"score": outcome.score, "confidence": outcome.confidence, "failed": False}
-    if min_confidence is not None and outcome.confidence is not None and outcome.confidence < min_confidence:
+    if is_doubtful(outcome, min_confidence):
         return row | {"error": f"the confidence is below {min_confidence:g}"}
     alternatives = [{"caption": other.text, "score": other.score} for other in outcome.alternatives]
     return row | {"caption": outcome.text, "words": outcome.words, "alternatives": alternatives}
+
+
+def is_doubtful(result: "CaptionResult", min_confidence: float | None) -> bool:
+    """Whether a result has a confidence, and that is below the limit."""
+    return min_confidence is not None and result.confidence is not None and result.confidence < min_confidence
 
 
 def model_digest(folder: str | os.PathLike[str]) -> str:

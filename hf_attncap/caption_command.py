@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from .bulk import Outcome, Target, Totals, caption_inputs, caption_to_target, model_digest
+from .bulk import Outcome, Target, Totals, caption_inputs, caption_to_target, is_doubtful, model_digest
 from .console import escape_path, print_error, silence_libraries
 from .images import ImageError, describe_error
 from .inputs import STDIN, Input, base_folder, count_inputs, find_inputs
@@ -156,7 +156,7 @@ def _print_captions(args: argparse.Namespace, folders: dict[str, Path]) -> int:
                 if isinstance(result, ImageError):
                     print_error(result, file)
                     failed = True
-                elif _is_doubtful(result, args.min_confidence):
+                elif is_doubtful(result, args.min_confidence):
                     print_error(f"{file}: skipped, its caption has a confidence of {result.confidence:.2f}", file)
                 else:
                     taken |= {path_key(file)} if plotted else set()
@@ -165,10 +165,6 @@ def _print_captions(args: argparse.Namespace, folders: dict[str, Path]) -> int:
                     failed |= not all(plots.values())
             progress.update()
     return int(failed)
-
-
-def _is_doubtful(result: "CaptionResult", min_confidence: float | None) -> bool:
-    return min_confidence is not None and result.confidence is not None and result.confidence < min_confidence
 
 
 def _write_captions(args: argparse.Namespace, target: Target) -> int:
@@ -182,7 +178,7 @@ def _write_captions(args: argparse.Namespace, target: Target) -> int:
             nonlocal done
             done = totals
             if row is None:
-                progress.update(totals.images)
+                progress.start(totals.images)
                 return
             if row["error"]:
                 with progress.paused():
@@ -246,9 +242,15 @@ class _Progress:
             self._bar.total = total
             self._bar.refresh()
 
-    def update(self, images: int = 1) -> None:
+    def start(self, images: int) -> None:
+        """Begins with images that earlier runs have done, which do not count for the rate."""
         if self._bar is not None:
-            self._bar.update(images)
+            self._bar.initial = self._bar.n = images
+            self._bar.refresh()
+
+    def update(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
 
     def paused(self) -> AbstractContextManager[Any]:
         """Hides the bar while messages are printed."""

@@ -10,8 +10,8 @@ A folder beside the output holds:
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -55,9 +55,14 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.close()
-        if not (self._has_rows or self.finished):
-            shutil.rmtree(self.folder)
+        empty = not (self._has_rows or self.finished)
+        if empty:
+            self.discard()
         self._lock.release()
+        if empty:
+            with suppress(OSError):  # another run may have begun
+                (self.folder / "lock").unlink(missing_ok=True)
+                self.folder.rmdir()
 
     @property
     def started(self) -> bool:

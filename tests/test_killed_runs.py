@@ -96,5 +96,5 @@ def test_runs_that_are_killed_a_few_times(format, tiny_checkpoint, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_runs_that_are_killed_twenty_times(format, tiny_checkpoint, tmp_path):
-    codes = check(format, 400, 20, tiny_checkpoint, tmp_path)
+    codes = check(format, 160, 20, tiny_checkpoint, tmp_path)
     assert codes.count(-9) >= 10, "it went on until the end, or was killed twenty times"
