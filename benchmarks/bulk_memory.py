@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from hf_attncap.writers import WRITERS
 from hf_attncap.writers import Row as OutputRow
 
 COLUMNS = {"images": "images", "memory_mib": "resident memory, MiB", "images_per_second": "images per second"}
-TINY = {"encoder_channels": 16, "hidden_size": 16, "attention_dim": 8}
+TINY: dict[str, Any] = {"encoder_channels": 16, "hidden_size": 16, "attention_dim": 8}
 IMAGES_PER_FOLDER = 1000
 
 

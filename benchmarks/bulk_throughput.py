@@ -65,7 +65,8 @@ def make_candidates(args: Any, folder: str) -> list[tuple[Row, Candidate]]:
             found.append(
                 ({"name": FOLDER, **row}, lambda _, model=model, count=workers: caption_folder(model, folder, args.batch, count))
             )
-    stock = pipeline("image-captioning", model=str(args.checkpoint), device=args.device)
+    make: Any = pipeline  # its types do not know the tasks of other packages
+    stock = make("image-captioning", model=str(args.checkpoint), device=args.device)
     for batch in (1, args.batch):
         row = {"name": PIPELINE, "engine": "torch float32", "batch": batch, "workers": 0}
         found.append((row, lambda files, size=batch: list(stock(files, batch_size=size))))

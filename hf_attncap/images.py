@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import io
 import ipaddress
-import itertools
 import os
 import socket
 import ssl
@@ -95,14 +94,15 @@ def make_batches(images: Iterable[tuple[str, Image.Image | ImageError]], batch_s
     error, that is raised after the batch of the images before.
     """
     batch: list[tuple[str, Image.Image | ImageError]] = []
-    pixels, iterator = 0, iter(images)
-    for count in itertools.count(1):
+    count, pixels, iterator = 0, 0, iter(images)
+    while True:
         try:
             batch.append(next(iterator))
         except Exception as error:
             failure = error
             break
         image = batch[-1][1]
+        count += 1
         pixels += image.width * image.height if isinstance(image, Image.Image) else 0
         if count % batch_size == 0 or pixels > MAX_BATCH_PIXELS:
             yield batch
