@@ -16,10 +16,11 @@ MAX_BATCH_PIXELS = 2**26  # all images of a batch are in memory at once
 def make_batches(images: Iterable[tuple[str, Image.Image | ImageError]], batch_size: int) -> Iterator[list[tuple[str, Any]]]:
     """Groups (name, image) into batches of at most `batch_size`, which also end once their images exceed `MAX_BATCH_PIXELS`.
 
-    If `images` raises an error, that is raised after the batch of the images before.
+    A batch ends at each multiple of `batch_size`, so those after it do not depend on the images before. If `images` raises an
+    error, that is raised after the batch of the images before.
     """
     batch: list[tuple[str, Image.Image | ImageError]] = []
-    pixels, iterator = 0, iter(images)
+    count, pixels, iterator = 0, 0, iter(images)
     while True:
         try:
             batch.append(next(iterator))
@@ -27,8 +28,9 @@ def make_batches(images: Iterable[tuple[str, Image.Image | ImageError]], batch_s
             failure = error
             break
         image = batch[-1][1]
+        count += 1
         pixels += image.width * image.height if isinstance(image, Image.Image) else 0
-        if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
+        if count % batch_size == 0 or pixels > MAX_BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
     if batch:

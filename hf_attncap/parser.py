@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `attncap`. The parsed arguments hold the name of the command in `command`."""
     parser = argparse.ArgumentParser("attncap", description="Captions images and shows which regions the model attended to.")
+    parser.add_argument("--version", action="version", version=f"attncap {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     _add_caption(commands)
     _add_evaluate(commands)
@@ -24,12 +27,25 @@ def _add_caption(commands: Any) -> None:
     caption = commands.add_parser(
         "caption",
         help="caption images",
-        description="Prints one line per image: its path, a tab and the caption. Images that cannot be read are skipped with a "
-        "message on stderr, and the exit code is then 1. Line breaks and tabs in paths are printed as \\n, \\r and \\t; --json "
-        "prints paths unchanged.",
+        description="Prints one line per image: its path, a tab and the caption. With --output, it writes a file instead; run the "
+        "same command again if it was interrupted. Images that cannot be read are skipped with a message on stderr, and the exit "
+        "code is then 1. Line breaks and tabs in paths are printed as \\n, \\r and \\t; --json prints paths unchanged.",
     )
     add = caption.add_argument
-    add("files", nargs="+", metavar="FILE", help="an image: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
+    add(
+        "files",
+        nargs="*",
+        metavar="PATH",
+        help="an image, an http(s) URL, a folder (with its subfolders), a quoted pattern such as '**/*.jpg', or - for an image on "
+        "stdin; write ./-x.jpg for -x.jpg",
+    )
+    add("--files-from", metavar="LIST", type=_file, help="a file of paths, one per line or separated by NUL bytes; - is stdin")
+    add("--output", metavar="FILE", type=_file, help="write the captions to FILE instead of printing them")
+    add(
+        "--format",
+        choices=("jsonl", "csv", "parquet", "coco", "txt"),
+        help="format of --output (default: from its ending); txt writes photo.txt beside photo.jpg and needs no --output",
+    )
     add(
         "--model",
         metavar="DIR_OR_NAME",
@@ -60,7 +76,18 @@ def _add_caption(commands: Any) -> None:
         type=_probability,
         help="skip captions with a confidence below P (0 to 1); their images are listed on stderr",
     )
+    add("--max-words", metavar="N", type=_count, help="longest caption, without the prompt")
+    add("--temperature", metavar="T", type=_positive, help="sample captions: below 1 more probable words, above 1 more varied ones")
+    add("--top-p", metavar="P", type=_probability, help="sample captions from the most probable words that add up to P (0 to 1)")
     add("--batch-size", metavar="N", type=_count, default=8, help="images per forward pass (default: 8)")
+    add(
+        "--engine",
+        choices=("ray",),
+        help="caption folders, Parquet files and WebDataset shards on a Ray cluster; --output is then a folder of Parquet files",
+    )
+    add("--workers", metavar="N", type=_whole, default=0, help="processes that read images (default: 0, this process)")
+    add("--dtype", metavar="NAME", help="data type of the model, such as bfloat16 (default: the checkpoint's)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a Hub repository")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
     add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
     caption.set_defaults(usage_error=caption.error)
@@ -200,6 +227,22 @@ def _file(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the file name is empty")
     return text
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
 
 
 def _count(text: str) -> int:

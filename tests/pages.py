@@ -58,7 +58,7 @@ def check_commands(folder: Path, commands: list[str], training_options: str = ""
     """
     output = ""
     for command in commands:
-        if command.startswith("attncap caption ") or "--inspect" in command:
+        if (command.startswith("attncap caption ") and " < " not in command) or "--inspect" in command:
             output = run_here(command, folder)
             continue
         result = run(f"{command} {training_options}" if "attncap train" in command else command, folder)

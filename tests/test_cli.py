@@ -98,7 +98,7 @@ def test_unreadable_images_are_reported_and_the_others_captioned(tiny_checkpoint
     lines = err.splitlines()
     assert len(lines) == len(broken)
     for file, line, way_out in zip(
-        broken, lines, ["check the path", "save or download", "save or download", "save it as", "name an image file"]
+        broken, lines, ["check the path", "save or download", "save or download", "save it as", "a folder without images"]
     ):
         assert line.startswith("attncap: ") and file in line and way_out in line
 
@@ -254,7 +254,7 @@ def test_invalid_config_is_reported_in_one_sentence(tiny_checkpoint, pictures, t
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
-        (["caption"], "required: FILE"),
+        (["caption"], "required: PATH"),
         (["caption", "a.jpg", "--num-beams", "0"], "at least 1"),
         (["caption", "a.jpg", "--batch-size", "many"], "at least 1"),
         (["caption", "a.jpg", "--num-beams", "2", "--num-return-sequences", "3"], "needs --num-beams 3 or more"),

@@ -135,6 +135,16 @@ def test_captions_and_confidences_shown_are_those_of_the_checkpoint():
     assert checked >= 10
 
 
+def test_memory_over_many_images_is_as_measured():
+    rows = json.loads((ROOT / "model_card" / "results" / "bulk_memory.json").read_text())["rows"]
+    found = re.search(
+        r"had ([\d.]+) MiB of memory after ([\d,]+) images and ([\d.]+) MiB after ([\d,]+)", read("docs/many_images.md")
+    )
+    assert found
+    shown = [(int(found[number + 1].replace(",", "")), float(found[number])) for number in (1, 3)]
+    assert shown == [(row["images"], row["memory_mib"]) for row in (rows[0], rows[-1])]
+
+
 def test_scripts_are_executable_and_named_where_they_are_used():
     assert (ROOT / SCRIPT).stat().st_mode & 0o111 and SCRIPT in read("RESULTS.md")
 

@@ -102,6 +102,20 @@ def test_shell_commands_of_the_metrics_page_run(folder):
     assert "cider" in json.loads((folder / "scores.json").read_text())["scores"]
 
 
+def test_shell_commands_of_the_page_about_many_images_run(folder, tmp_path):
+    """In a folder of their own: they write a caption file beside each image."""
+    shutil.copy(folder / "cat.png", tmp_path)
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    last = check_commands(tmp_path, shell_commands("docs/many_images.md"))
+    assert last == "", "captions beside the images"
+    assert len((tmp_path / "printed.txt").read_text().splitlines()) == 21
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [f"pictures/{number}.jpg" for number in range(10)]
+    assert (tmp_path / "pictures" / "3.txt").read_text() == f"{rows[3]['caption']}\n"
+    assert [row["caption"] for row in json.loads((tmp_path / "results.json").read_text())] == [row["caption"] for row in rows]
+    assert all((tmp_path / name).exists() for name in ("captions.csv", "captions.parquet", "listed.csv"))
+
+
 @pytest.mark.slow
 def test_fine_tuning_commands_of_the_training_page_run(folder):
     check_commands(folder, fine_tuning_commands(), "--num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu True")

@@ -208,7 +208,7 @@ def test_all_scripts_run_with_options_that_they_have(tmp_path, monkeypatch):
 
 
 def test_commands_on_the_page_have_options_that_exist():
-    for command in shell_commands(pages.PAGE):
+    for command in shell_commands(pages.PAGES[0]):
         module = command.split()[2].replace(".", "/")
         file = ROOT / f"{module}.py" if (ROOT / f"{module}.py").exists() else ROOT / module / "__main__.py"
         for option in re.findall(r"--\w+", command):
@@ -230,7 +230,7 @@ def test_tables_of_the_pages_are_those_of_the_results():
 def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
     """Of each script in docs/speed.md, and of captions in README.md."""
     (tmp_path / "docs").mkdir()
-    for page in (pages.README, pages.PAGE):
+    for page in (pages.README, *pages.PAGES):
         (tmp_path / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
     rows = [
         {"name": name, "engine": engine, "batch": 1, "ms_per_image": ms}
@@ -257,7 +257,7 @@ def test_pages_are_written_from_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     assert pages.main([]) == 1 and "--write" in capsys.readouterr().err
     assert pages.main(["--write"]) == 0 and pages.main([]) == 0
-    readme, page = ((tmp_path / name).read_text(encoding="utf-8") for name in (pages.README, pages.PAGE))
+    readme, page = ((tmp_path / name).read_text(encoding="utf-8") for name in (pages.README, pages.PAGES[0]))
     assert "| ms per photograph, 2 cores of Tested CPU | this package | vit-gpt2 | GIT-base | BLIP-base |" in readme
     assert "| torch float32 | 28.2 | 1,012 | not measured | not measured |" in readme
     assert "| exported, openvino-int8 | 8.00 |" in readme and "onnx" not in readme, "only the first export"

@@ -1,4 +1,4 @@
-"""Writes the speed tables in README.md and docs/speed.md from the JSON files of the speed scripts.
+"""Writes the speed tables in README.md, docs/speed.md and docs/many_images.md from the JSON files of the speed scripts.
 
 python -m benchmarks.speed.pages              # exit code 1 if a page differs from the files
 python -m benchmarks.speed.pages --write
@@ -14,7 +14,7 @@ from typing import Any
 from .measure import NOT_MEASURED, ROOT, describe_run, format_value, markdown_table
 
 RESULTS = ROOT / "model_card" / "results" / "speed"
-README, PAGE = "README.md", "docs/speed.md"
+README, PAGES = "README.md", ("docs/speed.md", "docs/many_images.md")
 OWN, PEERS = "this package", ("vit-gpt2", "GIT-base", "BLIP-base")
 README_TABLE = re.compile(r"^\| ms per photograph.*\n(?:\|.*\n)+", flags=re.M)
 TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", flags=re.S)
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = load_results()
     stale = {
-        page: text for page in (README, PAGE) if (text := update_tables(page, results)) != (ROOT / page).read_text(encoding="utf-8")
+        page: text
+        for page in (README, *PAGES)
+        if (text := update_tables(page, results)) != (ROOT / page).read_text(encoding="utf-8")
     }
     if args.write:
         for page, text in stale.items():
