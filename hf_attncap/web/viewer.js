@@ -14,7 +14,7 @@
   const MIN_ATTENTION_SCALE = 3; // times uniform; this and the next are those of the plots in visualize.py
   const MIN_IMPORTANCE_SCALE = 0.5; // nats
   const MIN_SIDE = 48; // CSS pixels of the short side: a longer picture scrolls in its frame
-  const SMALL_PICTURE = 360; // CSS pixels of the long side to which a smaller picture is enlarged
+  const SMALL_PICTURE = 560; // CSS pixels of the long side to which a smaller picture is enlarged
 
   const mounted = new WeakMap(); // element -> function that ends its observers
   let mounts = 0;
@@ -73,8 +73,8 @@
         low: 0,
         high: largest(data.importance, MIN_IMPORTANCE_SCALE),
         colours: palette(VIRIDIS),
-        write: (value) => `${value.toFixed(2).replace("-", "−")} nats`,
-        meaning: "How much the log-probability of the word falls if the region is hidden. Grey: it does not fall.",
+        write: (value) => value.toFixed(2).replace("-", "−"),
+        meaning: "How much the log-probability of the word falls, in nats, if the region is hidden. Grey: it does not fall.",
         region: "depends on this",
       });
     }
@@ -171,7 +171,9 @@
       stage.style.setProperty("--attncap-aspect", aspect);
       stage.style.setProperty("--attncap-natural", `${natural}px`);
       stage.style.setProperty("--attncap-least", `${MIN_SIDE * Math.max(aspect, 1)}px`);
-      stage.closest(".attncap").classList.toggle("attncap-tall", aspect < 0.9);
+      const root = stage.closest(".attncap");
+      root?.classList.toggle("attncap-tall", aspect < 0.9);
+      root?.classList.toggle("attncap-wide", aspect > 2);
       redraw();
     };
     image.onerror = onError;
@@ -255,11 +257,12 @@
     legend.replaceChildren(scale, make("p", "", {}, layer.meaning));
   }
 
-  /** Colours a word by its value at the region, or removes the colour. */
+  /** Colours a word by its value at a region, or removes the colour. */
   function light(button, layer, value) {
     const share = value === null ? 0 : level(layer, value);
-    const rgb = layer.colours[Math.round(255 * share)];
-    button.classList.toggle("attncap-lit", share > 0);
+    const chip = getComputedStyle(button).getPropertyValue("--attncap-chip").match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
+    const alpha = share ** 0.5; // low values are close to the colour of other words, as low values on the picture are to grey
+    const rgb = layer.colours[Math.round(255 * share)].map((v, c) => alpha * v + (1 - alpha) * chip[c]);
     button.style.backgroundColor = share > 0 ? css(rgb) : "";
     button.style.color = share > 0 ? (luminance(rgb) > 0.179 ? "#000" : "#fff") : "";
     button.lastChild.textContent = value === null ? "" : layer.write(value);
