@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .html_page import render_frame, render_page
+from .summary import plot_summary
 from .visualize import attention_layer, importance_layer, plot_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+NO_IMPORTANCE = "This result has no importance: get one with `Captioner.explain` or `explain=True`."
 
 
 class Alternative(NamedTuple):
@@ -85,6 +89,38 @@ class CaptionResult:
             ValueError: the result has no importance.
         """
         if self.importance is None:
-            raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
+            raise ValueError(NO_IMPORTANCE)
         layers = [attention_layer(self.attention), importance_layer(self.importance)]
         return plot_layers(self.image, self.text, self.words, layers, path)
+
+    def plot_summary(self, path: str | os.PathLike | None = None) -> "Figure":
+        """Plots the image with the regions that each content word of the caption depends on most, and their importance.
+
+        Words whose importance is below 0.5 nats everywhere are listed, but not marked on the image.
+
+        Args:
+            path: as for `plot_attention`.
+
+        Raises:
+            ImportError, OSError, ValueError: as `plot_importance`.
+        """
+        if self.importance is None:
+            raise ValueError(NO_IMPORTANCE)
+        figure = plot_summary(self.image, self.text, self.words, self.importance)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def to_html(self, title: str | None = None) -> str:
+        """An HTML page with the interactive view: words light their regions, regions light the words that looked there.
+
+        The page works offline and loads nothing. It holds the image as a JPEG of at most 1280 pixels. A notebook shows a result
+        in this way by itself.
+
+        Args:
+            title: a heading above the view, such as a file name. Default: none.
+        """
+        return render_page(self, title)
+
+    def _repr_html_(self) -> str:
+        return render_frame(self)
