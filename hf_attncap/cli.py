@@ -237,6 +237,12 @@ def _caption(args: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from .explain_command import run
+
+    return run(args)
+
+
 def _write_plot(file: str, result: "CaptionResult", kind: str, folder: Path, taken: set[str]) -> Path | None:
     """Writes the plot of "attention" or "importance" and returns its path; None if that fails, with a message on stderr."""
     from .images import describe_error
@@ -320,6 +326,7 @@ COMMANDS = {
     "caption": _caption,
     "card": _card,
     "evaluate": _evaluate,
+    "explain": _explain,
     "export": _export,
     "export-hub": _export_hub,
     "pack": _pack,

@@ -44,7 +44,7 @@ PAGE = """<html lang="en">
 def render_page(result: Any, title: str | None = None) -> str:
     """An HTML page with the interactive view of a caption, which works offline.
 
-    Without JavaScript it shows the picture and the caption. Its Content-Security-Policy allows only this package's style and script.
+    Without JavaScript it shows the picture and the caption. Its Content-Security-Policy allows only its own style and script.
 
     Args:
         result: a `CaptionResult`.

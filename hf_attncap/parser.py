@@ -12,6 +12,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("attncap", description="Captions images and shows which regions the model attended to.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     _add_caption(commands)
+    _add_explain(commands)
     _add_evaluate(commands)
     commands.add_parser("train", help="train or fine-tune a captioner; `attncap train --help` lists its options")
     _add_card(commands)
@@ -64,6 +65,31 @@ def _add_caption(commands: Any) -> None:
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
     add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
     caption.set_defaults(usage_error=caption.error)
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="show which regions each word of a caption attended to and depends on",
+        description="Writes three files per image to DIR: NAME.html, an interactive page that works offline; NAME.summary.png, the "
+        "image with the regions that the words depend on; and NAME.importance.png, one attention map and one importance map per "
+        "word. Prints the caption and the names and sizes of the files. Images that cannot be read are skipped with a message on "
+        "stderr, and the exit code is then 1.",
+    )
+    add = explain.add_argument
+    add("files", nargs="+", metavar="FILE", help="an image: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help="the folder to write; replaces only files of earlier runs")
+    add(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
+    )
+    add("--num-beams", metavar="N", type=_count, help="beam width (default: the model's generation_config.json)")
+    add("--num-return-sequences", metavar="N", type=_count, default=1, help="captions per image (default: 1)")
+    add("--prompt", metavar="TEXT", help="the beginning of all captions")
+    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
+    add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
+    explain.set_defaults(usage_error=explain.error)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -1,6 +1,5 @@
 """The summary picture of a caption: the photograph with the regions that the content words depend on."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,11 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Of English captions. Words of other languages all count as content words.
-FUNCTION_WORDS = frozenset(
-    "a an the this that these those some its his her their and or but while as of in on at by with without from to into onto over "
-    "under near next through across along around behind between during for off out up down is are was were be being been am has "
-    "have had do does it he she they them him there which who".split()
-)
+FUNCTION_WORDS = {
+    "a", "across", "along", "am", "an", "and", "are", "around", "as", "at", "be", "been", "behind", "being", "between",
+    "but", "by", "do", "does", "down", "during", "for", "from", "had", "has", "have", "he", "her", "him", "his", "in",
+    "into", "is", "it", "its", "near", "next", "of", "off", "on", "onto", "or", "out", "over", "she", "some", "that", "the",
+    "their", "them", "there", "these", "they", "this", "those", "through", "to", "under", "up", "was", "were", "which",
+    "while", "who", "with", "without",
+}  # fmt: skip
 MAX_MARKED = 7
 # Okabe and Ito's colours, which colour-blind people can tell apart; the numbers tell the words apart without them.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#0072b2")
@@ -25,6 +26,7 @@ AREA = 32.0  # square inches of the photograph
 LONGEST = 9.0  # inches of its longer side
 SIDE_COLUMN = 3.6  # inches for the words beside a tall photograph
 LINE = 0.26  # inches
+NOTE_SIZE = 9.5  # points
 BADGE = 0.2  # inches between the centres of two badges
 
 
@@ -48,7 +50,7 @@ def content_words(words: Sequence[str], importance: np.ndarray) -> tuple[list[Ma
     A word is marked if hiding one region lowers its log-probability by at least `MIN_IMPORTANCE_SCALE` nats; of more than
     `MAX_MARKED` such words, those with the highest importance are.
     """
-    peaks = importance.reshape(len(words), -1).max(axis=1, initial=-np.inf)  # (T)
+    peaks = importance.max(axis=(1, 2), initial=-np.inf)  # (T)
     content = [n for n, word in enumerate(words) if word.lower().strip(".,!?;:") not in FUNCTION_WORDS]
     strong = sorted((n for n in content if peaks[n] >= MIN_IMPORTANCE_SCALE), key=lambda n: -peaks[n])[:MAX_MARKED]
     marks = []
@@ -74,8 +76,8 @@ def plot_summary(image: Image.Image, text: str, words: Sequence[str], importance
     width, height = scale * aspect, scale
     beside = aspect < 0.9
     full = width + SIDE_COLUMN if beside else max(width, 5.0)  # inches without margins
-    heading = textwrap.wrap(text, max(int(full * 7), 20))
-    lines = _lines(marks, unmarked, int((SIDE_COLUMN if beside else full) * 13))
+    heading = _wrap(text, full, 17)
+    lines = _lines(marks, unmarked, SIDE_COLUMN - 0.2 if beside else full)
     top, below = 0.15 + 0.32 * len(heading), 0.15 + LINE * len(lines)
     body = max(height, below) if beside else height + below
     size = (full + 0.4, body + top + 0.2)
@@ -89,11 +91,11 @@ def plot_summary(image: Image.Image, text: str, words: Sequence[str], importance
         if mark is not None:
             _draw_badge(figure, mark, (left + 0.1) / size[0], y)
         indent = 0.3 if mark is not None else 0.0
-        figure.text((left + indent) / size[0], y, line, fontsize=12 if mark else 9.5, va="center", parse_math=False)
+        figure.text((left + indent) / size[0], y, line, fontsize=12 if mark else NOTE_SIZE, va="center", parse_math=False)
     return figure
 
 
-def _lines(marks: list[Mark], unmarked: list[str], letters: int) -> list[tuple[Mark | None, str]]:
+def _lines(marks: list[Mark], unmarked: list[str], width: float) -> list[tuple[Mark | None, str]]:
     """The list of words, and what the marks mean."""
     lines: list[tuple[Mark | None, str]] = [
         (mark, f"{mark.word if len(mark.word) <= 24 else mark.word[:23] + '…'}  {mark.peak:.2f} nats") for mark in marks
@@ -103,7 +105,29 @@ def _lines(marks: list[Mark], unmarked: list[str], letters: int) -> list[tuple[M
     notes = [meaning if marks else none]
     if unmarked:
         notes.append(f"Not marked: {', '.join(unmarked)}.")
-    return lines + [(None, line) for note in notes for line in textwrap.wrap(note, max(letters, 20))]
+    return lines + [(None, line) for note in notes for line in _wrap(note, width, NOTE_SIZE)]
+
+
+def _wrap(text: str, width: float, size: float) -> list[str]:
+    """Lines of at most `width` inches, for a font size in points. A word that is longer is split."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    def fits(line: str) -> bool:
+        points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=size), ismath=False)
+        return points / 72 <= 0.97 * width  # rendered letters are rounded to pixels
+
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if fits(longer):
+            lines[-1] = longer
+            continue
+        for letter in f" {word}" if lines[-1] else word:
+            if letter == " " or not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter.strip()
+    return lines
 
 
 def _photo(image: Image.Image, width: float, height: float) -> Image.Image:

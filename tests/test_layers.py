@@ -25,6 +25,7 @@ LAYERS = {
     "hf_attncap": [
         {"__main__"},
         {"cli"},
+        {"explain_command"},
         {"parser"},
         {"captioner", "export"},
         {"torch_engine"},
@@ -45,7 +46,7 @@ LAYERS = {
         {"configuration_attncap"},
         {"confidence_attncap", "efficientnet_lite_attncap", "image_files_attncap", "occlusion", "word_vectors", "words_attncap"},
         {"metrics"},
-        {"atomic"},
+        {"atomic", "console"},
     ],
     "hf_attncap.metrics": [
         {"evaluate_modules"},

@@ -1,0 +1,26 @@
+"""What the commands of `attncap` print besides their results."""
+
+import re
+import sys
+
+
+def print_error(error: Exception | str, file: str = "") -> None:
+    """Prints one line on stderr. `file` is a path in it that may have line breaks."""
+    text = str(error)
+    text = text.replace(file, escape_path(file)) if file else text
+    print("attncap:", re.sub(r"\s*[\r\n]\s*", " ", text), file=sys.stderr)
+
+
+def escape_path(file: str) -> str:
+    """A path without line breaks and tabs."""
+    return file.translate({ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"})
+
+
+def silence_libraries() -> None:
+    """Turns off progress bars and hints of transformers and huggingface_hub: stderr is for errors."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
