@@ -26,7 +26,7 @@ AREA = 32.0  # square inches of the photograph
 LONGEST = 9.0  # inches of its longer side
 SIDE_COLUMN = 3.6  # inches for the words beside a tall photograph
 LINE = 0.26  # inches
-NOTE_SIZE = 9.5  # points
+WORD_SIZE, NOTE_SIZE = 12.0, 9.5  # points
 BADGE = 0.2  # inches between the centres of two badges
 
 
@@ -91,15 +91,16 @@ def plot_summary(image: Image.Image, text: str, words: Sequence[str], importance
         if mark is not None:
             _draw_badge(figure, mark, (left + 0.1) / size[0], y)
         indent = 0.3 if mark is not None else 0.0
-        figure.text((left + indent) / size[0], y, line, fontsize=12 if mark else NOTE_SIZE, va="center", parse_math=False)
+        figure.text((left + indent) / size[0], y, line, fontsize=WORD_SIZE if mark else NOTE_SIZE, va="center", parse_math=False)
     return figure
 
 
 def _lines(marks: list[Mark], unmarked: list[str], width: float) -> list[tuple[Mark | None, str]]:
     """The list of words, and what the marks mean."""
-    lines: list[tuple[Mark | None, str]] = [
-        (mark, f"{mark.word if len(mark.word) <= 24 else mark.word[:23] + '…'}  {mark.peak:.2f} nats") for mark in marks
-    ]
+    lines: list[tuple[Mark | None, str]] = []
+    for mark in marks:
+        start, *rest = _wrap(mark.word, width - 1.4, WORD_SIZE)
+        lines.append((mark, f"{start}{'…' if rest else ''}  {mark.peak:.2f} nats"))
     meaning = "Number: the region that the word depends on most. Outline: at least half of that importance."
     none = f"Hiding a region lowers no content word's log-probability by {MIN_IMPORTANCE_SCALE} nats or more."
     notes = [meaning if marks else none]
