@@ -94,7 +94,7 @@ def viewer_data(result: Any) -> dict[str, Any]:
 def data_url(image: Image.Image) -> str:
     """The picture as a JPEG in a data: URL, at most `MAX_SIDE` pixels wide and high."""
     scale = min(1.0, MAX_SIDE / max(image.size))
-    size = tuple(max(round(side * scale), 1) for side in image.size)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     small = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)

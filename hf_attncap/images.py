@@ -87,31 +87,41 @@ def is_tensor(source: Any) -> bool:
     return isinstance(source, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
-def load_batches(
-    sources: Iterable[Any], batch_size: int, allow_private_urls: bool
-) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
-    """Yields batches of (name, image); an `ImageError` replaces an image that cannot be read.
+def make_batches(images: Iterable[tuple[str, Image.Image | ImageError]], batch_size: int) -> Iterator[list[tuple[str, Any]]]:
+    """Groups (name, image) into batches of at most `batch_size`, which also end once their images exceed `MAX_BATCH_PIXELS`.
 
-    A batch has at most `batch_size` images and ends once they exceed `MAX_BATCH_PIXELS`.
+    If `images` raises an error, that is raised after the batch of the images before.
     """
     batch: list[tuple[str, Image.Image | ImageError]] = []
-    pixels = 0
-    for number, source in enumerate(sources):
-        name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
+    pixels, iterator = 0, iter(images)
+    while True:
         try:
-            image = load_image(source, allow_private_urls=allow_private_urls)
-            pixels += image.width * image.height
-        except ImageError as error:
-            image = error
-        except Exception as error:  # anything: sources of unknown types, memory
-            image = ImageError(f"{name} cannot be read: {describe_error(error)}")
-            image.__cause__ = error
-        batch.append((name, image))
+            batch.append(next(iterator))
+        except Exception as error:
+            failure = error
+            break
+        image = batch[-1][1]
+        pixels += image.width * image.height if isinstance(image, Image.Image) else 0
         if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
     if batch:
         yield batch
+    if not isinstance(failure, StopIteration):
+        raise failure
+
+
+def read_image(number: int, source: Any, allow_private_urls: bool) -> tuple[str, Image.Image | ImageError]:
+    """The name of image `number`, and the image, or an `ImageError` for one that cannot be read."""
+    name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else f"images[{number}]"
+    try:
+        return name, load_image(source, allow_private_urls=allow_private_urls)
+    except ImageError as error:
+        return name, error
+    except Exception as error:  # anything: sources of unknown types, memory
+        failure = ImageError(f"{name} cannot be read: {describe_error(error)}")
+        failure.__cause__ = error
+        return name, failure
 
 
 def describe_error(error: Exception) -> str:

@@ -1,12 +1,16 @@
-"""Greedy and beam search in numpy for exported captioners. The captions are the same as those of `search_attncap.py`.
+"""Greedy search, sampling and beam search in numpy for exported captioners. Without sampling, the captions are the same as those of
+`search_attncap.py`.
 
 Shapes: B images, K beams per image, L tokens at most, t tokens so far, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
+
+from .engine import SAMPLING_ARGUMENTS, check_sampling, unknown_argument
 
 IMPOSSIBLE = np.float32(-1.0e9)  # the score of a beam that must not be chosen, as in transformers
 # A token of a beam: the beam that generated it, its log-probability, and the entropy of the distribution that it was chosen from.
@@ -46,6 +50,58 @@ class SearchSettings:
         return longest
 
 
+@dataclass
+class Sampling:
+    """The settings of sampling, under their names and with the defaults of transformers."""
+
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"an integer, at least {least}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+
+
+_POSITIVE = (lambda value: _is_number(value) and value > 0, "a number above 0")
+# The arguments of `generate` that exported captioners have: whether a value can be used, and which values can.
+CHANGEABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": _whole(1),
+    "min_new_tokens": _whole(0),
+    "no_repeat_ngram_size": _whole(0),
+    "length_penalty": (_is_number, "a number"),
+    "repetition_penalty": _POSITIVE,
+    "early_stopping": (lambda value: value in (True, False, "never"), "True, False or 'never'"),
+    "do_sample": (lambda value: isinstance(value, bool), "True or False"),
+    "temperature": _POSITIVE,
+    "top_k": _whole(0),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, at most 1"),
+}
+
+
+def change_settings(settings: SearchSettings, generate_kwargs: Mapping[str, Any]) -> tuple[SearchSettings, Sampling | None]:
+    """The settings with arguments of `generate`, and those of sampling, or None without sampling; raises a ValueError."""
+    for name, value in generate_kwargs.items():
+        if name in SAMPLING_ARGUMENTS | {item.name for item in fields(SearchSettings)} and name not in CHANGEABLE:
+            raise ValueError(
+                f"Exported captioners do not have `{name}`: use the checkpoint without export, or one of {', '.join(CHANGEABLE)}."
+            )
+        if name not in CHANGEABLE:
+            raise ValueError(unknown_argument(name, CHANGEABLE))
+        is_valid, allowed = CHANGEABLE[name]
+        if not is_valid(value):
+            raise ValueError(f"`{name}` is {value!r:.60}, but it must be {allowed}.")
+    check_sampling(generate_kwargs, False)
+    given = dict(generate_kwargs)
+    drawn = {name: given.pop(name) for name in SAMPLING_ARGUMENTS & set(given)}
+    sampling = Sampling(**drawn) if given.pop("do_sample", False) else None
+    return replace(settings, **given), sampling
+
+
 class Decoder(Protocol):
     """The decoder's steps for the captions of B images."""
 
@@ -59,37 +115,70 @@ class Decoder(Protocol):
         """Keep the captions at these indices (B, K) of each image, in this order."""
 
 
-def search(decoder: Decoder, settings: SearchSettings, images: int, prompt: list[int], beams: int, wanted: int) -> Captions:
-    """Decode with `beams` beams, 1 for greedy search; return the `wanted` best captions per image, best first."""
+def search(
+    decoder: Decoder,
+    settings: SearchSettings,
+    images: int,
+    prompt: list[int],
+    beams: int,
+    wanted: int,
+    sampling: Sampling | None = None,
+) -> Captions:
+    """Decode with `beams` beams, 1 for greedy search; return the `wanted` best captions per image, best first.
+
+    With `sampling`, sample `wanted` captions per image.
+    """
     start = 1 + len(prompt)
-    tokens = np.zeros((images, beams, settings.longest(start)), dtype=TOKEN)  # (B, K, L)
+    rows = beams if sampling is None else wanted
+    tokens = np.zeros((images, rows, settings.longest(start)), dtype=TOKEN)  # (B, K, L)
     tokens["id"], tokens["beam"] = settings.pad_token_id, NOT_GENERATED
     tokens["id"][:, :, :start] = [settings.decoder_start_token_id, *prompt]
-    outputs = decoder.read_prompt(tokens["id"][0, 0, :start], beams)
+    outputs = decoder.read_prompt(tokens["id"][0, 0, :start], rows)
     if beams == 1:
-        return _greedy_search(decoder, settings, tokens, start, outputs)
+        return _extend(decoder, settings, tokens, start, outputs, sampling)
     return _beam_search(decoder, settings, tokens, start, wanted, outputs)
 
 
-def _greedy_search(decoder: Decoder, settings: SearchSettings, tokens: np.ndarray, start: int, outputs: Any) -> Captions:
-    """The most probable token at each step."""
-    running = np.ones(len(tokens), dtype=bool)  # (B)
+def _extend(
+    decoder: Decoder, settings: SearchSettings, tokens: np.ndarray, start: int, outputs: Any, sampling: Sampling | None
+) -> Captions:
+    """Extend each row of tokens (B, K, L) by the most probable token at each step, or by one chosen at random."""
+    running = np.ones(tokens.shape[:2], dtype=bool)  # (B, K)
+    row = np.broadcast_to(np.arange(tokens.shape[1]), running.shape)  # (B, K)
     length = start
     while True:
-        logits, normalizer, entropy = outputs  # (B, 1, V), (B, 1), (B, 1)
-        ids = _process(settings, tokens["id"][:, :, :length], logits.copy(), start).argmax(axis=-1)  # (B, 1)
-        chosen = tokens[running, 0, length]  # (running)
-        chosen["id"], chosen["beam"], chosen["entropy"] = ids[running, 0], 0, entropy[running, 0]
-        chosen["log_prob"] = (np.take_along_axis(logits, ids[..., None], -1)[..., 0] - normalizer)[running, 0]
-        tokens[running, 0, length] = chosen
-        running &= ~_is_in(tokens["id"][:, 0, length], settings.eos_token_id)  # (B)
+        logits, normalizer, entropy = outputs  # (B, K, V), (B, K), (B, K)
+        scores = _process(settings, tokens["id"][:, :, :length], logits.copy(), start)  # (B, K, V)
+        ids = scores.argmax(axis=-1) if sampling is None else _sample(scores, sampling)  # (B, K)
+        chosen = tokens[running, length]  # (running)
+        chosen["id"], chosen["beam"], chosen["entropy"] = ids[running], row[running], entropy[running]
+        chosen["log_prob"] = (np.take_along_axis(logits, ids[..., None], -1)[..., 0] - normalizer)[running]
+        tokens[running, length] = chosen
+        running &= ~_is_in(tokens["id"][:, :, length], settings.eos_token_id)  # (B, K)
         length += 1
         if length >= tokens.shape[-1] or not running.any():
             break
         outputs = decoder.read(tokens["id"][:, :, :length])
-    count = (tokens["beam"] != NOT_GENERATED).sum(axis=-1)  # (B, 1)
-    scores = tokens["log_prob"].sum(axis=-1) / count**settings.length_penalty  # (B, 1)
+    count = (tokens["beam"] != NOT_GENERATED).sum(axis=-1)  # (B, K)
+    scores = tokens["log_prob"].sum(axis=-1) / count**settings.length_penalty  # (B, K)
     return tokens[:, :, :length], scores
+
+
+def _sample(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """One token per row of scores (B, K, V), chosen by numpy's global random generator: (B, K)."""
+    scores = scores.astype(np.float64) / sampling.temperature  # (B, K, V)
+    order = np.argsort(-scores, axis=-1, kind="stable")  # (B, K, V)
+    ranked = np.take_along_axis(scores, order, -1)  # (B, K, V), descending
+    if sampling.top_k:
+        least = ranked[..., : sampling.top_k].min(axis=-1, keepdims=True)  # (B, K, 1)
+        ranked = np.where(ranked < least, -np.inf, ranked)
+    weights = np.exp(ranked - ranked[..., :1])  # (B, K, V)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    before = weights.cumsum(axis=-1) - weights  # (B, K, V): the probability of all more probable tokens
+    weights[before >= sampling.top_p] = 0  # the first token stays
+    upto = weights.cumsum(axis=-1)  # (B, K, V)
+    place = (upto > np.random.random_sample((*upto.shape[:2], 1)) * upto[..., -1:]).argmax(axis=-1)  # (B, K)
+    return np.take_along_axis(order, place[..., None], -1)[..., 0]
 
 
 def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, start: int, wanted: int, outputs: Any) -> Captions:

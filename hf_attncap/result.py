@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,29 +34,30 @@ class CaptionResult:
             tokens (with the end token, without the prompt), divided by their number to the power of `length_penalty`. Closer to 0
             is more likely.
         words: the T words of `text`.
-        attention: (T, H, W) float32, one attention map per word; each map sums to 1. The grid covers the whole image.
+        attention: (T, H, W) float32, one attention map per word; each map sums to 1. The grid covers the whole image. None with
+            `attention=False`.
         word_attention: float32. With `word_attention="history"` (T, T): row t holds the weights of the words before word t, which
             sum to 1; column 0 is the start token and column j word j - 1. With "channel" (T, E): the weights of the embedding
             dimensions of the previous word. Otherwise None.
-        alternatives: the further captions, best first, if `num_return_sequences` is above 1.
-        image: the image, upright and RGB, in its original proportions.
+        alternatives: the further captions, best first, if `num_return_sequences` is above 1. Sampled captions are not sorted.
+        image: the image, upright and RGB, in its original size. None if the result has neither attention nor importance.
         importance: (T, H, W) float32, in nats, one map per word: how much the word's log-probability falls if the decoder does not
             see the region and its neighbours. Negative where it rises. None unless you ask for it (`Captioner.explain`).
         signals: the inputs of the confidence: "score", "lowest" (the log-probability of the least likely generated token) and
             "entropy" (the mean entropy, in nats, of the distributions of the generated tokens).
         confidence: the calibrated probability that `text` is a good caption. Good means a CIDEr-D of at least the calibration's
             threshold (0.5) against the references of its image. It holds for images like those of the calibration and for the
-            default decoding; with another `num_beams` it is an approximation. None if the checkpoint has no calibration
+            default decoding; with other settings it is an approximation. None if the checkpoint has no calibration
             (`attncap calibrate` adds one), or with a prompt.
     """
 
     text: str
     score: float
     words: list[str]
-    attention: np.ndarray = field(repr=False)
+    attention: np.ndarray | None = field(repr=False)
     word_attention: np.ndarray | None = field(repr=False)
     alternatives: list[Alternative]
-    image: Image.Image = field(repr=False)
+    image: Image.Image | None = field(repr=False)
     importance: np.ndarray | None = field(default=None, repr=False)
     signals: dict[str, float] = field(repr=False, default_factory=dict)
     confidence: float | None = None
@@ -73,8 +74,10 @@ class CaptionResult:
         Raises:
             ImportError: matplotlib is not installed.
             OSError: `path` cannot be written.
+            ValueError: the result has no attention.
         """
-        return plot_layers(self.image, self.text, self.words, [attention_layer(self.attention)], path)
+        image, attention = self._plotted()
+        return plot_layers(image, self.text, self.words, [attention_layer(attention)], path)
 
     def plot_importance(self, path: str | os.PathLike | None = None) -> "Figure":
         """Plots the attention of each word and, below it, its importance, each with its own colour scale.
@@ -86,12 +89,18 @@ class CaptionResult:
 
         Raises:
             ImportError, OSError: as `plot_attention`.
-            ValueError: the result has no importance.
+            ValueError: the result has no importance or no attention.
         """
         if self.importance is None:
             raise ValueError(NO_IMPORTANCE)
-        layers = [attention_layer(self.attention), importance_layer(self.importance)]
-        return plot_layers(self.image, self.text, self.words, layers, path)
+        image, attention = self._plotted()
+        layers = [attention_layer(attention), importance_layer(self.importance)]
+        return plot_layers(image, self.text, self.words, layers, path)
+
+    def _plotted(self) -> tuple[Image.Image, np.ndarray]:
+        if self.image is None or self.attention is None:
+            raise ValueError("This result has no attention to plot: caption the image without `attention=False`.")
+        return self.image, self.attention
 
     def plot_summary(self, path: str | os.PathLike | None = None) -> "Figure":
         """Plots the image with the regions that each content word of the caption depends on most, and their importance.
@@ -104,7 +113,7 @@ class CaptionResult:
         Raises:
             ImportError, OSError, ValueError: as `plot_importance`.
         """
-        if self.importance is None:
+        if self.importance is None or self.image is None:
             raise ValueError(NO_IMPORTANCE)
         figure = plot_summary(self.image, self.text, self.words, self.importance)
         if path is not None:
@@ -119,8 +128,30 @@ class CaptionResult:
 
         Args:
             title: a heading above the view, such as a file name. Default: none.
+
+        Raises:
+            ValueError: the result has no image, because of `attention=False`.
         """
+        if self.image is None:
+            raise ValueError("This result has no image to show: caption the image without `attention=False`.")
         return render_page(self, title)
 
-    def _repr_html_(self) -> str:
-        return render_frame(self)
+    def _repr_html_(self) -> str | None:
+        return None if self.image is None else render_frame(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in the types of JSON, without the image.
+
+        Returns:
+            A dictionary with `caption`, `score`, `confidence` (None without calibration), `words`, `alternatives` (a list of
+            dictionaries with `caption` and `score`), `attention` and `importance` (T x H x W lists, or None).
+        """
+        return {
+            "caption": self.text,
+            "score": self.score,
+            "confidence": self.confidence,
+            "words": list(self.words),
+            "alternatives": [{"caption": other.text, "score": other.score} for other in self.alternatives],
+            "attention": None if self.attention is None else self.attention.tolist(),
+            "importance": None if self.importance is None else self.importance.tolist(),
+        }

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .engine import GeneratedCaptions
-from .numpy_search import NOT_GENERATED, SearchSettings, search
+from .numpy_search import CHANGEABLE, NOT_GENERATED, SearchSettings, change_settings, search
 from .occlusion import hidden_squares
 
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
@@ -95,26 +95,51 @@ class ExportedModel:
     def default_beams(self) -> int:
         return self._settings.num_beams
 
+    @property
+    def samples(self) -> bool:
+        return False
+
+    def check_arguments(self, num_beams: int, generate_kwargs: Mapping[str, Any]) -> None:
+        _, sampling = change_settings(self._settings, generate_kwargs)
+        if sampling is not None and num_beams > 1:
+            raise ValueError(f"Exported captioners sample without beams, but `num_beams` is {num_beams}: leave one of them out.")
+
+    def try_settings(self, **settings: Any) -> None:
+        generate_kwargs = {name: value for name, value in settings.items() if name in CHANGEABLE}
+        changed, _ = change_settings(self._settings, generate_kwargs)
+        changed.longest(1 + len(self._prompt_tokens(settings["prompt"])))
+
+    def _prompt_tokens(self, prompt: str | None) -> list[int]:
+        return [] if prompt is None else self.tokenizer(prompt)["input_ids"]
+
     def generate(
-        self, images: list[Image.Image], prompt: str | None, num_beams: int, num_return_sequences: int, explain: bool
+        self,
+        images: list[Image.Image],
+        prompt: str | None,
+        num_beams: int,
+        num_return_sequences: int,
+        explain: bool,
+        attention: bool = True,
+        **generate_kwargs: Any,
     ) -> GeneratedCaptions:
+        settings, sampling = change_settings(self._settings, generate_kwargs)
         (regions,) = self._encode(self._pixels(images))  # (B, N, C)
-        words = [] if prompt is None else self.tokenizer(prompt)["input_ids"]
+        words = self._prompt_tokens(prompt)
         decoder = _Decoder(self, regions)
         tokens, scores = search(
-            decoder, self._settings, len(images), words, num_beams, num_return_sequences
+            decoder, settings, len(images), words, num_beams, num_return_sequences, sampling
         )  # (B, k, 1 + T), (B, k)
         generated = tokens["beam"] != NOT_GENERATED  # (B, k, 1 + T)
         count = np.maximum(generated.sum(axis=-1), 1)  # (B, k)
         beams = np.maximum(tokens["beam"][:, :, 1:], 0)  # (B, k, T)
-        attention = _select_beams(decoder.attention, beams)  # (B, k, T, N)
+        maps = _select_beams(decoder.attention, beams) if attention else None  # (B, k, T, N)
         return GeneratedCaptions(
             sequences=np.ascontiguousarray(tokens["id"]),
             scores=scores.astype(np.float64),
             lowest=tokens["log_prob"].min(axis=-1, where=generated, initial=0).astype(np.float64),
             entropy=tokens["entropy"].sum(axis=-1, where=generated) / count,
-            attention=attention.reshape(*attention.shape[:3], *self._grid),
-            word_attention=_select_beams(decoder.word_attention, beams) if decoder.word_attention else None,
+            attention=None if maps is None else maps.reshape(*maps.shape[:3], *self._grid),
+            word_attention=_select_beams(decoder.word_attention, beams) if attention and decoder.word_attention else None,
             importance=self._importance(regions, tokens["id"][:, 0]) if explain else None,
         )
 

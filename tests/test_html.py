@@ -96,6 +96,13 @@ def test_page_of_a_result_without_maps_confidence_and_words():
     }  # fmt: skip
 
 
+def test_result_without_an_image_has_no_page():
+    result = make_result(image=None, attention=None, explained=False)
+    with pytest.raises(ValueError, match="caption the image without `attention=False`"):
+        result.to_html()
+    assert result._repr_html_() is None, "a notebook then prints the result as text"
+
+
 def test_page_names_no_address_and_forbids_loading():
     page = make_result().to_html()
     assert not re.search(r"https?:|@import|url\(", page)
