@@ -93,6 +93,11 @@ def _export(args: argparse.Namespace) -> int:
 
 def _export_hub(args: argparse.Namespace) -> int:
     _silence_libraries()
+    if args.space:
+        from .space import export_space
+
+        print(export_space(args.checkpoint, args.out))
+        return 0
     from hf_attncap.model_card.build_card import is_ours, write_card
 
     from .hub import export_to_hub
@@ -243,6 +248,19 @@ def _explain(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from . import Captioner
+    from .demo import build_demo, launch_demo
+    from .runtime import is_export
+
+    if args.checkpoint is None or not is_export(args.checkpoint):
+        _silence_libraries()
+    demo = build_demo(Captioner.from_pretrained(args.checkpoint, device=args.device))
+    print(launch_demo(demo, args.host, args.port), flush=True)
+    demo.block_thread()
+    return 0
+
+
 def _write_plot(file: str, result: "CaptionResult", kind: str, folder: Path, taken: set[str]) -> Path | None:
     """Writes the plot of "attention" or "importance" and returns its path; None if that fails, with a message on stderr."""
     from .images import describe_error
@@ -325,6 +343,7 @@ COMMANDS = {
     "calibrate": _calibrate,
     "caption": _caption,
     "card": _card,
+    "demo": _demo,
     "evaluate": _evaluate,
     "explain": _explain,
     "export": _export,

@@ -25,9 +25,9 @@ LAYERS = {
     "hf_attncap": [
         {"__main__"},
         {"cli"},
-        {"explain_command"},
+        {"explain_command", "space"},
         {"parser"},
-        {"batches"},
+        {"batches", "demo"},
         {"captioner", "export"},
         {"torch_engine"},
         {"result", "runtime", "export_graphs"},

@@ -1,5 +1,5 @@
 /* The interactive view of a caption: `mountAttncapViewer(element, data)` shows the picture and the words of the caption. A word
-   lights its regions on the picture, a region lights the words that looked there. Plain JavaScript for any browser since 2021.
+   lights its regions on the picture, a region lights the words that looked there. Plain JavaScript without dependencies.
 
    data = {image: <data: or blob: URL>, alt, text, words: [T], grid: [H, W], attention: [T][H*W] | null,
            importance: [T][H*W] | null, score, confidence: number | null, alternatives: [{text, score}]}
