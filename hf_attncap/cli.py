@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -255,6 +256,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     if args.checkpoint is None or not is_export(args.checkpoint):
         _silence_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C, and so deletes the uploads
     demo = build_demo(Captioner.from_pretrained(args.checkpoint, device=args.device))
     print(launch_demo(demo, args.host, args.port), flush=True)
     demo.block_thread()

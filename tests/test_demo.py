@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -236,8 +235,9 @@ def test_command_serves_the_page_contacts_nobody_and_leaves_nothing(tiny_checkpo
             content, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
         client = Client("http://127.0.0.1:7999/", verbose=False, analytics_enabled=False)
         assert caption(client, pictures[0])[0]
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        client.close()
+        process.terminate()
+        output, errors = process.communicate(timeout=180)
     assert policy.startswith("default-src 'self'") and "http" not in policy
     assert not re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//[^"']+""", content)
     assert set(output.splitlines()[-1].split()) <= {"127.0.0.1", "localhost"}

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +129,7 @@ def test_demo_and_space_of_the_explain_page_run(folder, monkeypatch):
             assert process.stdout and process.stdout.readline().startswith("http://127.0.0.1:")
             run_block(blocks("python", "docs/explain.md")[1], {})
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
 
 @pytest.mark.slow
