@@ -73,7 +73,7 @@
         low: 0,
         high: largest(data.importance, MIN_IMPORTANCE_SCALE),
         colours: palette(VIRIDIS),
-        write: (value) => value.toFixed(2).replace("-", "−"),
+        write: (value) => value.toFixed(2).replace(/^-0\.00$/, "0.00").replace("-", "−"),
         meaning: "How much the log-probability of the word falls, in nats, if the region is hidden. Grey: it does not fall.",
         region: "depends on this",
       });
