@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -91,6 +92,11 @@ def _export(args: argparse.Namespace) -> int:
 
 def _export_hub(args: argparse.Namespace) -> int:
     silence_libraries()
+    if args.space:
+        from .space import export_space
+
+        print(export_space(args.checkpoint, args.out))
+        return 0
     from hf_attncap.model_card.build_card import is_ours, write_card
 
     from .hub import export_to_hub
@@ -179,12 +185,34 @@ def _check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"{file} exists and was not written by `attncap evaluate`: name another file, or remove it")
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from .explain_command import run
+
+    return run(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import Captioner
+    from .demo import build_demo, launch_demo
+    from .runtime import is_export
+
+    if args.checkpoint is None or not is_export(args.checkpoint):
+        silence_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C, and so deletes the uploads
+    demo = build_demo(Captioner.from_pretrained(args.checkpoint, device=args.device))
+    print(launch_demo(demo, args.host, args.port), flush=True)
+    demo.block_thread()
+    return 0
+
+
 COMMANDS = {
     "average": _average,
     "calibrate": _calibrate,
     "caption": _caption,
     "card": _card,
+    "demo": _demo,
     "evaluate": _evaluate,
+    "explain": _explain,
     "export": _export,
     "export-hub": _export_hub,
     "pack": _pack,

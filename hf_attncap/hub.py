@@ -78,7 +78,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
         ValueError: `checkpoint` holds another kind of model.
     """
     source, target = Path(checkpoint), Path(out)
-    config = _checked_config(source)
+    config = checked_config(source)
     processor = _read(source / "processor_config.json")
     processor["auto_map"] = PROCESSOR_CLASS
     processor["image_processor"] = {**processor["image_processor"], "auto_map": IMAGE_PROCESSOR_CLASS}
@@ -98,7 +98,7 @@ def export_to_hub(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path
     return target
 
 
-def _checked_config(source: Path) -> dict[str, Any]:
+def checked_config(source: Path) -> dict[str, Any]:
     """The checkpoint's configuration; raises if it is not a captioner or a file is missing."""
     if not source.is_dir():
         raise FileNotFoundError(f"'{source}' is not a folder: name the folder of a saved model and its processor.")

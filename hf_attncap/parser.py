@@ -15,6 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attncap {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     _add_caption(commands)
+    _add_explain(commands)
+    _add_demo(commands)
     _add_evaluate(commands)
     commands.add_parser("train", help="train or fine-tune a captioner; `attncap train --help` lists its options")
     _add_card(commands)
@@ -91,6 +93,49 @@ def _add_caption(commands: Any) -> None:
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
     add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
     caption.set_defaults(usage_error=caption.error)
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="show which regions each word of a caption attended to and depends on",
+        description="Writes three files per image to DIR: NAME.html, an interactive page that works offline; NAME.summary.png, the "
+        "image with the regions that the words depend on; and NAME.importance.png, one attention map and one importance map per "
+        "word. Prints the caption and the names and sizes of the files. Images that cannot be read are skipped with a message on "
+        "stderr, and the exit code is then 1.",
+    )
+    add = explain.add_argument
+    add("files", nargs="+", metavar="FILE", help="an image: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help="the folder to write; replaces only files of earlier runs")
+    add(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
+    )
+    add("--num-beams", metavar="N", type=_count, help="beam width (default: the model's generation_config.json)")
+    add("--num-return-sequences", metavar="N", type=_count, default=1, help="captions per image (default: 1)")
+    add("--prompt", metavar="TEXT", help="the beginning of all captions")
+    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
+    add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
+    explain.set_defaults(usage_error=explain.error)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="serve a page that captions pictures",
+        description="Serves a page on which pictures are captioned, and prints its address. Only this machine can open it unless "
+        "--host names another address. Ctrl-C ends it. Uploads are deleted after a few minutes and at the end.",
+    )
+    demo.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
+    )
+    demo.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    demo.add_argument("--port", metavar="N", type=_count, help="port (default: the first free one from 7860)")
+    demo.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -199,6 +244,12 @@ def _add_checkpoint_commands(commands: Any) -> None:
     export_hub = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")
     export_hub.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
     export_hub.add_argument("out", metavar="OUT", help="the folder to write")
+    export_hub.add_argument(
+        "--space",
+        action="store_true",
+        help="write a Space instead, which runs `attncap demo`; CHECKPOINT may then also be a folder of `attncap export` or a Hub "
+        "repository",
+    )
 
 
 class _OldName(argparse.Action):

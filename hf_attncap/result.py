@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .html_page import render_frame, render_page
+from .summary import plot_summary
 from .visualize import attention_layer, importance_layer, plot_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+NO_IMPORTANCE = "This result has no importance: get one with `Captioner.explain` or `explain=True`."
 
 
 class Alternative(NamedTuple):
@@ -88,7 +92,7 @@ class CaptionResult:
             ValueError: the result has no importance or no attention.
         """
         if self.importance is None:
-            raise ValueError("This result has no importance: get one with `Captioner.explain` or `explain=True`.")
+            raise ValueError(NO_IMPORTANCE)
         image, attention = self._plotted()
         layers = [attention_layer(attention), importance_layer(self.importance)]
         return plot_layers(image, self.text, self.words, layers, path)
@@ -97,6 +101,43 @@ class CaptionResult:
         if self.image is None or self.attention is None:
             raise ValueError("This result has no attention to plot: caption the image without `attention=False`.")
         return self.image, self.attention
+
+    def plot_summary(self, path: str | os.PathLike | None = None) -> "Figure":
+        """Plots the image with the regions that each content word of the caption depends on most, and their importance.
+
+        Words whose importance is below 0.5 nats everywhere are listed, but not marked on the image.
+
+        Args:
+            path: as for `plot_attention`.
+
+        Raises:
+            ImportError, OSError, ValueError: as `plot_importance`.
+        """
+        if self.importance is None or self.image is None:
+            raise ValueError(NO_IMPORTANCE)
+        figure = plot_summary(self.image, self.text, self.words, self.importance)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def to_html(self, title: str | None = None) -> str:
+        """An HTML page with the interactive view: words light their regions, regions light the words that looked there.
+
+        The page works offline and loads nothing. It holds the image as a JPEG of at most 1280 pixels. A notebook shows a result
+        in this way by itself.
+
+        Args:
+            title: a heading above the view, such as a file name. Default: none.
+
+        Raises:
+            ValueError: the result has no image, because of `attention=False`.
+        """
+        if self.image is None:
+            raise ValueError("This result has no image to show: caption the image without `attention=False`.")
+        return render_page(self, title)
+
+    def _repr_html_(self) -> str | None:
+        return None if self.image is None else render_frame(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The result in the types of JSON, without the image.

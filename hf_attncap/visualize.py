@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic import atomic_write
+from .html_page import is_own_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,7 +140,14 @@ def is_own_plot(path: Path) -> bool:
 
 
 def plot_path(source: str, kind: str, folder: Path, taken: Collection[str]) -> Path:
-    """FOLDER/STEM.KIND.png for an image's path or URL; STEM-2, STEM-3, ... if that is `taken` or another program's file.
+    """FOLDER/STEM.KIND.png for an image's path or URL; see `output_paths`."""
+    return output_paths(source, [f".{kind}.png"], folder, taken)[0]
+
+
+def output_paths(source: str, endings: Sequence[str], folder: Path, taken: Collection[str]) -> list[Path]:
+    """FOLDER/STEM followed by each ending, for an image's path or URL; all have the same stem.
+
+    It is STEM-2, STEM-3, ... if one of the paths is `taken` or a file that this package did not write.
 
     Args:
         taken: paths that must not be used, as `path_key` gives them.
@@ -147,8 +155,13 @@ def plot_path(source: str, kind: str, folder: Path, taken: Collection[str]) -> P
     stem = Path(urlsplit(source).path if "://" in source else source).stem
     stem = os.fsencode(stem)[:MAX_STEM_BYTES].decode(errors="ignore") or "image"
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    paths = (folder / f"{name}.{kind}.png" for name in names)
-    return next(path for path in paths if path_key(path) not in taken and (is_own_plot(path) or not os.path.lexists(path)))
+    choices = ([folder / f"{name}{ending}" for ending in endings] for name in names)
+    return next(paths for paths in choices if all(_may_write(path, taken) for path in paths))
+
+
+def _may_write(path: Path, taken: Collection[str]) -> bool:
+    is_own = is_own_page if path.suffix == ".html" else is_own_plot
+    return path_key(path) not in taken and (is_own(path) or not os.path.lexists(path))
 
 
 def path_key(path: str | Path) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # Sums of several threads on a busy machine are not the same to the last bit, as tests of resumed runs want them; and the tests
 # themselves run side by side. Set before torch is loaded, here and by the processes that tests start.
@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from browser import WatchedPage, open_pages, start_chromium
 from hf_attncap.training.data.vocabulary import build_tokenizer
 from hypothesis import settings
 from PIL import Image
@@ -129,3 +130,17 @@ def make_export(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.T
         return export_checkpoint(make_checkpoint(**config), tmp_path_factory.mktemp("export") / "out", format)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Headless Chromium, for one test file."""
+    with start_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Callable[..., WatchedPage]]:
+    """`open_page(address, **options)` opens a page in Chromium; see `browser.open_pages`."""
+    with open_pages(chromium) as open_page:
+        yield open_page

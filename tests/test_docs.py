@@ -116,6 +116,36 @@ def test_shell_commands_of_the_page_about_many_images_run(folder, tmp_path):
     assert all((tmp_path / name).exists() for name in ("captions.csv", "captions.parquet", "listed.csv"))
 
 
+def test_commands_and_python_of_the_explain_page_run(folder, monkeypatch):
+    """Except the demo, which the next test starts."""
+    commands = shell_commands("docs/explain.md")
+    check_commands(folder, [command for command in commands if command.startswith("attncap explain ")])
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        f"{name}{ending}" for name in ("cat", "coffee") for ending in (".html", ".importance.png", ".summary.png")
+    ]
+    monkeypatch.chdir(folder)
+    shown, _ = blocks("python", "docs/explain.md")
+    run_block(shown, {})
+
+
+def test_demo_and_space_of_the_explain_page_run(folder, monkeypatch):
+    pytest.importorskip("gradio", reason='pip install "hf_attncap[demo]"')
+    others = [command for command in shell_commands("docs/explain.md") if not command.startswith("attncap explain ")]
+    (demo,) = (shlex.split(command) for command in others if command.startswith("attncap demo "))
+    check_commands(folder, [command for command in others if not command.startswith("attncap demo ")])
+    assert (folder / "space_folder" / "app.py").exists()
+    monkeypatch.chdir(folder)
+    command = [str(BIN / demo[0]), *demo[1:]]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    ) as process:
+        try:
+            assert process.stdout and process.stdout.readline().startswith("http://127.0.0.1:")
+            run_block(blocks("python", "docs/explain.md")[1], {})
+        finally:
+            process.terminate()
+
+
 @pytest.mark.slow
 def test_fine_tuning_commands_of_the_training_page_run(folder):
     check_commands(folder, fine_tuning_commands(), "--num_train_epochs 1 --per_device_train_batch_size 4 --use_cpu True")
@@ -199,7 +229,7 @@ def run_block(source: str, names: dict[str, Any]) -> None:
     exec(compile(source, "block", "exec"), names | {"print": checked_print, "__name__": "page"})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/fine_tuning.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/fine_tuning.md", "docs/explain.md")])
 def test_python_blocks_run_and_print_what_the_page_shows(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for block in blocks("python", page):
