@@ -28,6 +28,7 @@ LAYERS = {
         {"parser"},
         {"captioner", "export"},
         {"torch_engine"},
+        {"export_web"},
         {"result", "runtime", "export_graphs"},
         {"engine", "importance", "optimize", "visualize", "numpy_search"},
         {"hub"},
@@ -43,7 +44,7 @@ LAYERS = {
         {"configuration_attncap"},
         {"confidence_attncap", "efficientnet_lite_attncap", "image_files_attncap", "occlusion", "word_vectors", "words_attncap"},
         {"metrics"},
-        {"atomic"},
+        {"atomic", "export_weights"},
     ],
     "hf_attncap.metrics": [
         {"evaluate_modules"},
