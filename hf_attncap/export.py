@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from . import __version__
 from .atomic import atomic_folder, refuse_occupied, write_json
 from .export_graphs import write_onnx
 from .export_web import check_page, read_runtime, write_page
-from .export_weights import quantize_weights
+from .export_weights import store_as_float16, store_as_int8
 from .images import load_image
 from .numpy_search import SearchSettings
 from .runtime import EXPORT_FILE, EXPORT_VERSION, GRAPHS, TOKENIZER_FILE
@@ -58,8 +59,7 @@ def export_checkpoint(
         format: "onnx", "openvino", or "web": the files of "onnx" and a static page that captions in the visitor's browser.
         dtype: "float32", "bfloat16" (only with "openvino") or "int8". Default: "int8" with "web", else "float32".
         calibration: only with "int8", not with "web": a folder of photographs like those that the model will caption, 200 or more.
-            With it, the encoder computes in int8, which is faster and less accurate. Without it, only weights are rounded: those of
-            the decoder, and with "web" those of the encoder.
+            With it, the encoder computes in int8, which is faster and less accurate. Without it, only weights are rounded.
         onnxruntime_web: only with "web": the folder or the .tgz file of the npm package onnxruntime-web. Default: npm downloads it.
 
     Returns:
@@ -91,8 +91,7 @@ def export_checkpoint(
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
             finish = _finish_openvino if format == "openvino" else _finish_onnx
             for name in GRAPHS:
-                quantize = dtype == "int8" and (name != "encoder" or bool(photographs) or format == "web")
-                finish(Path(scratch) / f"{name}.onnx", folder, quantize, images if name == "encoder" else None)
+                finish(Path(scratch) / f"{name}.onnx", folder, dtype, images if name == "encoder" else None)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
         about = {
             "version": EXPORT_VERSION,
@@ -226,14 +225,16 @@ class _Photographs:
             yield np.asarray(load_image(file).resize(self.size, self.resample))[None]
 
 
-def _finish_onnx(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
-    """Copy an ONNX graph to `folder`, quantised if wanted: only its weights, or with photographs the activations too."""
-    if quantize and photographs:
+def _finish_onnx(graph: Path, folder: Path, dtype: str, photographs: _Photographs | None) -> None:
+    """Write an ONNX graph to `folder`. With photographs, which only an encoder has, int8 also applies to activations."""
+    if dtype != "int8":
+        shutil.copyfile(graph, folder / graph.name)
+    elif photographs:
         _quantize_onnx(graph, folder / graph.name, photographs)
-    elif quantize:
-        quantize_weights(graph, folder / graph.name)
+    elif graph.stem == "encoder":
+        store_as_float16(graph, folder / graph.name)  # in int8, captions differ more often, which saves a third of the download
     else:
-        (folder / graph.name).write_bytes(graph.read_bytes())
+        store_as_int8(graph, folder / graph.name)
 
 
 def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs) -> None:
@@ -258,12 +259,12 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs) -> None
     quantize_static(prepared, target, Reader(iter(photographs)), per_channel=True, activation_type=QuantType.QUInt8)
 
 
-def _finish_openvino(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
-    """Convert an ONNX graph to OpenVINO's format in `folder`, quantised if wanted."""
+def _finish_openvino(graph: Path, folder: Path, dtype: str, photographs: _Photographs | None) -> None:
+    """Convert an ONNX graph to OpenVINO's format in `folder`; int8 applies to an encoder only with photographs."""
     import openvino  # pyright: ignore[reportMissingImports]
 
     converted = openvino.convert_model(graph)
-    if quantize:
+    if dtype == "int8" and (photographs or graph.stem != "encoder"):
         converted = _quantize_openvino(converted, photographs)
     openvino.save_model(converted, folder / f"{graph.stem}.xml", compress_to_fp16=False)
 

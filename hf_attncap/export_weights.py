@@ -1,4 +1,4 @@
-"""Stores the weights of ONNX graphs in int8. The graphs compute in float32: only the rounding of the weights costs accuracy.
+"""Stores the weights of ONNX graphs in int8 or float16. The graphs compute in float32: only rounding the weights costs accuracy.
 
 ONNX Runtime converts the weights of layers back to float32 when it loads a graph, and the rows of tables when it reads them.
 """
@@ -8,84 +8,100 @@ from typing import Any
 
 import numpy as np
 
-LAYERS, TABLE = ("Conv", "Gemm", "MatMul"), "Gather"  # operators whose weights are rounded
-MIN_ELEMENTS = 50_000  # smaller weights stay in float32: they are a small share of the size, but rounding them changes captions
+MIN_ELEMENTS = 1024  # smaller weights stay in float32: rounding them saves nothing
 LEVELS = 127  # int8, symmetric
+LARGEST = float(np.finfo(np.float16).max)
 
 
-def quantize_weights(graph: Path, target: Path) -> None:
-    """Write an ONNX graph with the large weights of its layers and tables in int8.
+def store_as_float16(graph: Path, target: Path) -> None:
+    """Write an ONNX graph in float32 to `target` with its weights in float16."""
+    import onnx  # pyright: ignore[reportMissingImports]
 
-    The weight of a layer has one float32 scale per output channel, a table one per row.
+    model = onnx.load(graph)
+    stored, nodes = {}, []
+    for name, weight in _weights(model).items():
+        if np.abs(weight).max() <= LARGEST:
+            stored[name] = {f"{name}.float16": weight.astype(np.float16)}
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}.float16"], [name], to=onnx.TensorProto.FLOAT))
+    _write(model, stored, [*nodes, *model.graph.node], target)
 
-    Args:
-        graph: the file of an ONNX graph in float32.
-        target: the file to write.
+
+def store_as_int8(graph: Path, target: Path) -> None:
+    """Write an ONNX graph in float32 to `target` with its weights in int8.
+
+    The weight of a layer has one float32 scale per output channel, and a table (the data of a Gather) one per row.
     """
     import onnx  # pyright: ignore[reportMissingImports]
 
     model = onnx.load(graph)
-    weights = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
-    nodes, added = [], {}
-    for node in model.graph.node:
-        place = 0 if node.op_type == TABLE else 1
-        name = node.input[place] if node.op_type in (*LAYERS, TABLE) else ""
-        if not _is_rounded(weights.get(name)):
-            nodes.append(node)
-            continue
-        axis = _output_axis(node, weights[name].ndim)
-        stored = f"{name}.int8.{axis}"
-        if node.op_type == TABLE:
-            nodes += _read_rows(onnx.helper, node, stored)
-        else:
-            nodes += _to_float32(onnx.helper, stored, node.output[0])
-            node.input[place] = f"{node.output[0]}.weight"
-            nodes.append(node)
-        added[stored], added[f"{stored}.scale"] = _round(weights[name], axis)
-    used = {name for node in nodes for name in node.input}
-    kept = [item for item in model.graph.initializer if item.name in used]
-    del model.graph.initializer[:], model.graph.node[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in added.items())
-    onnx.checker.check_model(model)
-    onnx.save(model, target)
+    stored, conversions, nodes = {}, [], list(model.graph.node)
+    for name, weight in _weights(model).items():
+        users = [node for node in nodes if name in node.input]
+        axes = {_output_axis(node, name, weight.ndim) for node in users}
+        if len(axes) > 1 or None in axes:
+            continue  # no scale per channel fits all operators
+        rounded, scale = _to_int8(weight, axes.pop())
+        stored[name] = {f"{name}.int8": rounded, f"{name}.scale": scale}
+        if any(node.op_type != "Gather" for node in users):
+            conversions += _multiply(f"{name}.int8", f"{name}.scale", name)
+        nodes = [new for node in nodes for new in (_read_rows(node) if node.op_type == "Gather" and node in users else [node])]
+    _write(model, stored, [*conversions, *nodes], target)
 
 
-def _is_rounded(weight: np.ndarray | None) -> bool:
-    return weight is not None and weight.dtype == np.float32 and weight.ndim > 1 and weight.size >= MIN_ELEMENTS
+def _weights(model: Any) -> dict[str, np.ndarray]:
+    """The large weights of a graph, without biases."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    found = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    return {name: w for name, w in found.items() if w.dtype == np.float32 and w.ndim > 1 and w.size >= MIN_ELEMENTS}
 
 
-def _output_axis(node: Any, dimensions: int) -> int:
-    """The axis of a weight that has one scale per index: output channels, or the rows of a table."""
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return dimensions - 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed) else 0
+def _output_axis(node: Any, name: str, dimensions: int) -> int | None:
+    """The axis of output channels, or of the rows of a table; None for operators that have none, or use the weight otherwise."""
+    settings = {attribute.name: attribute.i for attribute in node.attribute}
+    if list(node.input).index(name) != (0 if node.op_type == "Gather" else 1):
+        return None
+    return {
+        "Conv": 0,
+        "Gather": None if settings.get("axis") else 0,
+        "Gemm": 0 if settings.get("transB") else 1,
+        "MatMul": dimensions - 1,
+    }.get(node.op_type)
 
 
-def _round(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """A weight in int8, and the float32 scale of each index of the axis, with the weight's number of axes."""
-    others = tuple(other for other in range(weight.ndim) if other != axis)
-    scale = np.abs(weight).max(axis=others, keepdims=True) / LEVELS
+def _to_int8(weight: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """A weight in int8, and the float32 scale of each index of the axis, with as many axes as the weight."""
+    scale = np.abs(weight).max(axis=tuple(n for n in range(weight.ndim) if n != axis), keepdims=True) / LEVELS
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     return np.round(weight / scale).astype(np.int8), scale
 
 
-def _to_float32(helper: Any, stored: str, output: str) -> list[Any]:
-    """Nodes that convert the weight of the layer with this output. ONNX Runtime runs them once, when it loads the graph."""
-    whole, weight = f"{output}.integers", f"{output}.weight"
-    return [
-        helper.make_node("Cast", [stored], [whole], to=helper.TensorProto.FLOAT),
-        helper.make_node("Mul", [whole, f"{stored}.scale"], [weight]),
-    ]
+def _read_rows(node: Any) -> list[Any]:
+    """Nodes that read rows of a table in int8, in place of a Gather that reads them in float32."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    (table, index), (output,) = node.input, node.output
+    rows, scale = f"{output}.int8", f"{output}.scale"
+    reads = [onnx.helper.make_node("Gather", [f"{table}.{kind}", index], [f"{output}.{kind}"]) for kind in ("int8", "scale")]
+    return [*reads, *_multiply(rows, scale, output)]
 
 
-def _read_rows(helper: Any, node: Any, stored: str) -> list[Any]:
-    """Nodes that read rows of a table in int8, in place of a node that reads them in float32."""
-    (output,), index = node.output, node.input[1]
-    rows, whole, scale = f"{output}.rows", f"{output}.integers", f"{output}.scale"
-    return [
-        helper.make_node("Gather", [stored, index], [rows], axis=0),
-        helper.make_node("Gather", [f"{stored}.scale", index], [scale], axis=0),
-        helper.make_node("Cast", [rows], [whole], to=helper.TensorProto.FLOAT),
-        helper.make_node("Mul", [whole, scale], [output]),
-    ]
+def _multiply(integers: str, scale: str, output: str) -> list[Any]:
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    whole = f"{integers}.float32"
+    cast = onnx.helper.make_node("Cast", [integers], [whole], to=onnx.TensorProto.FLOAT)
+    return [cast, onnx.helper.make_node("Mul", [whole, scale], [output])]
+
+
+def _write(model: Any, stored: dict[str, dict[str, np.ndarray]], nodes: list[Any], target: Path) -> None:
+    """Write a model with these nodes, and with arrays in place of the weights that have these names."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    kept = [item for item in model.graph.initializer if item.name not in stored]
+    new = [onnx.numpy_helper.from_array(array, name) for arrays in stored.values() for name, array in arrays.items()]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend([*kept, *new])
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    onnx.save(model, target)

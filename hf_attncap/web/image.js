@@ -84,28 +84,37 @@ function stripsOf(bitmap) {
 }
 
 /**
- * Resizes a picture: each output pixel is a weighted mean of input pixels, first along rows, then along columns. Each pass rounds to
- * integers, and its weights are rounded to multiples of 2 ** -22, as in Pillow, so that the pixels are equal.
+ * Resizes a picture: each output pixel is a weighted mean of input pixels, along rows and along columns. Each pass rounds to integers,
+ * and its weights are rounded to multiples of 2 ** -22, as in Pillow, so that the pixels are equal.
  *
  * @param source {width, height, rows(top, count)}; `rows` returns (count, width, 4) RGBA, of which alpha is ignored.
  * @returns {Uint8Array} (height, width, 3)
  */
 export function resize(source, width, height, resample) {
   const across = weightsOf(source.width, width, resample);
-  const narrow = new Uint8Array(source.height * width * 3); // (source.height, width, 3)
+  const down = weightsOf(source.height, height, resample);
+  // Pillow 13 begins with the columns of pictures that shrink mainly in height. Older versions always begin with the rows.
+  const columnsFirst = source.height > height && source.height - height > 2 * (source.width - width);
+  const columns = new ColumnPass(down, columnsFirst ? source.width * 4 : width * 3);
+  const row = new Uint8Array(width * 3);
   for (let top = 0; top < source.height; top += STRIP) {
     const count = Math.min(STRIP, source.height - top);
     const rows = source.rows(top, count);
     for (let y = 0; y < count; y++) {
-      weighRow(rows, y * source.width * 4, across, narrow, (top + y) * width * 3);
+      const from = y * source.width * 4;
+      if (columnsFirst) {
+        columns.add(top + y, rows, from);
+      } else {
+        weighRow(rows, from, across, row, 0);
+        columns.add(top + y, row, 0);
+      }
     }
   }
-  const down = weightsOf(source.height, height, resample);
-  const found = new Uint8Array(height * width * 3);
-  for (let y = 0; y < height; y++) {
-    weighRows(narrow, width * 3, down, y, found);
-  }
-  return found;
+  const found = columns.finish();
+  if (!columnsFirst) return found;
+  const pixels = new Uint8Array(height * width * 3);
+  for (let y = 0; y < height; y++) weighRow(found, y * source.width * 4, across, pixels, y * width * 3);
+  return pixels;
 }
 
 /** For each of `outputs` pixels: the first input pixel, the number of them, and their integer weights (outputs, size). */
@@ -147,14 +156,26 @@ function weighRow(input, from, { first, count, weights, size, outputs }, output,
   }
 }
 
-/** Row `y` of the output from rows of `length` values. */
-function weighRows(input, length, { first, count, weights, size }, y, output) {
-  for (let x = 0; x < length; x++) {
-    let sum = 2 ** (FRACTION_BITS - 1);
-    for (let j = 0; j < count[y]; j++) {
-      sum += input[(first[y] + j) * length + x] * weights[y * size + j];
+/** The means along columns, from rows that come one after the other. */
+class ColumnPass {
+  /** `length` is the number of values in a row. */
+  constructor(weights, length) {
+    Object.assign(this, weights, { length, lowest: 0 });
+    this.sums = new Int32Array(this.outputs * length).fill(2 ** (FRACTION_BITS - 1));
+  }
+
+  add(row, values, from) {
+    const { first, count, weights, size, outputs, length, sums } = this;
+    while (first[this.lowest] + count[this.lowest] <= row) this.lowest++; // output rows that are complete
+    for (let y = this.lowest; y < outputs && first[y] <= row; y++) {
+      const weight = weights[y * size + row - first[y]];
+      for (let x = 0; x < length; x++) sums[y * length + x] += weight * values[from + x];
     }
-    output[y * length + x] = toByte(sum);
+  }
+
+  /** The output rows (outputs, length). */
+  finish() {
+    return Uint8Array.from(this.sums, toByte);
   }
 }
 
