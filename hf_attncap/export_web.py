@@ -60,6 +60,8 @@ def _read_package(source: Path) -> dict[str, bytes]:
     places = {"package.json": "package.json", **{name: f"dist/{name}" for name in RUNTIME_FILES}}
     if source.is_dir():
         found = {name: (source / place).read_bytes() for name, place in places.items() if (source / place).is_file()}
+    elif not source.exists():
+        raise FileNotFoundError(f"'{source}' does not exist: give the folder or the .tgz file of the npm package {PACKAGE}.")
     else:
         found = {}
         try:
