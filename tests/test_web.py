@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageDraw
 from hf_attncap import Captioner
 from hf_attncap.export import export_checkpoint
 from hf_attncap.export_web import PAGE_FILES
+from hf_attncap.images import load_image
 
 SMALL = {"word_attention": "score", "backbone": "squeezenet1_1"}
 CONFIGS = {"score": SMALL, "history": {**SMALL, "word_attention": "history", "tokenizer": "bpe"}}
@@ -107,8 +108,8 @@ def blocks(tmp_path_factory) -> Path:
         draw = ImageDraw.Draw(image)
         for _ in range(12):
             x, y = random.integers(0, width), random.integers(0, height)
-            colour = tuple(random.integers(0, 256, len(image.getbands())).tolist())
-            draw.rectangle((x, y, x + width // 3, y + height // 3), colour if len(colour) > 1 else colour[0])
+            colour = random.integers(0, 256, len(image.getbands())).tolist()
+            draw.rectangle((x, y, x + width // 3, y + height // 3), tuple(colour) if len(colour) > 1 else colour[0])
         return image
 
     picture(320, 200).save(folder / "wide.png")
@@ -120,6 +121,8 @@ def blocks(tmp_path_factory) -> Path:
     picture(200, 160).save(folder / "lossless.webp", lossless=True)
     picture(200, 160).save(folder / "photo.jpg", quality=90)
     picture(200, 160).save(folder / "progressive.jpg", progressive=True)
+    picture(200, 160, "CMYK").save(folder / "cmyk.jpg")
+    picture(200, 160).save(folder / "bitmap.bmp")
     picture(200, 160).save(folder / "profile.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
     transparent = picture(200, 160, "RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize((200, 160)))
@@ -148,6 +151,24 @@ def test_results_equal_those_of_python_for_pictures_of_many_kinds(make_site, ope
         assert site.page.locator(".attncap-word").all_inner_texts() != []
         assert site.hosts() == {address.split("/")[2]}
     site.assert_no_errors()
+
+
+def test_pixels_equal_those_of_python(make_site, open_site, blocks):
+    """Also for a picture with 16 bits per pixel, except for the rounding to 8 bits."""
+    pixels = """async (content) => {
+        const { decode, pixelsOf } = await import("./image.js");
+        const bitmap = await decode(new Blob([Uint8Array.from(content)]));
+        return [...pixelsOf(bitmap, 96, 64, 2)];
+    }"""
+    noise = np.random.default_rng(0).integers(0, 2**16, (70, 120)).astype(np.uint16)
+    Image.fromarray(noise).save(blocks / "grey 16.png")
+    with serve(make_site("score")) as address:
+        page = open_site(address).page
+        for file in sorted(blocks.iterdir()):
+            found = np.reshape(page.evaluate(pixels, list(file.read_bytes())), (64, 96, 3))
+            expected = np.asarray(load_image(file).resize((96, 64), Image.Resampling.BILINEAR)).astype(int)
+            assert abs(found - expected).max() <= ("16" in file.name), file.name
+    (blocks / "grey 16.png").unlink()
 
 
 def test_pointing_at_a_word_and_at_the_picture_changes_the_view(make_site, open_site, pictures):
