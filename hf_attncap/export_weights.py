@@ -38,8 +38,8 @@ def store_as_int8(graph: Path, target: Path) -> None:
     for name, weight in _weights(model).items():
         users = [node for node in nodes if name in node.input]
         axes = {_output_axis(node, name, weight.ndim) for node in users}
-        if len(axes) > 1 or None in axes:
-            continue  # no scale per channel fits all operators
+        if len(axes) != 1 or None in axes:
+            continue  # it is not used, or no scale per channel fits all operators
         rounded, scale = _to_int8(weight, axes.pop())
         stored[name] = {f"{name}.int8": rounded, f"{name}.scale": scale}
         if any(node.op_type != "Gather" for node in users):

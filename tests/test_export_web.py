@@ -27,7 +27,7 @@ def fake_runtime(tmp_path) -> Path:
     return folder
 
 
-def test_the_folder_has_the_page_and_can_be_captioned_with_in_python(make_checkpoint, fake_runtime, pictures, tmp_path, capsys):
+def test_the_folder_is_the_onnx_export_with_a_page(make_checkpoint, fake_runtime, pictures, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     out = tmp_path / "out"
     command = ["export", str(make_checkpoint(**SMALL)), str(out), "--format", "web", "--onnxruntime-web", str(fake_runtime)]
@@ -39,6 +39,9 @@ def test_the_folder_has_the_page_and_can_be_captioned_with_in_python(make_checkp
     about = json.loads((out / "export.json").read_text())
     assert (about["format"], about["dtype"], about["packages"][PACKAGE]) == ("onnx", "int8", "9.9.9")
     assert Captioner.from_pretrained(out).caption(pictures[0]).text
+    same = export_checkpoint(make_checkpoint(**SMALL), tmp_path / "onnx", "onnx", "int8")
+    for name in exported - {"export.json"}:
+        assert (out / name).read_bytes() == (same / name).read_bytes(), name
     downloads = json.loads((out / "downloads.json").read_text())
     assert downloads == {name: (out / name).stat().st_size for name in downloads} and exported < set(downloads)
 
