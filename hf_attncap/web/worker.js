@@ -3,7 +3,7 @@
 // It receives {id, file, beams} and answers {id, result, image} or {id, error}. While it loads, it sends {loaded, total}; then
 // {beams}, the beam width of the checkpoint, or {failed} with the reason.
 
-import { decode, MAX_PIXELS, pixelsOf, preview } from "./image.js";
+import { decode, pixelsOf, preview } from "./image.js";
 import { Captioner } from "./model.js";
 
 const PREVIEW = 1280; // pixels of the longer side
@@ -28,7 +28,6 @@ async function answer({ id, file, beams }) {
       throw new Error(`${file.name} is not an image that this browser can read. Choose a JPEG, PNG, WebP or GIF file.`);
     });
     try {
-      if (bitmap.width * bitmap.height > MAX_PIXELS) throw new Error(`${file.name} has more than 134 megapixels: make it smaller.`);
       const { height, width, resample } = captioner.settings;
       const result = await captioner.caption(pixelsOf(bitmap, width, height, resample), beams, Math.min(beams, 1 + ALTERNATIVES));
       postMessage({ id, result, image: await preview(bitmap, PREVIEW) });
