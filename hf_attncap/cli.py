@@ -86,7 +86,7 @@ def _export(args: argparse.Namespace) -> int:
     silence_libraries()
     from .export import export_checkpoint
 
-    print(export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.calibration))
+    print(export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.calibration, args.onnxruntime_web))
     return 0
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,13 +21,16 @@ from PIL import Image
 from . import __version__
 from .atomic import atomic_folder, refuse_occupied, write_json
 from .export_graphs import write_onnx
+from .export_web import check_page, read_runtime, write_page
+from .export_weights import store_as_float16, store_as_int8
 from .images import load_image
 from .numpy_search import SearchSettings
 from .runtime import EXPORT_FILE, EXPORT_VERSION, GRAPHS, TOKENIZER_FILE
 from .torch_engine import load_model
 
-FORMATS, DTYPES = ("onnx", "openvino"), ("float32", "bfloat16", "int8")
-NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+FORMATS, DTYPES = ("onnx", "openvino", "web"), ("float32", "bfloat16", "int8")
+EXTRAS = {"onnx": "onnx", "openvino": "openvino", "web": "onnx"}
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}  # by extra
 # Generation settings that do not change the captions of greedy and beam search.
 WITHOUT_EFFECT = {
     "bos_token_id", "transformers_version", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
@@ -43,18 +47,20 @@ def export_checkpoint(
     checkpoint: str | os.PathLike,
     out: str | os.PathLike,
     format: str = "onnx",
-    dtype: str = "float32",
+    dtype: str | None = None,
     calibration: str | os.PathLike | None = None,
+    onnxruntime_web: str | os.PathLike | None = None,
 ) -> Path:
-    """Writes a folder that `Captioner.from_pretrained` runs on the CPU without torch and transformers.
+    """Writes a folder that `Captioner.from_pretrained` runs on the CPU without torch and transformers, and with "web" any browser.
 
     Args:
         checkpoint: a folder with a saved model and its processor, or a name on the Hub.
         out: the folder to write; it must not exist or be empty. It is written atomically.
-        format: "onnx" or "openvino".
-        dtype: "float32", "bfloat16" (only with "openvino") or "int8".
-        calibration: only with "int8": a folder of photographs like those that the model will caption, 200 or more. With it, the
-            encoder is quantised too, which is faster and less accurate. Without it, only the decoder is quantised.
+        format: "onnx", "openvino", or "web": the files of "onnx" and a static page that captions in the visitor's browser.
+        dtype: "float32", "bfloat16" (only with "openvino") or "int8". Default: "int8" with "web", else "float32".
+        calibration: only with "int8", not with "web": a folder of photographs like those that the model will caption, 200 or more.
+            With it, the encoder computes in int8, which is faster and less accurate. Without it, only weights are rounded.
+        onnxruntime_web: only with "web": the folder or the .tgz file of the npm package onnxruntime-web. Default: npm downloads it.
 
     Returns:
         `out` as a path.
@@ -66,8 +72,10 @@ def export_checkpoint(
         ValueError: the arguments contradict each other, there are no photographs, or the checkpoint has a setting that the exported
             captioner does not support.
     """
-    _check_arguments(format, dtype, calibration)
+    dtype = dtype or ("int8" if format == "web" else "float32")
+    _check_arguments(format, dtype, calibration, onnxruntime_web)
     refuse_occupied(out)
+    web_runtime = read_runtime(onnxruntime_web) if format == "web" else None
     photographs = [] if calibration is None else _photographs(Path(calibration))
     model, processor = load_model(str(checkpoint), "cpu", "float32", "auto")
     settings = _search_settings(model)
@@ -75,20 +83,21 @@ def export_checkpoint(
     image_processor = _checked_image_processor(processor.image_processor)
     height, width = image_processor.size["height"], image_processor.size["width"]
     mean, std = _statistics(image_processor)
+    if web_runtime is not None:
+        check_page(processor.tokenizer, image_processor.resample)
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         images = _Photographs(photographs, (width, height), Image.Resampling(image_processor.resample))
         with _quiet():
             grid = write_onnx(model, (height, width), mean, std, Path(scratch))
-            finish = {"onnx": _finish_onnx, "openvino": _finish_openvino}[format]
+            finish = _finish_openvino if format == "openvino" else _finish_onnx
             for name in GRAPHS:
-                quantize = dtype == "int8" and (name != "encoder" or bool(photographs))
-                finish(Path(scratch) / f"{name}.onnx", folder, quantize, images if name == "encoder" else None)
+                finish(Path(scratch) / f"{name}.onnx", folder, dtype, images if name == "encoder" else None)
         processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
         about = {
             "version": EXPORT_VERSION,
-            "format": format,
+            "format": "onnx" if format == "web" else format,  # of the graphs
             "dtype": dtype,
-            "packages": {"hf_attncap": __version__, **{name: version(name) for name in ("torch", *NEEDED[format])}},
+            "packages": {"hf_attncap": __version__, **{name: version(name) for name in ("torch", *NEEDED[EXTRAS[format]])}},
             "height": height,
             "width": width,
             "resample": int(image_processor.resample),
@@ -99,27 +108,32 @@ def export_checkpoint(
             "tokenizer": tokenizer,
         }
         write_json(folder / EXPORT_FILE, about)
+        if web_runtime is not None:
+            write_page(folder, web_runtime)
     return Path(out)
 
 
-def _check_arguments(format: str, dtype: str, calibration: Any) -> None:
+def _check_arguments(format: str, dtype: str, calibration: Any, onnxruntime_web: Any) -> None:
     if format not in FORMATS:
         raise ValueError(f"`format` is {format!r}, but it must be one of {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
-    if format == "onnx" and dtype == "bfloat16":
+    if format != "openvino" and dtype == "bfloat16":
         raise ValueError(
             "ONNX Runtime cannot compute in bfloat16 on CPUs: choose the format openvino, or the dtype int8 or float32."
         )
     if calibration is not None and dtype != "int8":
         raise ValueError(f"The calibration folder is only used with the dtype int8, but the dtype is {dtype}: leave it out.")
-    for name in (*NEEDED[format], *(("nncf",) if (format, dtype) == ("openvino", "int8") else ())):
+    if calibration is not None and format == "web":
+        raise ValueError("The format web has no int8 encoder, which the calibration folder is for: leave it out.")
+    if onnxruntime_web is not None and format != "web":
+        raise ValueError(f"onnxruntime-web is only used with the format web, but the format is {format}: leave it out.")
+    extra = EXTRAS[format]
+    for name in (*NEEDED[extra], *(("nncf",) if (format, dtype) == ("openvino", "int8") else ())):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(
-                f'The export to {format} needs more packages: pip install "hf_attncap[{format}]" ({error})'
-            ) from error
+            raise ImportError(f'The export to {format} needs more packages: pip install "hf_attncap[{extra}]" ({error})') from error
 
 
 def _photographs(folder: Path) -> list[Path]:
@@ -211,27 +225,26 @@ class _Photographs:
             yield np.asarray(load_image(file).resize(self.size, self.resample))[None]
 
 
-def _finish_onnx(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
-    """Copy an ONNX graph to `folder`, quantised if wanted."""
-    if quantize:
+def _finish_onnx(graph: Path, folder: Path, dtype: str, photographs: _Photographs | None) -> None:
+    """Write an ONNX graph to `folder`. With photographs, which only an encoder has, int8 also applies to activations."""
+    if dtype != "int8":
+        shutil.copyfile(graph, folder / graph.name)
+    elif photographs:
         _quantize_onnx(graph, folder / graph.name, photographs)
+    elif graph.stem == "encoder":
+        store_as_float16(graph, folder / graph.name)  # int8 would save a fifth of the size and change a tenth of the captions
     else:
-        (folder / graph.name).write_bytes(graph.read_bytes())
+        store_as_int8(graph, folder / graph.name)
 
 
-def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) -> None:
-    """Quantise weights and activations. The ranges of activations come from photographs, or without them from each run."""
+def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs) -> None:
+    """Quantise weights and activations. The ranges of activations come from photographs."""
     from onnxruntime.quantization import (  # pyright: ignore[reportMissingImports]
         CalibrationDataReader,
         QuantType,
         quant_pre_process,
-        quantize_dynamic,
         quantize_static,
     )
-
-    if photographs is None:
-        quantize_dynamic(graph, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
-        return
 
     class Reader(CalibrationDataReader):
         def __init__(self, pixels: Iterator[np.ndarray]):
@@ -246,12 +259,12 @@ def _quantize_onnx(graph: Path, target: Path, photographs: _Photographs | None) 
     quantize_static(prepared, target, Reader(iter(photographs)), per_channel=True, activation_type=QuantType.QUInt8)
 
 
-def _finish_openvino(graph: Path, folder: Path, quantize: bool, photographs: _Photographs | None) -> None:
-    """Convert an ONNX graph to OpenVINO's format in `folder`, quantised if wanted."""
+def _finish_openvino(graph: Path, folder: Path, dtype: str, photographs: _Photographs | None) -> None:
+    """Convert an ONNX graph to OpenVINO's format in `folder`; int8 applies to an encoder only with photographs."""
     import openvino  # pyright: ignore[reportMissingImports]
 
     converted = openvino.convert_model(graph)
-    if quantize:
+    if dtype == "int8" and (photographs or graph.stem != "encoder"):
         converted = _quantize_openvino(converted, photographs)
     openvino.save_model(converted, folder / f"{graph.stem}.xml", compress_to_fp16=False)
 

@@ -50,7 +50,7 @@ def render_page(result: Any, title: str | None = None) -> str:
         result: a `CaptionResult`.
         title: a heading above the view, such as a file name. Default: none, and the caption is the title of the page.
     """
-    style = _read("viewer.css") + _read("page.css")
+    style = _read("viewer.css") + _read("explain.css")
     script = _read("viewer.js") + MOUNT
     text = _text(result.text)
     data = {"alt": _alt(result.text), **viewer_data(result)}

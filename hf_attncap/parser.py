@@ -231,14 +231,27 @@ def _add_checkpoint_commands(commands: Any) -> None:
         "export",
         help="write a folder that captions without torch",
         description="Writes a folder for `attncap caption`. ONNX Runtime or OpenVINO runs it on the CPU, without torch "
-        "and transformers. bfloat16 needs OpenVINO. int8 applies to the decoder, with --calibration also to the encoder.",
+        "and transformers. bfloat16 needs OpenVINO. int8 applies to the decoder, with --calibration also to the encoder. "
+        "The format web is the format onnx with a page that captions in the browser; its int8 applies to all weights.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")
     export.add_argument("out", metavar="OUT", help="the folder to write")
-    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="ONNX Runtime or OpenVINO (default: onnx)")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="data type (default: float32)")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "openvino", "web"),
+        default="onnx",
+        help="ONNX Runtime, OpenVINO, or a web page (default: onnx)",
+    )
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), help="data type (default: int8 with web, otherwise float32)"
+    )
     export.add_argument(
         "--calibration", metavar="DIR", help="with int8: a folder of 200 or more photographs, to quantise the encoder too"
+    )
+    export.add_argument(
+        "--onnxruntime-web",
+        metavar="DIR_OR_TGZ",
+        help="with web: the npm package onnxruntime-web, for machines without npm or network (default: npm downloads it)",
     )
 
     export_hub = commands.add_parser("export-hub", help="write a folder for the Hugging Face Hub")

@@ -1,6 +1,8 @@
 """What several test files share: small saved checkpoints and generated pictures."""
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -144,3 +146,19 @@ def open_page(chromium: Any) -> Iterator[Callable[..., WatchedPage]]:
     """`open_page(address, **options)` opens a page in Chromium; see `browser.open_pages`."""
     with open_pages(chromium) as open_page:
         yield open_page
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The .tgz file of ONNX Runtime Web, from npm's cache: tests do not use the network."""
+    from hf_attncap.export_web import PACKAGE, VERSION
+
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("npm")
+    done = subprocess.run([npm, "pack", f"{PACKAGE}@{VERSION}", "--offline"], cwd=folder, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"npm's cache has no {PACKAGE}: run `npm cache add {PACKAGE}@{VERSION}`")
+    (file,) = folder.glob("*.tgz")
+    return file

@@ -154,7 +154,7 @@ def test_int8_captions_are_close_to_those_of_float32(make_checkpoint, photograph
     assert 0 < first.mean() < 0.02
     encoder = (out / ("encoder.onnx" if format == "onnx" else "encoder.bin")).stat().st_size
     share = encoder / (checkpoint / "model.safetensors").stat().st_size
-    assert share < 0.4 if calibrated else share > 0.8
+    assert share < 0.4 if calibrated else 0.4 < share < 0.6 if format == "onnx" else share > 0.8
 
 
 @pytest.mark.parametrize("command", [["pack"], ["export"], ["average"]], ids=lambda command: command[0])

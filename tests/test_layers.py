@@ -30,6 +30,7 @@ LAYERS = {
         {"parser", "batches", "bulk", "demo"},
         {"captioner", "export"},
         {"torch_engine"},
+        {"export_web"},
         {"result", "runtime", "export_graphs"},
         {"importance", "optimize", "checkpoint_checks", "summary", "numpy_search", "image_workers"},
         {"engine", "visualize"},
@@ -48,7 +49,7 @@ LAYERS = {
         {"configuration_attncap"},
         {"confidence_attncap", "efficientnet_lite_attncap", "urls_attncap", "occlusion", "word_vectors", "words_attncap"},
         {"image_files_attncap", "metrics"},
-        {"atomic", "console"},
+        {"atomic", "console", "export_weights"},
     ],
     "hf_attncap.metrics": [
         {"evaluate_modules"},
