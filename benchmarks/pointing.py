@@ -161,7 +161,7 @@ def point(folder: Path, count: int, seed: int) -> dict[str, float | None]:
         for (_, things), result in zip(part, captioner.explain([image for image, _ in part], batch_size=50)):
             places = {thing.shape: thing for thing in things}
             total += len(things)
-            assert result.importance is not None
+            assert result.attention is not None and result.importance is not None
             pairs = dict(zip(result.words[1:], zip(result.words, result.attention[1:], result.importance[1:])))
             for shape, (colour, weights, falls) in pairs.items():
                 if shape not in places:

@@ -173,7 +173,7 @@ def play(model: str | None, rows: list[dict[str, Any]], boxes: Mapping[str, list
     captioner = Captioner.from_pretrained(model)
     captions: dict[str, dict[str, list[Caption]]] = {"own": {}, "references": {}}
     for row, result in zip(rows, captioner.explain([row["image"] for row in rows])):
-        assert result.importance is not None
+        assert result.attention is not None and result.importance is not None
         own: Caption = (result.words, {"attention": result.attention, "importance": result.importance})
         captions["own"][row["image_id"]] = [own]
         captions["references"][row["image_id"]] = read_references(captioner, row["image"], row["captions"])

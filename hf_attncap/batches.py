@@ -63,8 +63,8 @@ class BatchCaptioner:
             The caption of such an image is "".
 
         Raises:
-            ValueError: there is no column of images, or the library that made the batch cannot decode one of its images; or as
-                `Captioner.caption`.
+            ValueError: there is no column of images, or the library that made the batch cannot decode one of its images; also as
+                for `Captioner.caption`.
         """
         if self.image_column not in batch:
             raise ValueError(f"There is no column '{self.image_column}', but {', '.join(batch)}: give its name as `image_column`.")

@@ -1,4 +1,4 @@
-"""Captions any number of images, with flat memory, and writes them to a file that a killed run can continue."""
+"""Captions any number of images with constant memory, and writes the captions to a file. A killed run can be continued."""
 
 import filecmp
 import hashlib
@@ -38,7 +38,7 @@ SETTINGS = (
 
 @dataclass
 class Totals:
-    """How many images are done, in this run and before, and how many of them failed. `complete` if an earlier run has ended."""
+    """How many images are done, in this run and before, and how many of them failed. `complete`: an earlier run had finished."""
 
     images: int = 0
     failed: int = 0
@@ -90,7 +90,7 @@ def _seed(number: int) -> None:
 
 
 def as_row(item: Input, outcome: "CaptionResult | ImageError", min_confidence: float | None = None) -> Row:
-    """The row of an image. A caption that is less confident than `min_confidence` is left out, which is no failure."""
+    """The row of an image. A caption with a confidence below `min_confidence` is left out, which is not a failure."""
     row = {"path": item.name, "caption": "", "score": None, "confidence": None, "words": [], "alternatives": [], "error": None}
     if isinstance(outcome, ImageError):
         return row | {"error": str(outcome), "failed": True}
@@ -102,7 +102,7 @@ def as_row(item: Input, outcome: "CaptionResult | ImageError", min_confidence: f
 
 
 def is_doubtful(result: "CaptionResult", min_confidence: float | None) -> bool:
-    """Whether a result has a confidence, and that is below the limit."""
+    """Whether the confidence of a result is known and below the limit."""
     return min_confidence is not None and result.confidence is not None and result.confidence < min_confidence
 
 
@@ -151,15 +151,15 @@ def caption_to_target(
     report: Callable[[Row | None, Totals], None],
     min_confidence: float | None = None,
 ) -> Totals:
-    """Captions images into an output, or continues a run that did not end. A run that has ended is only checked.
+    """Captions images into an output, or continues an unfinished run. A finished run is only checked.
 
     Args:
         target: the output.
         inputs: all images, those of earlier runs too.
         settings: what determines the captions.
         batch_size: images per batch. A continued run makes the same batches, so that its captions are the same.
-        caption: captions the images that are not done yet, given them and how many were read before. It is not called if there
-            are none.
+        caption: captions the images that are not done yet. It gets these images and the number of images before them. It is not
+            called if there are none.
         report: is called with the number of images that earlier runs have done, and then with each new row.
         min_confidence: as for `as_row`.
 
@@ -190,7 +190,7 @@ def caption_to_target(
 
 
 def _check_output(target: Target, journal: Journal) -> None:
-    """Forgets a finished run if its output is gone. Raises a ValueError if the output is not that of the run."""
+    """Discards the journal of a finished run if its output is gone. Raises a ValueError if the output is not that of the run."""
     if target.output is None:
         return
     exists, finished = os.path.lexists(target.output), journal.finished
@@ -277,7 +277,7 @@ def _identify(name: str, stamp: Any) -> bytes:
 
 
 def _batches(outcomes: Iterator[Outcome], size: int, min_confidence: float | None) -> Iterator[tuple[list[Row], bool]]:
-    """Groups rows into batches of `size` images, and inputs with an error besides; with True for an incomplete batch at the end."""
+    """Groups rows into batches of `size` images; inputs with an error do not count. True marks an incomplete batch at the end."""
     rows: list[Row] = []
     images = 0
     for item, outcome in outcomes:

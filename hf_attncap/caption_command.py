@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .bulk import Outcome, Target, Totals, caption_inputs, caption_to_target, is_doubtful, model_digest
-from .console import escape_path, print_error, silence_libraries
+from .console import escape_path, make_folder, print_error, silence_libraries
 from .images import ImageError, describe_error
 from .inputs import STDIN, Input, base_folder, count_inputs, find_inputs
 from .writers import WRITERS, CaptionFiles, Row, find_format
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
         require_matplotlib()
     for kind, folder in folders.items():
-        _make_folder(folder, kind)
+        make_folder(folder, f"--{kind}")
     return _print_captions(args, folders) if target is None else _write_captions(args, target)
 
 
@@ -73,19 +73,17 @@ def _check_usage(args: argparse.Namespace) -> None:
 def _run_ray(args: argparse.Namespace) -> int:
     unused = {"format": (None, "parquet"), "num_return_sequences": (1,), "workers": (0,), "json": (False,)}
     unused |= dict.fromkeys(("files_from", "attention", "importance", "min_confidence"), (None,))
-    if args.output is None:
-        args.usage_error("--engine ray needs --output FOLDER")
-    if not args.files:
-        args.usage_error("--engine ray needs PATH")
+    if args.output is None or not args.files:
+        args.usage_error("--engine ray needs PATH and --output FOLDER")
     for name, allowed in unused.items():
         if getattr(args, name) not in allowed:
             args.usage_error(f"--engine ray and --{name.replace('_', '-')} exclude each other")
-    from .ray_captions import caption_with_ray  # pyright: ignore[reportMissingImports]
+    from .ray_captions import caption_with_ray
 
     silence_libraries()
     names = ("num_beams", "prompt", "batch_size", "allow_private_urls", "device", "dtype", "revision")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return caption_with_ray(args.files, args.output, args.model, **options, **_generate_options(args))
+    return caption_with_ray(args.files, str(args.output), args.model, **options, **_generate_options(args))
 
 
 def _find_target(args: argparse.Namespace) -> Target | None:
@@ -222,7 +220,7 @@ def _settings(args: argparse.Namespace, load: "Callable[[], Captioner]") -> dict
 class _Progress:
     """A progress bar with rate and time left on stderr, if that is a terminal.
 
-    Another thread counts the images meanwhile. Until it has ended, the bar shows no time left.
+    Another thread counts the images. Until it has finished, the bar shows no time left.
     """
 
     def __init__(self, args: argparse.Namespace, enabled: bool = True):
@@ -243,7 +241,7 @@ class _Progress:
             self._bar.refresh()
 
     def start(self, images: int) -> None:
-        """Begins with images that earlier runs have done, which do not count for the rate."""
+        """Sets the number of images that earlier runs have done; they do not count for the rate."""
         if self._bar is not None:
             self._bar.initial = self._bar.n = images
             self._bar.refresh()
@@ -282,21 +280,12 @@ def _write_plot(file: str, result: "CaptionResult", kind: str, folder: Path, tak
     return path
 
 
-def _make_folder(folder: Path, kind: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be created as a folder ({error.strerror}); give another --{kind}") from error
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is a folder without write permission; give another --{kind}")
-
-
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Pauses garbage collection, so that imports and loading are faster.
 
-    They create about a million objects that stay in use, and Python would search them for garbage several times. At the end, all
-    objects become exempt from later collections.
+    They create about a million objects that stay in use, and Python would scan them several times. At the end, all objects are
+    excluded from later collections.
     """
     gc.disable()
     try:

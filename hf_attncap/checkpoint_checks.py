@@ -1,6 +1,6 @@
-"""Checks of a checkpoint from elsewhere: its files before they are loaded, and model and processor before they are used.
+"""Checks of an untrusted checkpoint: its files before they are loaded, and model and processor before they are used.
 
-transformers replaces weights that are missing or do not fit by random ones, and fills the memory with sizes that no weights have.
+transformers itself initialises weights that are missing or do not fit randomly, and allocates memory for any sizes in a config.
 """
 
 import json
@@ -33,10 +33,10 @@ TOKENS += ("forced_bos_token_id", "forced_eos_token_id", "repeatable_token_ids")
 
 
 def check_files(folder: Path) -> None:
-    """Checks that the files of a checkpoint exist, and that those in JSON hold objects.
+    """Checks that the files of a checkpoint exist, and that its JSON files contain objects.
 
     Raises:
-        ValueError: names the file and the way out.
+        ValueError: names the file and says what to do.
     """
     for names in REQUIRED:
         if not any((folder / name).is_file() for name in names):
@@ -55,10 +55,10 @@ def check_files(folder: Path) -> None:
 
 
 def check_weights(folder: Path, config: AttnCapConfig) -> None:
-    """Compares the weights in a folder with those of the config's model, without reading or making any.
+    """Compares the weights in a folder with those of the config's model, without reading or allocating any.
 
     Raises:
-        ValueError: names the file, the weights and the way out.
+        ValueError: names the file and the weights, and says what to do.
     """
     if not (config.dtype is None or isinstance(config.dtype, torch.dtype)):
         raise ValueError(f"config.json: `dtype` is {config.dtype!r:.40}, which torch does not have: set it to 'float32'.")
@@ -96,10 +96,10 @@ def check_weights(folder: Path, config: AttnCapConfig) -> None:
 
 
 def check_parts(model: AttnCapForConditionalGeneration, processor: AttnCapProcessor) -> None:
-    """Checks that the weights are finite, that tokenizer and model match, and that the settings can be computed.
+    """Checks that the weights are finite, that tokenizer and model match, and that the settings are in range.
 
     Raises:
-        ValueError: names the file and the way out.
+        ValueError: names the file and says what to do.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

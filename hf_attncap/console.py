@@ -1,7 +1,9 @@
-"""What the commands of `attncap` print besides their results."""
+"""What the commands of `attncap` share: messages on stderr and folders for their files."""
 
+import os
 import re
 import sys
+from pathlib import Path
 
 
 def print_error(error: Exception | str, file: str = "") -> None:
@@ -14,6 +16,16 @@ def print_error(error: Exception | str, file: str = "") -> None:
 def escape_path(file: str) -> str:
     """A path without line breaks and tabs."""
     return file.translate({ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"})
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Creates the folder of an option; raises an OSError if files cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be created as a folder ({error.strerror}); give another {option}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is a folder without write permission; give another {option}")
 
 
 def silence_libraries() -> None:

@@ -1,4 +1,4 @@
-"""The page of `attncap demo`: drop a picture, read its caption and see where the model looked. Needs gradio."""
+"""The page of `attncap demo`, which captions uploaded pictures and shows the attention. Needs gradio."""
 
 import atexit
 import html
@@ -35,8 +35,8 @@ POLICY = (
 def build_demo(captioner: Captioner) -> "gradio.Blocks":
     """The page and its API: `/caption` for one picture, `/caption_files` for several.
 
-    Uploads are in a folder of their own, which only this user can read. gradio deletes each after `KEPT_SECONDS`, and the folder is
-    deleted at exit. gradio sends no usage data.
+    Uploads are stored in a temporary folder that only this user can read. gradio deletes each after `KEPT_SECONDS`, and the folder
+    is deleted at exit. gradio sends no usage data.
 
     Args:
         captioner: any captioner, also one of an exported folder.
@@ -58,7 +58,7 @@ def launch_demo(demo: "gradio.Blocks", host: str = "127.0.0.1", port: int | None
     """Serves the page and returns its address. It does not wait: call `demo.block_thread()` for that.
 
     Args:
-        host: the address to listen on. Default: this machine alone.
+        host: the address to listen on. By default, only this machine can open the page.
         port: default: the first free one from 7860.
         options: further arguments of gradio's `launch`.
 
@@ -171,7 +171,7 @@ def _caption(
     count: float,
     importance: bool,
 ) -> tuple[str, str, dict[str, Any]]:
-    """Caption, view and details of an upload; a `gradio.Error` with one sentence if there is none."""
+    """Caption, view and details of an upload; raises a `gradio.Error` with one sentence if it has no caption."""
     if picture is None:
         raise _error(gr, "Choose a picture first.")
     settings = _settings(beams, temperature, length, prompt)
@@ -203,7 +203,7 @@ def _message(error: Exception, upload: Any) -> str:
 
 
 def _error(gr: Any, message: Exception | str) -> Exception:
-    """gradio shows messages as HTML, and they may hold the name of a file."""
+    """A `gradio.Error`. gradio shows messages as HTML, so they are escaped: they may contain the name of a file."""
     return gr.Error(html.escape(str(message)), print_exception=False)
 
 

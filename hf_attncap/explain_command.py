@@ -1,15 +1,14 @@
-"""The command `attncap explain`: for each photograph a film strip, a summary picture and a page that works offline."""
+"""The command `attncap explain`: writes the maps, a summary picture and an offline page for each photograph."""
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from .console import escape_path, print_error, silence_libraries
+from .console import escape_path, make_folder, print_error, silence_libraries
 
 if TYPE_CHECKING:
     from .captioner import CaptionResult
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from .visualize import path_key, require_matplotlib
 
     require_matplotlib()
-    _make_folder(args.output)
+    make_folder(args.output, "--output")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold bytes that are not text
     from . import Captioner
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_files(file: str, result: "CaptionResult", folder: Path, taken: set[str]) -> bool:
-    """Writes the files of one photograph and prints what they are; False if one of them fails, with a message on stderr."""
+    """Writes the files of one photograph and prints their names; False if one of them fails, with a message on stderr."""
     from .atomic import atomic_write
     from .images import describe_error
     from .visualize import output_paths, path_key, save_plot
@@ -87,12 +86,3 @@ def _write_files(file: str, result: "CaptionResult", folder: Path, taken: set[st
 def _title(file: str) -> str:
     """The name of the file, or the start of the URL."""
     return (file if urlsplit(file).scheme in ("http", "https", "data") else Path(file).name)[:MAX_TITLE]
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be created as a folder ({error.strerror}); give another --output") from error
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is a folder without write permission; give another --output")

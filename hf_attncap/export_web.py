@@ -1,4 +1,4 @@
-"""Makes an exported folder a web page that captions in the visitor's browser, with ONNX Runtime Web."""
+"""Turns an exported folder into a web page that captions in the visitor's browser, with ONNX Runtime Web."""
 
 import json
 import os

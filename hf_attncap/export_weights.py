@@ -57,7 +57,7 @@ def _weights(model: Any) -> dict[str, np.ndarray]:
 
 
 def _output_axis(node: Any, name: str, dimensions: int) -> int | None:
-    """The axis of output channels, or of the rows of a table; None for operators that have none, or use the weight otherwise."""
+    """The axis of output channels, or of the rows of a table; None if the operator has none, or uses the weight otherwise."""
     settings = {attribute.name: attribute.i for attribute in node.attribute}
     if list(node.input).index(name) != (0 if node.op_type == "Gather" else 1):
         return None
@@ -77,7 +77,7 @@ def _to_int8(weight: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarr
 
 
 def _read_rows(node: Any) -> list[Any]:
-    """Nodes that read rows of a table in int8, in place of a Gather that reads them in float32."""
+    """Nodes that read int8 rows of a table, to replace a Gather that reads float32 rows."""
     import onnx  # pyright: ignore[reportMissingImports]
 
     (table, index), (output,) = node.input, node.output

@@ -1,4 +1,4 @@
-"""One HTML file with the interactive view of a caption: everything is inside, and the page cannot load anything from elsewhere."""
+"""One self-contained HTML file with the interactive view of a caption. The page cannot load anything from elsewhere."""
 
 import base64
 import hashlib
@@ -69,7 +69,7 @@ def render_page(result: Any, title: str | None = None) -> str:
 
 
 def render_frame(result: Any, title: str | None = None, height: int = FRAME_HEIGHT) -> str:
-    """An `<iframe>` that holds the page, so that styles and scripts of the page and of its surroundings do not meet."""
+    """An `<iframe>` that holds the page, so that the page and the surrounding document do not affect each other."""
     page = html.escape(render_page(result, title))
     name = _text(f"Attention of the caption: {result.text}")
     style = f"width: 100%; height: {height}px; border: 0"

@@ -1,8 +1,8 @@
-"""Reads images one after the other, on request in worker processes: `read_images`.
+"""Reads images in order, optionally in worker processes: `read_images`.
 
 A worker is a new Python interpreter with pipes, not a process of `multiprocessing`. Such a process either imports the user's main
 module again, which runs a script without `if __name__ == "__main__"` twice, or it is forked, which is unsafe beside the threads of
-torch. A worker imports numpy and Pillow but not torch. It ends when its input ends, so also when this process is killed.
+torch. A worker imports numpy and Pillow but not torch. It ends when its input ends, so it also ends when this process is killed.
 """
 
 import atexit
@@ -36,10 +36,10 @@ def read_images(sources: Iterable[Any], reading: Reading, workers: int = 0, wind
         sources: of the kinds that `load_image` reads.
         reading: how to read them.
         workers: processes that read files, URLs and bytes. They end with the generator. 0 reads in this process.
-        window: with `workers`, how many images beyond the one in use are read from `sources`; at least two per worker. Fewer are
-            decoded if they have more than `MAX_BATCH_PIXELS` pixels together.
+        window: with `workers`, how many images are read ahead from `sources`; at least two per worker. Fewer are decoded ahead if
+            they have more than `MAX_BATCH_PIXELS` pixels in total.
 
-    If `sources` raises an error, that is raised after the images before. A worker that dies is the `ImageError` of its image.
+    If `sources` raises an error, it is raised after the earlier images. If a worker dies, its image is an `ImageError`.
     """
     if not workers:
         for number, source in enumerate(sources):
@@ -72,7 +72,7 @@ def read_images(sources: Iterable[Any], reading: Reading, workers: int = 0, wind
 
 
 class _Readers:
-    """Threads with a worker process each. Daemon threads: those that wait for room must not keep the interpreter from ending."""
+    """Daemon threads with one worker process each. A waiting thread must not keep the interpreter from ending."""
 
     def __init__(self, count: int, reading: Reading):
         self._reading = reading
@@ -219,7 +219,7 @@ def _receive(size: tuple[int, int], replies: BinaryIO) -> Image.Image:
     data = bytearray(3 * size[0] * size[1])
     if cast(Any, replies).readinto(data) < len(data):
         raise EOFError
-    return Image.frombuffer("RGB", size, data, "raw", "RGB", 0, 1)
+    return Image.frombuffer("RGB", size, cast(bytes, data), "raw", "RGB", 0, 1)
 
 
 def serve() -> None:

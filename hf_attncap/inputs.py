@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from .image_files_attncap import HEIF_BRANDS, PNG_SIGNATURE
-from .images import MAX_BYTES
+from .urls_attncap import MAX_BYTES
 
 STDIN = "-"
 SYSTEM_NAMES = {
@@ -70,7 +70,7 @@ class Input:
 
     @cached_property
     def stamp(self) -> list[int] | str | None:
-        """A value that changes with the content: size and time of a file, a digest of stdin, None for what is neither."""
+        """A value that changes with the content: size and time of a file, a digest of stdin, None for anything else."""
         if isinstance(self.source, bytes):
             return hashlib.sha256(self.source).hexdigest()
         try:
@@ -88,8 +88,9 @@ def find_inputs(paths: Sequence[str], files_from: str | None = None) -> Iterator
             their names. A pattern that exists as a path is a path.
         files_from: a file of further paths, one per line, or separated by NUL bytes; "-" is stdin. Its names are not patterns.
 
-    A folder is searched for files that begin like an image, and for files with the ending of one. Hidden files, system files and
-    links to folders that were already read are skipped. What cannot be read or has no image is an `Input` with an error.
+    A folder is searched for files that begin like an image or have the ending of one. Hidden files, system files and links to
+    folders that were already read are skipped. A folder that cannot be read is an `Input` with an error, and so is a path without
+    images.
     """
     for path in paths:
         if path == STDIN:
@@ -111,7 +112,7 @@ def count_inputs(paths: Sequence[str], files_from: str | None = None) -> int | N
 
 
 def base_folder(paths: Sequence[str], files_from: str | None = None) -> str:
-    """The folder of the first path, itself if it is a folder; the current folder if that is a URL or stdin."""
+    """The first path if it is a folder, otherwise its folder; the current folder if it is a URL or stdin."""
     first = paths[0] if paths else str(files_from)
     if os.path.isdir(first):
         return first
@@ -181,7 +182,7 @@ def _split(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _walk(folder: str) -> Iterator[Input]:
-    """The images below a folder. A stack instead of recursion: folders may be nested deeper than Python's calls."""
+    """The images below a folder. Uses a stack, because folders may be nested deeper than Python can recurse."""
     visited: Folders = set()
     _is_new(folder, visited)
     stack = [iter(_list_folder(folder))]
@@ -209,7 +210,7 @@ def _list_folder(folder: str) -> list[tuple[str, bool] | Input]:
 
 
 def _is_new(folder: str, visited: Folders) -> bool:
-    """Whether a folder is not one of `visited`, to which it is added. A link may lead to the same folder by another path."""
+    """Whether a folder is not in `visited` yet; adds it. A link may lead to the same folder by another path."""
     try:
         about = os.stat(folder or os.curdir)
     except OSError:  # the error is reported when the folder is listed
@@ -237,7 +238,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _expand(pattern: str) -> Iterator[Input]:
-    """The images that match a pattern. `**` stands for any number of folders. Without it, folders that match are read."""
+    """The images that match a pattern. `**` matches any number of folders. Without it, matching folders are read."""
     root, *parts = re.split(rf"[/{re.escape(os.sep)}]", pattern)
     folder, parts = (root + os.sep, parts) if pattern[:1] in ("/", os.sep) else ("", [root, *parts])
     files_only = "**" in parts[:-1]  # the files of the folders that match are matches of their own

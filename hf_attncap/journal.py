@@ -1,6 +1,6 @@
-"""The journal of `attncap caption --output`: what is done, so that a run that was killed goes on where it was.
+"""The journal of `attncap caption --output`: records what is done, so that a killed run can be continued.
 
-A folder beside the output holds:
+A folder next to the output holds:
 
 - `run.json`: the settings, and at the end the number of images and a digest of the inputs
 - `rows.jsonl`: one line per batch, a JSON object with its rows. Without a line break at its end, the line is incomplete.
@@ -26,7 +26,8 @@ class Journal:
 
     Args:
         folder: created if it is missing.
-        output, ways_out: how messages name the output, and what they say a user can do if the run cannot be continued.
+        output: how messages name the output.
+        ways_out: a sentence for messages: what a user can do if the run cannot be continued.
 
     Raises:
         OSError: the folder cannot be created, or another run has locked it.
@@ -66,7 +67,7 @@ class Journal:
 
     @property
     def started(self) -> bool:
-        """Whether this run, or an earlier one that it continues, has noted its settings."""
+        """Whether this run, or an earlier one that it continues, has saved its settings."""
         return self._about.is_file()
 
     @property
@@ -75,11 +76,11 @@ class Journal:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """What `finish` noted; None if the run has not ended."""
+        """What `finish` saved; None if the run has not finished."""
         return self._read_about()["finished"] if self.started else None
 
     def start(self, settings: dict[str, Any]) -> None:
-        """Notes the settings of a new run, or compares them with those of the run that this one continues.
+        """Saves the settings of a new run, or compares them with those of the run that this one continues.
 
         Raises:
             ValueError: the settings differ; the message says in what.
@@ -98,7 +99,7 @@ class Journal:
             raise ValueError(f"{self._output} was begun with other settings: {'; '.join(changes)}. {self._ways_out}")
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """The batches so far, as `append` got them. An incomplete last line is cut off."""
+        """The batches so far, as they were given to `append`. An incomplete last line is removed."""
         if not self._rows.exists():
             return
         with open(self._rows, "rb+") as file:
@@ -114,7 +115,7 @@ class Journal:
                 yield batch
 
     def append(self, rows: list[Row], last: bool) -> None:
-        """Adds a batch. It survives the end of this process at once, but not that of the machine: its rows are then done again."""
+        """Adds a batch. It survives a crash of this process, but not always one of the machine: it is then captioned again."""
         line = json.dumps({"rows": rows, "last": last}).encode() + b"\n"
         try:
             if self._file is None:
@@ -127,12 +128,12 @@ class Journal:
             ) from error
 
     def finish(self, **about: Any) -> None:
-        """Notes that the output is complete, and removes the rows."""
+        """Records that the output is complete, and removes the rows."""
         write_json(self._about, self._read_about() | {"finished": about})
         self._rows.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Forgets the run, to begin again."""
+        """Deletes the records of the run, so that it can begin again."""
         self._about.unlink(missing_ok=True)
         self._rows.unlink(missing_ok=True)
 

@@ -48,11 +48,6 @@ def _add_caption(commands: Any) -> None:
         choices=("jsonl", "csv", "parquet", "coco", "txt"),
         help="format of --output (default: from its ending); txt writes photo.txt beside photo.jpg and needs no --output",
     )
-    add(
-        "--model",
-        metavar="DIR_OR_NAME",
-        help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
-    )
     add("--attention", metavar="DIR", type=Path, help="also write attention plots to DIR/NAME.attention.png")
     add(
         "--importance",
@@ -60,7 +55,6 @@ def _add_caption(commands: Any) -> None:
         type=Path,
         help="also write plots of attention and importance to DIR/NAME.importance.png; slower",
     )
-    add("--num-beams", metavar="N", type=_count, help="beam width (default: the model's generation_config.json)")
     add(
         "--num-return-sequences",
         metavar="N",
@@ -71,7 +65,6 @@ def _add_caption(commands: Any) -> None:
     add("--beams", dest="num_beams", type=_count, **_old_name)
     add("--n-best", dest="num_return_sequences", type=_count, **_old_name)
     add("--json", action="store_true", help="print one JSON object per line, with scores and words")
-    add("--prompt", metavar="TEXT", help="the beginning of all captions")
     add(
         "--min-confidence",
         metavar="P",
@@ -90,8 +83,7 @@ def _add_caption(commands: Any) -> None:
     add("--workers", metavar="N", type=_whole, default=0, help="processes that read images (default: 0, this process)")
     add("--dtype", metavar="NAME", help="data type of the model, such as bfloat16 (default: the checkpoint's)")
     add("--revision", metavar="NAME", help="branch, tag or commit of a Hub repository")
-    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
-    add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
+    _add_model_options(add)
     caption.set_defaults(usage_error=caption.error)
 
 
@@ -107,17 +99,22 @@ def _add_explain(commands: Any) -> None:
     add = explain.add_argument
     add("files", nargs="+", metavar="FILE", help="an image: a path or an http(s) URL; write ./-x.jpg for -x.jpg")
     add("-o", "--output", metavar="DIR", type=Path, required=True, help="the folder to write; replaces only files of earlier runs")
+    add("--num-return-sequences", metavar="N", type=_count, default=1, help="captions per image (default: 1)")
+    _add_model_options(add)
+    explain.set_defaults(usage_error=explain.error)
+
+
+def _add_model_options(add: Any) -> None:
+    """Adds the options that `caption` and `explain` share."""
     add(
         "--model",
         metavar="DIR_OR_NAME",
         help="a folder, also of `attncap export`, or a Hub repository (default: the checkpoint in this package)",
     )
     add("--num-beams", metavar="N", type=_count, help="beam width (default: the model's generation_config.json)")
-    add("--num-return-sequences", metavar="N", type=_count, default=1, help="captions per image (default: 1)")
     add("--prompt", metavar="TEXT", help="the beginning of all captions")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if available)")
     add("--allow-private-urls", action="store_true", help="also fetch URLs that lead to private addresses")
-    explain.set_defaults(usage_error=explain.error)
 
 
 def _add_demo(commands: Any) -> None:
@@ -232,7 +229,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
         help="write a folder that captions without torch",
         description="Writes a folder for `attncap caption`. ONNX Runtime or OpenVINO runs it on the CPU, without torch "
         "and transformers. bfloat16 needs OpenVINO. int8 applies to the decoder, with --calibration also to the encoder. "
-        "The format web is the format onnx with a page that captions in the browser; its int8 applies to all weights.",
+        "The format web is the format onnx with a page that captions in the browser.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model, or a Hub repository")
     export.add_argument("out", metavar="OUT", help="the folder to write")

@@ -1,8 +1,8 @@
 """Captions the images of folders, Parquet files and WebDataset shards with Ray Data, on one machine or a cluster.
 
-Ray Data distributes the work, moves the images and repeats what a lost node had not finished. Each output shard belongs to fixed
-inputs. It is written once all of its captions have arrived, under another name that is then replaced, so a shard is either complete
-or absent. A second run with the same inputs and settings makes the shards that are absent.
+Ray Data distributes the work, moves the images and repeats the unfinished work of lost nodes. Each output shard belongs to fixed
+inputs. It is written under a temporary name once all of its captions have arrived, and then renamed. So a shard is either complete
+or absent. A second run with the same inputs and settings writes the missing shards.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class Shard:
         self._expected = 0  # their sum
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Adds a row, which may arrive again after a failure; returns whether the shard is complete."""
+        """Adds a row and returns whether the shard is complete. The same row may arrive again after a failure."""
         if row["row"] != EMPTY:
             self.rows[row["path"], row["row"]] = row
         if row["total"] != UNKNOWN and row["path"] not in self._totals:
@@ -102,16 +102,16 @@ def caption_dataset(
 
     Args:
         dataset: has a column of images: bytes of image files, arrays, paths or URLs.
-        model: a folder that all nodes see, or a Hub repository. Default: the checkpoint in this package.
+        model: a folder that all nodes can read, or a Hub repository. Default: the checkpoint in this package.
         image_column: the column of images.
         batch_size: images per forward pass.
-        concurrency: actors, each with its own model, or their least and largest number. Default: 1 to one per GPU, or without GPUs
-            one per CPU.
+        concurrency: the number of actors, each with its own model, or the minimum and maximum number. Default: from 1 to one per
+            GPU, or without GPUs one per CPU.
         num_gpus: GPUs per actor. Default: 1 if the cluster has any, else 0.
         options: those of `BatchCaptioner`, such as `output_column`, `num_beams` and `dtype`.
 
     Returns:
-        The dataset with the columns "caption" and "error" in addition: "" or why an image has no caption.
+        The dataset with two more columns: "caption", and "error", which is "" or says why an image has no caption.
     """
     return _map_captions(dataset, _Captions, model, {"image_column": image_column, **options}, batch_size, concurrency, num_gpus)
 
@@ -183,9 +183,9 @@ def caption_with_ray(
 
     Args:
         inputs: image files, Parquet files (.parquet), WebDataset shards (.tar) and folders of these: paths or URIs of file systems
-            that pyarrow reads, such as s3:// and gs://. All nodes must see them.
-        output: the folder of the shards: a path or URI, of a file system that this process sees. `part-00000.parquet` has the
-            captions of one Parquet or tar file, or of `shard_size` image files. Rows are in the order of the inputs. `row` counts
+            that pyarrow reads, such as s3:// and gs://. All nodes must have access to them.
+        output: the folder of the shards: a path or URI that this process can write. `part-00000.parquet` has the captions
+            of one Parquet or tar file, or of `shard_size` image files. Rows are in the order of the inputs. `row` counts
             the images of an input from 0; `key` is the name in a tar file.
         model: as for `caption_dataset`.
         image_column: of Parquet inputs: bytes, or what `datasets` stores for images.
@@ -269,7 +269,7 @@ def find_units(inputs: list[str], shard_size: int) -> list[Unit]:
 
 
 def _is_input(path: str) -> bool:
-    """Whether a file of a folder is captioned: by its ending, as reading every file of a bucket would take too long."""
+    """Whether a file of a folder is captioned. Only its ending counts: reading every file of a bucket would take too long."""
     return path.lower().endswith((*IMAGE_ENDINGS, ".parquet", ".tar")) and "/." not in f"/{path}"
 
 
@@ -390,7 +390,7 @@ def _write_shard(system: Any, folder: str, number: int, shard: Shard) -> pa.Tabl
 
 
 def _write(system: Any, path: str, content: bytes) -> None:
-    """Writes a file under another name, which is then replaced, so that it is either complete or absent."""
+    """Writes a file under a temporary name and then renames it, so that it is either complete or absent."""
     temporary = posixpath.join(posixpath.dirname(path), f".{posixpath.basename(path)}.tmp")
     with system.open_output_stream(temporary) as stream:
         stream.write(content)

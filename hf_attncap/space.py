@@ -55,8 +55,8 @@ def export_space(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Writes a folder that can be pushed to a Space of the Hub: `README.md`, `app.py`, `requirements.txt`, the code and the model.
 
     Args:
-        checkpoint: a folder of a saved model, or a folder that `attncap export` wrote; it is copied. Or the name of a repository on
-            the Hub, such as "user/model", which the Space loads.
+        checkpoint: a folder of a saved model, or a folder that `attncap export` wrote; it is copied. Or the name of a Hub
+            repository, such as "user/model"; the Space then loads it from the Hub.
         out: the folder to write; it must not exist or be empty. It is written atomically.
 
     Returns:
@@ -99,7 +99,7 @@ def export_space(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 
 def _not_code(folder: str, names: list[str]) -> set[str]:
-    """What a Space does not need of the package: the released checkpoint and compiled files."""
+    """The parts of the package that a Space does not need: the released checkpoint and compiled files."""
     return {name for name in names if name in ("__pycache__", "checkpoint") and (Path(folder) / name).is_dir()}
 
 

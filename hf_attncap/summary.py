@@ -47,8 +47,8 @@ class Mark(NamedTuple):
 def content_words(words: Sequence[str], importance: np.ndarray) -> tuple[list[Mark], list[str]]:
     """The marks of content words in their order, and "word (peak)" for the content words that are not marked.
 
-    A word is marked if hiding one region lowers its log-probability by at least `MIN_IMPORTANCE_SCALE` nats; of more than
-    `MAX_MARKED` such words, those with the highest importance are.
+    A word is marked if hiding one region lowers its log-probability by at least `MIN_IMPORTANCE_SCALE` nats. If there are more than
+    `MAX_MARKED` such words, those with the highest importance are marked.
     """
     peaks = importance.max(axis=(1, 2), initial=-np.inf)  # (T)
     content = [n for n, word in enumerate(words) if word.lower().strip(".,!?;:") not in FUNCTION_WORDS]
@@ -152,7 +152,7 @@ def _draw_marks(axis: Any, photo: Image.Image, marks: list[Mark]) -> None:
 
 
 def _places(photo: Image.Image, marks: list[Mark]) -> list[tuple[float, float]]:
-    """The pixel of each badge: the centre of the word's most important region, or beside the badges that are there."""
+    """The pixel of each badge: the centre of the word's most important region, or next to badges that are already there."""
     step = BADGE * DPI
     shifts = sorted(
         ((dx, dy) for dx in range(-4, 5) for dy in range(-4, 5)), key=lambda shift: (shift[0] ** 2 + shift[1] ** 2, shift)

@@ -23,13 +23,13 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def fetch(url: str, *, allow_private: bool = False, timeout: float | None = None) -> bytes:
-    """Downloads what an http(s) URL leads to.
+    """Downloads the content of an http(s) URL.
 
     Args:
         url: is percent-encoded where needed. Proxy settings are not read.
         allow_private: also connect to addresses that are not public.
-        timeout: seconds for the download with all its redirects. Default: `TIMEOUT`. The system's own limit on resolving a host
-            name comes on top.
+        timeout: seconds for the download with all its redirects. Default: `TIMEOUT`. The time to resolve host names is not
+            included; the system limits it.
 
     Raises:
         ImageError: the URL is refused, too slow, too large, not found or redirects too often.

@@ -84,7 +84,7 @@ class Parquet(Writer):
 class CocoResults(Writer):
     """COCO results: a JSON list for pycocotools' `COCO(references).loadRes(file)` and `attncap evaluate --predictions`.
 
-    `image_id` is the number in a file name of COCO's, for other images the path.
+    `image_id` is the number in a COCO file name; for other images it is the path.
     """
 
     def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
@@ -104,7 +104,7 @@ def find_format(path: str) -> str:
     """The format of an output file, from its ending.
 
     Raises:
-        ValueError: the ending is that of none of the formats, or of several.
+        ValueError: no format has this ending.
     """
     ending = Path(path).suffix.lower()
     for name, writer in WRITERS.items():
@@ -114,14 +114,14 @@ def find_format(path: str) -> str:
 
 
 class CaptionFiles:
-    """A caption file beside each image: photo.txt for photo.jpg, with one line per caption. Existing files are kept.
+    """A caption file next to each image: photo.txt for photo.jpg, with one line per caption. Existing files are kept.
 
-    The rows of a batch are claimed before they enter the journal, and written after that. So a file that exists before its row is
-    in the journal was not written by this run.
+    The rows of a batch are claimed before they are added to the journal, and written after that. So a file that exists before its
+    row is in the journal was not written by this run.
     """
 
     def claim(self, rows: Iterable[Row]) -> None:
-        """Gives an error to each row whose caption file cannot be written; `failed` is False if it only exists already."""
+        """Adds an error to each row whose caption file cannot be written; `failed` is False if the file already exists."""
         taken: dict[str, str] = {}  # files of this batch, which are not written yet
         for row in rows:
             if row["error"]:
@@ -136,7 +136,7 @@ class CaptionFiles:
             taken.setdefault(file, image)
 
     def write(self, row: Row) -> None:
-        """Writes the file of a row in the journal, if it is missing or empty, as after a crash; a second call changes nothing."""
+        """Writes the caption file of a row if it is missing, or empty as after a crash; a second call changes nothing."""
         file = self._file(row)
         if row["error"] or (os.path.exists(file) and os.path.getsize(file)):
             return
@@ -148,7 +148,7 @@ class CaptionFiles:
         return os.path.splitext(row["path"])[0] + ".txt"
 
     def _same_stem(self, image: str, file: str) -> str | None:
-        """An image that has the same caption file, if that exists."""
+        """Another image with the same caption file, if that file exists."""
         if not os.path.lexists(file):
             return None
         others = (os.path.splitext(image)[0] + ending for ending in ("", *ENDINGS))

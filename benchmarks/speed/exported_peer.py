@@ -1,7 +1,7 @@
 """Exports vit-gpt2 as `attncap export` exports a captioner, so that it can be timed in the same engine and data type.
 
 The export is as good as that of this package: the keys and values of the cross attention are computed once per image, and those of
-the words so far are cached. Int8 applies to the weights of both halves with OpenVINO, and to the decoder with ONNX Runtime.
+the words so far are cached. Int8 applies to the weights of the decoder.
 """
 
 from pathlib import Path
@@ -18,7 +18,6 @@ from .inputs import decode_image
 
 FINISH = {"onnx": export._finish_onnx, "openvino": export._finish_openvino}
 LOAD = {"onnx": runtime._load_onnx, "openvino": runtime._load_openvino}
-QUANTIZED = {"onnx": ("step",), "openvino": ("encoder", "step")}  # ONNX Runtime's dynamic int8 makes an encoder slower
 
 
 class Encoder(nn.Module):
@@ -75,7 +74,7 @@ class ExportedPeer:
         self.cache_shape = (decoder.n_layer, 1, decoder.n_head, 0, decoder.n_embd // decoder.n_head)  # (L, 1, M, t, D)
         with export._quiet():
             for name in write_graphs(model, processor, folder):
-                FINISH[format](folder / f"{name}.onnx", folder / "out", dtype == "int8" and name in QUANTIZED[format], None)
+                FINISH[format](folder / f"{name}.onnx", folder / "out", dtype, None)
         self._encode, self._step = (LOAD[format](folder / "out", name, dtype) for name in ("encoder", "step"))
 
     def caption(self, photograph: bytes) -> list[int]:
