@@ -212,8 +212,9 @@ def caption_with_ray(
         places = shards.setdefault(unit.shard, Shard()).places
         places[_name(unit)] = len(places)
     print(f"attncap: {len(units)} input files; {count - len(shards)} of {count} shards are finished", file=sys.stderr)
+    earlier = sum(_count_errors(system, folder, number) for number in range(count) if number not in shards)
     if not shards:
-        return 0
+        return int(earlier > 0)
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
@@ -238,7 +239,13 @@ def caption_with_ray(
     print(
         f"attncap: {images} images in {seconds:.0f} s, {images / seconds:.1f} per second; {broken} without caption", file=sys.stderr
     )
-    return int(broken > 0)
+    return int(earlier + broken > 0)
+
+
+def _count_errors(system: fs.FileSystem, folder: str, shard: int) -> int:
+    """The number of images without a caption in a finished shard."""
+    errors = parquet.read_table(posixpath.join(folder, _shard_name(shard)), columns=["error"], filesystem=system)["error"]
+    return sum(1 for error in errors if error.as_py())
 
 
 def find_units(inputs: list[str], shard_size: int) -> list[Unit]:

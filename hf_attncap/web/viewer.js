@@ -1,5 +1,5 @@
 /* The interactive view of a caption: `mountAttncapViewer(element, data)` shows the picture and the words of the caption. A word
-   lights its regions on the picture, a region lights the words that looked there. Plain JavaScript without dependencies.
+   highlights its regions on the picture, a region highlights the words that attended to it. Plain JavaScript without dependencies.
 
    data = {image: <data: or blob: URL>, alt, text, words: [T], grid: [H, W], attention: [T][H*W] | null,
            importance: [T][H*W] | null, score, confidence: number | null, alternatives: [{text, score}]}
