@@ -244,7 +244,7 @@ def caption_with_ray(
 
 def _count_errors(system: fs.FileSystem, folder: str, shard: int) -> int:
     """The number of images without a caption in a finished shard."""
-    errors = parquet.read_table(posixpath.join(folder, _shard_name(shard)), columns=["error"], filesystem=system)["error"]
+    errors = pq.read_table(posixpath.join(folder, _shard_name(shard)), columns=["error"], filesystem=system)["error"]
     return sum(1 for error in errors if error.as_py())
 
 
