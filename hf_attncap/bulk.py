@@ -138,8 +138,8 @@ class Target:
     def ways_out(self) -> str:
         """What a user can do if the run cannot be continued."""
         if self.output is None:
-            return f"Repeat the first command, or remove {self.folder} to begin again."
-        return f"Repeat the first command, or remove {self.output} and {self.folder} to begin again, or give another --output."
+            return f"Repeat the first command on the same images, or remove {self.folder} to begin again."
+        return f"Repeat the first command on the same images, or remove {self.output} and {self.folder} to begin again, or give another --output."
 
 
 def caption_to_target(
@@ -218,7 +218,10 @@ class _Progress:
         for item in self._inputs:
             self._digest.update(_identify(item.name, item.stamp))
         if self.digest != finished["inputs"]:
-            raise ValueError(f"The images have changed since {self._target.name} was written. {self._target.ways_out}")
+            raise ValueError(
+                f"The images have changed since {self._target.name} was written: one was added, removed or modified. "
+                f"{self._target.ways_out}"
+            )
         self.totals = Totals(finished["images"], finished["failed"], complete=True)
 
     def replay(self, journal: Journal) -> bool:

@@ -73,8 +73,10 @@ def _check_usage(args: argparse.Namespace) -> None:
 def _run_ray(args: argparse.Namespace) -> int:
     unused = {"format": (None, "parquet"), "num_return_sequences": (1,), "workers": (0,), "json": (False,)}
     unused |= dict.fromkeys(("files_from", "attention", "importance", "min_confidence"), (None,))
-    if args.output is None or not args.files:
-        args.usage_error("--engine ray needs PATH and --output FOLDER")
+    if args.output is None:
+        args.usage_error("--engine ray needs --output FOLDER")
+    if not args.files:
+        args.usage_error("--engine ray needs PATH")
     for name, allowed in unused.items():
         if getattr(args, name) not in allowed:
             args.usage_error(f"--engine ray and --{name.replace('_', '-')} exclude each other")
@@ -180,7 +182,8 @@ def _write_captions(args: argparse.Namespace, target: Target) -> int:
                 return
             if row["error"]:
                 with progress.paused():
-                    print_error(row["error"], row["path"])
+                    named = row["failed"] or row["path"] in row["error"]
+                    print_error(row["error"] if named else f"{row['path']}: {row['error']}", row["path"])
             progress.update()
 
         try:
@@ -199,7 +202,8 @@ def _write_captions(args: argparse.Namespace, target: Target) -> int:
             return INTERRUPTED
     state = "is complete already, nothing was done" if done.complete else "is complete"
     failed = f", {done.failed} of them failed" if done.failed else ""
-    print(f"{name} {state}: {done.images} images{failed}", file=sys.stderr)
+    images = "1 image" if done.images == 1 else f"{done.images} images"
+    print(f"{name} {state}: {images}{failed}", file=sys.stderr)
     return int(done.failed > 0)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .confidence_attncap import SIGNALS, estimate_confidence
 from .engine import Engine
-from .image_workers import read_images
+from .image_workers import MAX_WORKERS, read_images
 from .images import ImageError, Reading, describe_error, is_tensor, make_batches
 from .result import Alternative, CaptionResult
 from .runtime import ExportedModel, is_export
@@ -276,8 +276,8 @@ class Captioner:
             raise ValueError(f"`on_error` is {on_error!r}, but it must be 'raise' or 'yield'.")
         if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray)) or is_tensor(images):
             raise ValueError("`images` is a single image: use `caption`, or give a list of images.")
-        if not _is_whole(workers, 0):
-            raise ValueError(f"`workers` is {workers}, but it must be an integer, at least 0.")
+        if not _is_whole(workers, 0) or workers > MAX_WORKERS:
+            raise ValueError(f"`workers` is {workers}, but it must be an integer from 0 to {MAX_WORKERS}.")
         settings = self._check_settings(
             batch_size,
             num_beams,

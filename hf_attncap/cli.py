@@ -200,7 +200,12 @@ def _demo(args: argparse.Namespace) -> int:
         silence_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C, and so deletes the uploads
     demo = build_demo(Captioner.from_pretrained(args.checkpoint, device=args.device))
-    print(launch_demo(demo, args.host, args.port), flush=True)
+    try:
+        print(launch_demo(demo, args.host, args.port), flush=True)
+    except OSError as error:
+        raise OSError(
+            f"The demo cannot listen on {args.host}, port {args.port or 'from 7860'}: give another --host or --port."
+        ) from error
     demo.block_thread()
     return 0
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageFile
 
 from .images import MAX_BATCH_PIXELS, ImageError, Reading, describe_error
 
+MAX_WORKERS = 256
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # sources that take time to read; others are in memory
 START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from hf_attncap.image_workers import serve; serve()"
 Outcome = tuple[str, "Image.Image | ImageError"]  # the name of an image, and the image or why it cannot be read

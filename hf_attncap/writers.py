@@ -132,7 +132,10 @@ class CaptionFiles:
             elif other := taken.get(file) or self._same_stem(image, file):
                 row |= {"error": f"{file} is the caption file of {other} too; rename {image}", "failed": True}
             elif os.path.lexists(file):
-                row |= {"error": f"{file} exists and is kept; remove it for a new caption of {image}", "failed": False}
+                row |= {
+                    "error": f"{file} exists and is kept; for a new caption of {image}, remove it and the folder .attncap-txt",
+                    "failed": False,
+                }
             taken.setdefault(file, image)
 
     def write(self, row: Row) -> None:

@@ -262,7 +262,10 @@ def test_other_settings_are_refused(finished, options, message, here, caption, i
     capfd.readouterr()
     assert caption("in", "--output", "out.jsonl", *options) == 1
     err = capfd.readouterr().err
-    assert f"out.jsonl was begun with other settings: {message}. Repeat the first command, or remove out.jsonl and" in err
+    assert (
+        f"out.jsonl was begun with other settings: {message}. Repeat the first command on the same images, or remove out.jsonl and"
+        in err
+    )
     assert err.count("\n") == 1 and contents(here) == before
 
 
@@ -300,7 +303,11 @@ def test_other_images_are_refused(change, finished, here, caption, interrupt, ca
         "missing": "out.jsonl was begun with other images: number 2 was in/b.jpg and is now in/c broken.jpg. Repeat",
         "changed": "in/b.jpg has changed since out.jsonl was begun. Repeat",
     }
-    message = "The images have changed since out.jsonl was written. Repeat" if finished else messages[change]
+    message = (
+        "The images have changed since out.jsonl was written: one was added, removed or modified. Repeat"
+        if finished
+        else messages[change]
+    )
     err = capfd.readouterr().err
     assert message in err and "or give another --output" in err
 
@@ -438,7 +445,7 @@ def test_a_caption_file_beside_each_image(here, caption, loaded, capfd):
     for name in ("b", "f"):
         assert (here / "in" / f"{name}.txt").read_text() == f"{result.text}\n{result.alternatives[0].text}\n"
     assert (here / "in" / "k.txt").read_text() == "mine"
-    assert "in/k.txt exists and is kept; remove it for a new caption of in/k.png" in err
+    assert "in/k.txt exists and is kept; for a new caption of in/k.png, remove it and the folder .attncap-txt" in err
     assert "in/f.txt is the caption file of in/f.jpg too; rename in/f.png" in err
     assert "16 images, 4 of them failed" not in err and "15 images, 4 of them failed" in err, "a file that is kept is no failure"
     (here / "in" / "a.txt").write_text("edited by hand")

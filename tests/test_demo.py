@@ -289,6 +289,7 @@ def test_space_with_a_checkpoint_builds_the_demo(tiny_checkpoint, captioner, tmp
     assert "is not an empty folder" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_space_with_an_exported_folder_needs_no_torch(make_export, pictures, tmp_path):
     exported = make_export("onnx")
     out = export_space(exported, tmp_path / "space")

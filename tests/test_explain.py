@@ -144,6 +144,7 @@ def test_wrong_usage_and_unwritable_folders(tiny_checkpoint, pictures, tmp_path,
     assert "--allow-private-urls" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_exported_folders_need_no_torch(make_export, pictures, tmp_path):
     code = (
         "import sys; from hf_attncap.cli import main; code = main(sys.argv[1:]);"

@@ -132,6 +132,7 @@ def test_exported_peer_generates_the_same_tokens(format, dtype, photographs, tmp
         assert dtype != "float32" or found == peer.caption(file.read_bytes())[0, 1:].tolist()
 
 
+@pytest.mark.slow
 def test_exports_are_compared_with_an_exported_peer(tiny_checkpoint, photographs, capsys, tmp_path, monkeypatch):
     for package in export.NEEDED["onnx"]:
         pytest.importorskip(package)

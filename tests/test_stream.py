@@ -105,7 +105,8 @@ def test_failure_of_one_image_keeps_the_results_of_its_batch(captioner, pictures
         ([], {"on_error": "skip"}, "'raise' or 'yield'"),
         ([], {"batch_size": 0}, "at least 1"),
         ([], {"prompt": "xylophone"}, "does not know"),
-        ([], {"workers": -1}, "`workers` is -1, but it must be an integer, at least 0"),
+        ([], {"workers": -1}, "`workers` is -1, but it must be an integer from 0 to 256"),
+        ([], {"workers": 257}, "`workers` is 257, but it must be an integer from 0 to 256"),
         ([], {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         ([], {"do_sample": True, "temperature": -1.0}, "strictly positive"),
         ([], {"num_beam_groups": 2}, "group_beam_search is not part of transformers"),
@@ -254,7 +255,8 @@ def test_workers_keep_the_limits_of_pillow(captioner, pictures, monkeypatch):
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do their children
 from hf_attncap.image_workers import read_images
 from hf_attncap.images import Reading
 print("started", flush=True)
@@ -293,7 +295,10 @@ def test_scripts_need_no_main_guard_and_leave_no_processes(pictures, tmp_path, h
             os.killpg(process.pid, ending)  # as Ctrl-C does
         else:
             process.send_signal(ending)
-        output, errors = process.communicate(timeout=30)
+        try:
+            output, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert output == "" and ("KeyboardInterrupt" in errors if ending == signal.SIGINT else errors == "")
     for _ in range(200):
         try:
