@@ -137,9 +137,10 @@ class Target:
     @property
     def ways_out(self) -> str:
         """What a user can do if the run cannot be continued."""
+        repeat = "Repeat the first command on the same images, or remove"
         if self.output is None:
-            return f"Repeat the first command on the same images, or remove {self.folder} to begin again."
-        return f"Repeat the first command on the same images, or remove {self.output} and {self.folder} to begin again, or give another --output."
+            return f"{repeat} {self.folder} to begin again."
+        return f"{repeat} {self.output} and {self.folder} to begin again, or give another --output."
 
 
 def caption_to_target(
