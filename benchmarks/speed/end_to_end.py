@@ -85,7 +85,7 @@ def exported_peers(args: Any, files: list[bytes], scratch: Path) -> dict[tuple, 
     """vit-gpt2 in each engine and data type of the exported folders, as in `own_candidates`."""
     found: dict[tuple, tuple[Row, Candidate]] = {}
     for kind in dict.fromkeys(map(exported_kind, args.exported)) if REFERENCE in args.peers else ():
-        folder = scratch / kind
+        folder = scratch / kind.removeprefix("exported, ")
         folder.mkdir()
         peer = Peer.build(REFERENCE, torch.float32, "cpu", args.tokens)
         format, dtype = kind.removeprefix("exported, ").split("-")

@@ -75,6 +75,7 @@ class ExportedPeer:
         with export._quiet():
             for name in write_graphs(model, processor, folder):
                 FINISH[format](folder / f"{name}.onnx", folder / "out", dtype, None)
+                (folder / f"{name}.onnx").unlink()  # hundreds of megabytes
         self._encode, self._step = (LOAD[format](folder / "out", name, dtype) for name in ("encoder", "step"))
 
     def caption(self, photograph: bytes) -> list[int]:
