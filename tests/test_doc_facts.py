@@ -142,7 +142,7 @@ def test_memory_over_many_images_is_as_measured():
     )
     assert found
     shown = [(int(found[number + 1].replace(",", "")), float(found[number])) for number in (1, 3)]
-    assert shown == [(row["images"], row["memory_mib"]) for row in (rows[0], rows[-2])], "the last row is that of writing the output"
+    assert shown == [(row["images"], row["memory_mib"]) for row in (rows[0], rows[-2])]  # the last row: output written
 
 
 def test_scripts_are_executable_and_named_where_they_are_used():
