@@ -71,7 +71,7 @@ class DualAttention(GradientCheckpointingLayer):
     def attend_regions(self, query: torch.Tensor, keys: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z = sum_i alpha_i a_i (R, C) and alpha = softmax_i(v_r . tanh(K_i + query)) (R, N)."""
         query = query.unflatten(0, (keys.shape[0], -1))  # (B, R/B, A)
-        scores = self.region_score(torch.tanh(keys[:, None] + query[:, :, None])).squeeze(-1)  # (B, R/B, N)
+        scores = self.region_score((keys[:, None] + query[:, :, None]).tanh_()).squeeze(-1)  # (B, R/B, N)
         alpha = scores.softmax(dim=-1)  # (B, R/B, N)
         return torch.bmm(alpha, regions).flatten(0, 1), alpha.flatten(0, 1)  # (R, C), (R, N)
 

@@ -181,16 +181,20 @@ class SameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding: ceil(size / stride) outputs, an odd pixel of padding at the right or bottom."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        pads = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         if torch.compiler.is_compiling():  # compilers and exported graphs do the padding in the convolution
+            pads = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
             return F.conv2d(F.pad(input, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         # `F.pad` copies the whole input. It is faster to pad all sides equally in the convolution and to drop the surplus outputs.
-        left, right, top, bottom = pads
+        pad, kept = self.symmetric_padding(input)
+        return F.conv2d(input, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)[kept]
+
+    def symmetric_padding(self, input: torch.Tensor) -> tuple[tuple[int, int], tuple]:
+        """Return an equal padding of opposite sides, (height, width), and the index of the outputs that SAME padding has."""
+        left, right, top, bottom = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         drop_y, drop_x = (-(-(after - before) // s) for before, after, s in zip((top, left), (bottom, right), self.stride))
         pad = top + drop_y * self.stride[0], left + drop_x * self.stride[1]
         height, width = (-(-side // s) for side, s in zip(input.shape[-2:], self.stride))
-        out = F.conv2d(input, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)
-        return out[:, :, drop_y : drop_y + height, drop_x : drop_x + width]
+        return pad, (..., slice(drop_y, drop_y + height), slice(drop_x, drop_x + width))
 
 
 class SameMaxPool2d(nn.MaxPool2d):
@@ -224,4 +228,4 @@ def _pad_like_tensorflow(module: nn.Module) -> None:
             child.__class__ = SameMaxPool2d
 
 
-__all__ = ["build_backbone", "count_channels", "load_backbone_weights", "run_checkpointed"]
+__all__ = ["SameConv2d", "build_backbone", "count_channels", "load_backbone_weights", "run_checkpointed"]

@@ -5,10 +5,10 @@ import logging
 from typing import Any, NoReturn
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .convolutions import fold_batch_norm, fuse_activations, has_fused_convolutions
 from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
 
@@ -34,8 +34,9 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     encoder: Any = fast.model.encoder
-    folded = _fold_batch_norm(encoder.backbone)
+    folded = fold_batch_norm(encoder.backbone)
     encoder.to(memory_format=torch.channels_last)
+    fused = fuse_activations(encoder) if has_fused_convolutions() and not compile else 0
     decoder: Any = fast.model.decoder
     if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE_ELEMENTS:
         fast.model.decoder = InferenceDecoder(decoder)
@@ -43,8 +44,9 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
         encoder.compile()
     tabulated = isinstance(fast.model.decoder, InferenceDecoder)
     logger.info(
-        "Optimized for inference: %d batch norms folded, channels last, %s, %s.",
+        "Optimized for inference: %d batch norms folded, channels last, %d fused convolutions, %s, %s.",
         folded,
+        fused,
         "word products in a table" if tabulated else "decoder unchanged",
         "encoder compiled" if compile else "encoder not compiled",
     )
@@ -53,7 +55,7 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
 
 
 class InferenceDecoder(AttnCapDecoder):
-    """A decoder for inference that needs fewer matrix products per step.
+    """A decoder for inference that needs fewer operations per step.
 
     The layers that read the LSTM state are merged into one. The layers of the deep output that read state and context are merged
     too. The products of the word embeddings with weight matrices are computed once for the whole vocabulary, and each step looks
@@ -64,29 +66,34 @@ class InferenceDecoder(AttnCapDecoder):
     """
 
     word_products: torch.Tensor
-    word_queries: torch.Tensor
+    state_weight: torch.Tensor
+    state_bias: torch.Tensor
+    context_weight: torch.Tensor
 
     def __init__(self, decoder: AttnCapDecoder):
         nn.Module.__init__(self)
         self.embed_tokens, self.attention, self.deep_output = decoder.embed_tokens, decoder.attention, decoder.deep_output
         self.init_h, self.init_c = decoder.init_h, decoder.init_c
-        cell, query = decoder.cell, decoder.attention.query_proj
-        words = decoder.embed_tokens.weight  # (V, E)
-        word_weight, context_weight = cell.weight_ih.split(
+        cell, query, words = decoder.cell, decoder.attention.query_proj, decoder.embed_tokens.weight  # (V, E)
+        word_weight, context_weight = _reorder_gates(cell.weight_ih).split(
             [words.shape[1], cell.input_size - words.shape[1]], dim=1
         )  # (4S, E), (4S, C)
-        gate = [] if decoder.gate is None else [decoder.gate]
-        self.widths = [query.out_features, *(layer.out_features for layer in gate), 4 * cell.hidden_size]
-        bias = [query.bias, *(layer.bias for layer in gate), cell.bias_ih + cell.bias_hh]
-        self.state_proj = _linear(torch.cat([query.weight, *(layer.weight for layer in gate), cell.weight_hh]), torch.cat(bias))
-        self.context_proj = _linear(context_weight.contiguous())
-        table = [words @ word_weight.T]  # (V, 4S)
+        weights, biases = [query.weight, _reorder_gates(cell.weight_hh)], [query.bias, _reorder_gates(cell.bias_ih + cell.bias_hh)]
+        if decoder.gate is not None:
+            weights.append(decoder.gate.weight)
+            biases.append(decoder.gate.bias)
+        self.widths = [query.out_features, 4 * cell.hidden_size]
+        # Products of few rows are faster with the weights in this layout, (in, out), than with that of `nn.Linear`.
+        self.register_buffer("state_weight", torch.cat(weights).T.contiguous(), persistent=False)  # (S, A + 4S [+ C])
+        self.register_buffer("state_bias", torch.cat(biases), persistent=False)  # (A + 4S [+ C])
+        self.register_buffer("context_weight", context_weight.T.contiguous(), persistent=False)  # (C, 4S)
+        is_scored = decoder.attention.word_attention == "score"
+        queries = decoder.attention.word_proj(words) if is_scored else words.new_zeros(len(words), query.out_features)  # (V, A)
+        table = [queries, words @ word_weight.T]  # (V, A), (V, 4S)
         if decoder.deep_output:
             self.output_proj = _linear(torch.cat([decoder.state_out.weight, decoder.region_out.weight], dim=1))
             table.append(decoder.word_out(words) + decoder.state_out.bias)  # (V, E)
-        self.register_buffer("word_products", torch.cat(table, dim=1), persistent=False)  # (V, 4S + D)
-        if decoder.attention.word_attention == "score":
-            self.register_buffer("word_queries", decoder.attention.word_proj(words), persistent=False)  # (V, A)
+        self.register_buffer("word_products", torch.cat(table, dim=1), persistent=False)  # (V, A + 4S + D)
 
     @staticmethod
     def table_size(decoder: AttnCapDecoder) -> int:
@@ -95,25 +102,31 @@ class InferenceDecoder(AttnCapDecoder):
         return words * (4 * decoder.cell.hidden_size + embed + decoder.attention.query_proj.out_features)
 
     def _embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Look up the word products (R, T, 4S + D), which take the place of e, and u (R, T, A)."""
-        u = None if self.attention.word_attention == "none" else F.embedding(input_ids, self.word_queries)  # (R, T, A)
-        return F.embedding(input_ids, self.word_products), u
+        """Look up the word products (R, T, A + 4S + D), which take the place of e and u."""
+        return F.embedding(input_ids, self.word_products), None
 
     def step(self, h, c, keys, regions, e, u, mask=None, gradients=None):
-        q, *gate, gates = self.state_proj(h).split(self.widths, dim=-1)  # (R, A), (R, C), (R, 4S)
-        query = q if u is None else q + u[:, -1]  # (R, A)
+        state = torch.addmm(self.state_bias, h, self.state_weight)  # (R, A + 4S [+ C])
+        width = sum(self.widths)
+        query, gates = (state[:, :width] + e[:, -1, :width]).split(self.widths, dim=-1)  # (R, A), (R, 4S)
         z, alpha = self.attention.attend_regions(query, keys, regions)  # (R, C), (R, N)
-        if gate:
-            z = torch.sigmoid(gate[0]) * z  # (R, C)
-        gates = gates + e[:, -1, : gates.shape[-1]] + self.context_proj(z)  # (R, 4S)
-        i, f, g, o = gates.chunk(4, dim=-1)  # (R, S) each
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # (R, S)
-        return torch.sigmoid(o) * torch.tanh(c), c, z, alpha, None
+        if state.shape[1] > width:
+            z = torch.sigmoid(state[:, width:]) * z  # (R, C)
+        gates = torch.addmm(gates, z, self.context_weight)  # (R, 4S)
+        i, f, o = torch.sigmoid(gates[:, : 3 * h.shape[1]]).chunk(3, dim=-1)  # (R, S) each
+        c = f * c + i * torch.tanh(gates[:, 3 * h.shape[1] :])  # (R, S)
+        return o * torch.tanh(c), c, z, alpha, None
 
     def project_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if not self.deep_output:
             return h
         return e[..., -self.output_proj.out_features :] + self.output_proj(torch.cat([h, z], dim=-1))  # (..., E)
+
+
+def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
+    """Puts the rows (4S, .) of the LSTM's output gate before those of its cell input, after which one sigmoid covers all gates."""
+    i, f, g, o = weight.chunk(4)  # (S, .) each
+    return torch.cat([i, f, o, g])
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
@@ -129,39 +142,6 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
         "A model optimized for inference cannot be saved: save the original, or load the checkpoint with `optimize=False`."
     )
-
-
-class _Tracer(fx.Tracer):
-    """Traces into all modules that have children, so that each convolution and batch norm is a node of its own in the graph."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not list(m.children())
-
-
-def _fold_batch_norm(backbone: nn.Module) -> int:
-    """Fold batch norms into the convolutions whose outputs only they use, in place; return the number of folded batch norms.
-
-    A backbone that fx cannot trace is not changed.
-    """
-    try:
-        graph = _Tracer().trace(backbone)
-    except Exception:  # fx raises many kinds for control flow that depends on tensors
-        return 0
-    modules, folded = dict(backbone.named_modules()), 0
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    used_once = {name for name in modules if sum(node.target == name for node in calls) == 1}
-    for node in calls:
-        before = node.args[0] if node.args else None
-        if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
-            continue
-        convolution: Any = modules[str(before.target)]
-        norm: Any = modules[str(node.target)]
-        foldable = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-        if foldable and {before.target, node.target} <= used_once:
-            backbone.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            backbone.set_submodule(str(node.target), nn.Identity())
-            folded += 1
-    return folded
 
 
 __all__ = ["optimize_for_inference"]

@@ -79,16 +79,16 @@ class DecodingSteps:
 
     def read_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per row, (R); return the logits of the next one (R, V)."""
-        out = self.model.model.decoder(tokens[:, None], None, past=self.cache, output_attentions=self.config.output_attentions)
+        hidden, alpha, beta = self.model.model.decoder.read(tokens, self.cache)  # (R, E), (R, N), (R, t) or (R, E)
         if self.config.output_attentions:
-            self.cross_attentions.append((out.region_attention[:, None],))
-            words = out.word_attention
-            self.decoder_attentions.append(None if words is None else (words[:, None],))
-        return self.model.lm_head(out.last_hidden_state[:, -1]).float()  # (R, V)
+            self.cross_attentions.append((alpha[:, None, None],))  # (R, 1, 1, N)
+            self.decoder_attentions.append(None if beta is None else (beta[:, None, None],))  # (R, 1, 1, .)
+        return self.model.lm_head(hidden).float()  # (R, V)
 
     def process(self, input_ids: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Apply the logits processors to scores (R, V); record logits and scores if `generate` returns them."""
-        scores = self.processors(input_ids, scores)
+        for processor in self.processors:  # calling the list itself inspects the signature of each processor at each step
+            scores = processor(input_ids, scores)
         if self.config.output_logits:
             self.logits.append(logits)
         if self.config.output_scores:
