@@ -1,5 +1,6 @@
-"""Makes the convolutions of an encoder faster for inference: batch norm and activations become part of the convolution before them."""
+"""Makes the convolutions of an encoder faster for inference: batch norm, residual and activation become a part of them."""
 
+import operator
 from functools import cache
 from typing import Any
 
@@ -22,16 +23,15 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 
 
 class FusedConvolution(nn.Module):
-    """A convolution and the activation after it, which oneDNN computes in one operation.
+    """A convolution, the addition of a residual and an activation, which oneDNN computes in one operation.
 
-    For batches of one image, a second copy of the weights is kept in the layout that oneDNN prefers. Where oneDNN is not used, on
-    other devices and for gradients, the two layers are called.
+    A second copy of the weights is kept in the layout that oneDNN prefers for one image. Where oneDNN is not used, on other devices
+    and for gradients, the layers are called one by one.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module):
         super().__init__()
         self.convolution, self.activation = convolution, activation
-        self._kind = ACTIVATIONS[type(activation)]
         self._packed: torch.Tensor | None = None
 
     @property
@@ -39,11 +39,12 @@ class FusedConvolution(nn.Module):
         """The weights of the convolution."""
         return self.convolution.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.convolution
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        layer, (name, parameters) = self.convolution, ACTIVATIONS[type(self.activation)]
         if not _is_supported(x):
-            return self.activation(layer(x))
-        x = x.contiguous(memory_format=torch.channels_last)  # (B, D, h, w)
+            out = layer(x)  # (B, D, h, w)
+            return self.activation(out if residual is None else out + residual)
+        x = x.contiguous(memory_format=torch.channels_last)
         pad, kept = layer.symmetric_padding(x) if isinstance(layer, SameConv2d) else (layer.padding, None)
         window = pad, layer.stride, layer.dilation, layer.groups
         weight = layer.weight
@@ -51,7 +52,12 @@ class FusedConvolution(nn.Module):
             if self._packed is None or self._packed.dtype != x.dtype:
                 self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
             weight = self._packed
-        out = torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *window, *self._kind, "")  # (B, D, h, w)
+        call, activation = torch.ops.mkldnn._convolution_pointwise, (name, parameters, "")
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            activation = (None, [], None) if name == "none" else activation
+            return call.binary(x, residual, weight, layer.bias, *window, "add", 1.0, *activation)  # (B, D, h, w)
+        out = call(x, weight, layer.bias, *window, *activation)
         return out if kept is None else out[kept]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,17 +166,40 @@ def _fuse_graph(block: fx.GraphModule) -> int:
         if type(modules[node.target]) in (nn.Identity, nn.Dropout, StochasticDepth):  # these do nothing in evaluation mode
             _bypass(node)
     for node in calls:
-        if not _is_fusible(modules[node.target]) or sum(node.target == other.target for other in calls) > 1:
+        layer = modules[node.target]
+        if not _is_fusible(layer) or sum(node.target == other.target for other in calls) > 1:
             continue
-        after = next(iter(node.users)) if len(node.users) == 1 else None
-        is_activation = after is not None and after.op == "call_module" and type(modules[after.target]) in ACTIVATIONS
-        activation = modules[after.target] if is_activation else nn.Identity()
-        block.set_submodule(node.target, FusedConvolution(modules[node.target], activation))
+        after = _only_user(node)
+        residual = None if after is None or isinstance(layer, SameConv2d) else _residual(after, node)
+        if residual is not None:
+            node.args = (*node.args, residual)
+            after.append(node)  # the residual may be computed after the input of the convolution
+            after.replace_all_uses_with(node)
+            block.graph.erase_node(after)
+            after = _only_user(node)
+        known = ACTIVATIONS if residual is None else (nn.ReLU,)
+        is_activation = after is not None and after.op == "call_module" and type(modules[after.target]) in known
+        block.set_submodule(node.target, FusedConvolution(layer, modules[after.target] if is_activation else nn.Identity()))
         if is_activation:
             _bypass(after)
         fused += 1
     block.recompile()
     return fused
+
+
+def _residual(addition: fx.Node, convolution: fx.Node) -> fx.Node | None:
+    """What a node adds to the output of a convolution, with `+` or `+=`; None if it does something else."""
+    if addition.target is operator.add:
+        others = [value for value in addition.args if value is not convolution]
+    elif addition.target is operator.iadd:
+        others = addition.args[1:] if addition.args[0] is convolution else ()
+    else:
+        others = ()
+    return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _bypass(node: fx.Node) -> None:

@@ -141,9 +141,7 @@ class AttnCapDecoder(nn.Module):
             word_attention=_stack_word_attention(betas) if output_attentions and betas[0] is not None else None,
         )
 
-    def read(
-        self, tokens: torch.Tensor, cache: AttnCapCache
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def read(self, tokens: torch.Tensor, cache: AttnCapCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Read one word per row (R) after those in the cache, which is updated: `forward` for T = 1 with less overhead.
 
         Returns:
