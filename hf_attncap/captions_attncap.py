@@ -49,10 +49,13 @@ def generate_captions(
     out = model.generate(
         encoder_outputs=encoder_outputs, input_ids=input_ids, attention_mask=attention_mask, **{**generate_kwargs, **wanted}
     )
-    settings = dict(generate_kwargs)
-    config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
-    tokens, rows, generated = _generated_tokens(out, config.eos_token_id)
-    found = {"sequences": out.sequences, **_signals(out, tokens, rows, generated, config.length_penalty)}
+    ends, length_penalty = None, 1.0
+    if getattr(out, "beam_indices", None) is None:  # beam search has used them already
+        settings = dict(generate_kwargs)
+        config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
+        ends, length_penalty = config.eos_token_id, config.length_penalty
+    tokens, rows, generated = _generated_tokens(out, ends)
+    found = {"sequences": out.sequences, **_signals(out, tokens, rows, generated, length_penalty)}
     found |= {"attention": None, "word_attention": None}
     if output_attentions:
         maps = _attentions(out.cross_attentions, rows, generated, attention_mask)  # (R, T, N)

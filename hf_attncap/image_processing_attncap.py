@@ -2,6 +2,9 @@
 
 from typing import Any, ClassVar, Self
 
+import numpy as np
+import torch
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
@@ -46,6 +49,16 @@ class AttnCapImageProcessor(TorchvisionBackend):
             kwargs: further arguments of the constructor, such as `size`.
         """
         return cls(image_mean=list(config.image_mean), image_std=list(config.image_std), **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def process_image(self, image: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Converts an image to a tensor (3, height, width)."""
+        if device is None and isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info:
+            # In this layout, channels last, torchvision resizes large images 15 times faster, to the same values.
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return super().process_image(image, *args, device=device, **kwargs)
+
+    def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().rescale_and_normalize(images, *args, **kwargs).contiguous()
 
     def warn_of_other_statistics(self, config: AttnCapConfig) -> None:
         """Logs a warning if the model's config has another mean or standard deviation."""

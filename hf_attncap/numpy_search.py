@@ -197,14 +197,15 @@ def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, 
     for length in range(start, longest):
         logits, normalizer, entropy = outputs  # (B, K, V), (B, K), (B, K)
         log_probs = logits - normalizer[:, :, None]  # (B, K, V)
-        total = _process(settings, beams["id"][:, :, :length], log_probs.copy(), start)  # (B, K, V)
+        total = _process(settings, beams["id"][:, :, :length], log_probs, start)  # (B, K, V)
         total += scores[:, :, None]
         top, index = _top(total.reshape(B, -1), count)  # (B, count)
         parent, ids = index // logits.shape[-1], index % logits.shape[-1]  # (B, count)
         candidates = beams[image, parent]  # (B, count, L)
         newest = candidates[:, :, length]  # (B, count), a view
         newest["id"], newest["beam"] = ids, parent
-        newest["log_prob"], newest["entropy"] = log_probs[image, parent, ids], entropy[image, parent]
+        newest["log_prob"] = logits[image, parent, ids] - normalizer[image, parent]
+        newest["entropy"] = entropy[image, parent]
         ended = _is_in(ids, settings.eos_token_id) | (length + 1 >= longest)  # (B, count)
 
         scores, order = _top(top + ended * IMPOSSIBLE, K)  # (B, K)
@@ -241,10 +242,12 @@ def _process(settings: SearchSettings, ids: np.ndarray, scores: np.ndarray, star
         scores[image, beam, ids] = np.where(old < 0, old * settings.repetition_penalty, old / settings.repetition_penalty)
     size = settings.no_repeat_ngram_size
     if 0 < size <= length:
-        ngrams = np.lib.stride_tricks.sliding_window_view(ids, size, axis=-1)  # (B, K, n-grams, size)
-        last = ids[:, :, None, length - size + 1 :]  # (B, K, 1, size - 1)
-        found = (ngrams[..., :-1] == last).all(axis=-1).nonzero()  # 3 of (found)
-        scores[found[0], found[1], ngrams[found][:, -1]] = -np.inf
+        count = length - size + 1  # of n-grams, and the place of the last `size - 1` tokens
+        banned = np.ones((B, K, count), dtype=bool)  # the n-grams that begin with these tokens
+        for place in range(size - 1):
+            banned &= ids[:, :, place : place + count] == ids[:, :, count + place, None]
+        found = banned.nonzero()  # 3 of (found)
+        scores[found[0], found[1], ids[:, :, size - 1 :][found]] = -np.inf
     if length < settings.min_length or length - start < settings.min_new_tokens:
         scores[:, :, settings.eos_token_id] = -np.inf
     scores[:, :, settings.suppress_tokens] = -np.inf
@@ -261,7 +264,8 @@ def _is_in(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
 
 def _top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest of values (B, n), in descending order, and their indices, (B, count) each."""
+    row = np.arange(len(values))[:, None]  # (B, 1)
     places = np.argpartition(-values, count - 1, axis=1)[:, :count] if count < values.shape[1] // 4 else None
-    found = values if places is None else np.take_along_axis(values, places, 1)
+    found = values if places is None else values[row, places]
     order = np.argsort(-found, axis=1, kind="stable")[:, :count]  # (B, count)
-    return np.take_along_axis(found, order, 1), order if places is None else np.take_along_axis(places, order, 1)
+    return found[row, order], order if places is None else places[row, order]

@@ -206,7 +206,7 @@ class _Decoder:
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
         """Read the last token of captions (B, K, t); return logits (B, K, V), their log-sum-exp and entropy (B, K)."""
-        read = np.ascontiguousarray(ids if self._all_words else ids[:, :, -1:])
+        read = (ids if self._all_words else ids[:, :, -1:]).copy()  # contiguous and writable
         outputs = self._step(read, self._h, self._c, self._keys, self._regions)
         logits, normalizer, entropy, self._h, self._c, alpha, *beta = outputs
         self.attention.append(alpha)
@@ -215,7 +215,8 @@ class _Decoder:
 
     def select(self, beams: np.ndarray) -> None:
         """Keep the captions at these indices (B, K) of each image, in this order."""
-        self._h, self._c = (np.take_along_axis(x, beams[..., None], 1) for x in (self._h, self._c))
+        image = np.arange(len(beams))[:, None]  # (B, 1)
+        self._h, self._c = self._h[image, beams], self._c[image, beams]  # (B, K, S) each
 
 
 def _select_beams(steps: list[np.ndarray], beams: np.ndarray) -> np.ndarray:
@@ -279,6 +280,9 @@ def _load_openvino(folder: Path, name: str, dtype: str) -> Graph:
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         with lock:
-            return list(request.infer(arrays, share_inputs=True).values())
+            for index, array in enumerate(arrays):  # faster than to give them to `infer`
+                request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+            request.infer(share_outputs=True)
+            return [output.data.copy() for output in request.output_tensors]
 
     return run

@@ -43,7 +43,7 @@ def _has_changed_forward(model: Any) -> bool:
     owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
     return owner.__name__ != "AttnCapForConditionalGeneration" or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module._compiled_call_impl is not None
-        for module in (model, model.model)
+        for module in (model, model.model, model.model.decoder)
     )
 
 
