@@ -264,16 +264,20 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_backbone(name: str) -> None:
+def usable_backbones() -> list[str]:
+    """The names that `AttnCapConfig.backbone` can have."""
     known: list[Any] = torchvision.models.list_models(module=torchvision.models)
-    usable = sorted([*(other for other in known if not other.startswith(ATTENTION_BACKBONES)), *EFFICIENTNET_LITE])
+    return sorted([*(name for name in known if not name.startswith(ATTENTION_BACKBONES)), *EFFICIENTNET_LITE])
+
+
+def _check_backbone(name: str) -> None:
     if name.startswith(ATTENTION_BACKBONES):
         raise ValueError(
             f"`backbone` is '{name}', a transformer, which has no convolutional map to attend to: use a CNN, for instance "
             "'resnet152', 'convnext_tiny' or 'mobilenet_v3_large'."
         )
-    if name not in usable:
-        raise ValueError(f"`backbone` is '{name}', which torchvision does not have: use one of {', '.join(usable)}.")
+    if name not in usable_backbones():
+        raise ValueError(f"`backbone` is '{name}', which torchvision does not have: use one of {', '.join(usable_backbones())}.")
 
 
-__all__ = ["SIGNALS", "AttnCapConfig"]
+__all__ = ["SIGNALS", "AttnCapConfig", "usable_backbones"]

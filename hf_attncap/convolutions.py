@@ -20,13 +20,14 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.SiLU: ("swish", []),
     nn.Hardswish: ("hardswish", []),
 }
+IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # in evaluation mode
 
 
 class FusedConvolution(nn.Module):
-    """A convolution, the addition of a residual and an activation, which oneDNN computes in one operation.
+    """A convolution, the addition of a residual and an activation. On x86 CPUs, oneDNN computes them in one operation.
 
-    A second copy of the weights is kept in the layout that oneDNN prefers for one image. Where oneDNN is not used, on other devices
-    and for gradients, the layers are called one by one.
+    A second copy of the weights is kept in the layout that oneDNN prefers for one image. On other devices and for gradients, the
+    layers are called one by one.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module):
@@ -41,7 +42,7 @@ class FusedConvolution(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         layer, (name, parameters) = self.convolution, ACTIVATIONS[type(self.activation)]
-        if not _is_supported(x):
+        if not _can_fuse(x):
             out = layer(x)  # (B, D, h, w)
             return self.activation(out if residual is None else out + residual)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -52,22 +53,22 @@ class FusedConvolution(nn.Module):
             if self._packed is None or self._packed.dtype != x.dtype:
                 self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
             weight = self._packed
-        call, activation = torch.ops.mkldnn._convolution_pointwise, (name, parameters, "")
+        call = torch.ops.mkldnn._convolution_pointwise
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-            activation = (None, [], None) if name == "none" else activation
+            activation = (None, [], None) if name == "none" else (name, parameters, "")
             return call.binary(x, residual, weight, layer.bias, *window, "add", 1.0, *activation)  # (B, D, h, w)
-        out = call(x, weight, layer.bias, *window, *activation)
+        out = call(x, weight, layer.bias, *window, name, parameters, "")  # (B, D, h, w)
         return out if kept is None else out[kept]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # its layout cannot be pickled
 
 
-def _is_supported(x: torch.Tensor) -> bool:
+def _can_fuse(x: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _computes_bfloat16()))
+        and has_fused_convolutions(x.dtype)
         and not x.requires_grad
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -75,20 +76,53 @@ def _is_supported(x: torch.Tensor) -> bool:
 
 
 @cache
-def _computes_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@cache
-def has_fused_convolutions() -> bool:
-    """Whether torch has oneDNN's fused operations, which are not part of its public interface, for this processor."""
+def has_fused_convolutions(dtype: torch.dtype) -> bool:
+    """Whether torch can fuse convolutions on this processor. oneDNN's operations are not part of torch's public interface."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
         return False
-    layer, x = nn.Conv2d(1, 1, 1).requires_grad_(False), torch.ones(1, 1, 2, 2)
     try:
-        return torch.allclose(FusedConvolution(layer, nn.ReLU())(x), layer(x).relu())
-    except (AttributeError, RuntimeError, TypeError):  # a version of torch without them, or with other arguments
+        if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return False
+        x, weight, window = torch.ones(1, 1, 2, 2, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype), ((0, 0), (1, 1), (1, 1), 1)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
+        out = torch.ops.mkldnn._convolution_pointwise.binary(x, x, packed, None, *window, "add", 1.0, "relu", [], "")
+        return bool((out == 2).all())
+    except (AttributeError, RuntimeError, TypeError):  # a version of torch without these operations, or with other arguments
         return False
+
+
+def fuse_convolutions(encoder: GridEncoder) -> int:
+    """Replace the encoder's convolutions by `FusedConvolution`s, in place.
+
+    Blocks become graphs of their layers. Those that fx cannot trace are not changed.
+
+    Returns:
+        The number of batch norms that became part of a convolution.
+    """
+    backbone, blocks, folded = encoder.backbone, encoder.blocks(), 0
+    names = {module: name for name, module in backbone.named_modules()}
+    for block in blocks:
+        graph = _trace(block) if list(block.children()) else None
+        if graph is not None:
+            replaced = fx.GraphModule(block, graph)
+            folded += _fuse_graph(replaced)
+            backbone.set_submodule(names[block], replaced)
+    # Blocks that are single layers. A fused layer must not cross the end of the frozen blocks, whose output can be cached.
+    for part in (blocks[: encoder.frozen_blocks], blocks[encoder.frozen_blocks :]):
+        for number, layer in enumerate(part):
+            if not _is_fusible(layer):
+                continue
+            after = part[number + 1 : number + 3]
+            norm = after.pop(0) if after and _is_foldable(after[0]) else None
+            activation = after[0] if after and type(after[0]) in ACTIVATIONS else nn.Identity()
+            convolution = layer if norm is None else fuse_conv_bn_eval(layer, norm)
+            backbone.set_submodule(names[layer], FusedConvolution(convolution, activation))
+            for module in (norm, activation):
+                if module in names:
+                    backbone.set_submodule(names[module], nn.Identity())
+            folded += norm is not None
+    encoder.windows = FusedConvolution(encoder.windows, nn.Identity())  # type: ignore[assignment]
+    return folded
 
 
 class _Tracer(fx.Tracer):
@@ -98,93 +132,58 @@ class _Tracer(fx.Tracer):
         return not list(m.children())
 
 
-def _trace(module: nn.Module) -> fx.Graph | None:
-    """The graph of the layers of a module, or None if fx cannot trace it."""
+def _trace(block: nn.Module) -> fx.Graph | None:
+    """The graph of the layers of a block, or None if fx cannot trace it."""
     try:
-        return _Tracer().trace(module)
+        return _Tracer().trace(block)
     except Exception:  # fx raises many kinds for control flow that depends on tensors
         return None
 
 
-def fold_batch_norm(backbone: nn.Module) -> int:
-    """Fold batch norms into the convolutions whose outputs only they use, in place; return the number of folded batch norms.
-
-    A backbone that fx cannot trace is not changed.
-    """
-    graph, folded = _trace(backbone), 0
-    if graph is None:
-        return 0
-    modules = dict(backbone.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    used_once = {name for name in modules if sum(node.target == name for node in calls) == 1}
-    for node in calls:
-        before = node.args[0] if node.args else None
-        if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
-            continue
-        convolution: Any = modules[str(before.target)]
-        norm: Any = modules[str(node.target)]
-        foldable = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-        if foldable and {before.target, node.target} <= used_once:
-            backbone.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            backbone.set_submodule(str(node.target), nn.Identity())
-            folded += 1
-    return folded
-
-
-def fuse_activations(encoder: GridEncoder) -> int:
-    """Replace the encoder's convolutions by `FusedConvolution`s, in place; return their number.
-
-    Blocks become graphs of their layers. Those that fx cannot trace are not changed.
-    """
-    names = {module: name for name, module in encoder.backbone.named_modules()}
-    blocks, fused = encoder.blocks(), 0
-    for block in blocks:
-        graph = _trace(block) if list(block.children()) else None
-        if graph is not None:
-            replaced = fx.GraphModule(block, graph)
-            fused += _fuse_graph(replaced)
-            encoder.backbone.set_submodule(names[block], replaced)
-    # Blocks that are layers. A fused layer must not cross the end of the frozen blocks, whose output can be cached.
-    for part in (blocks[: encoder.frozen_blocks], blocks[encoder.frozen_blocks :]):
-        for number, layer in enumerate(part):
-            if _is_fusible(layer):
-                after = next((block for block in part[number + 1 :] if type(block) is not nn.Identity), None)
-                activation = after if type(after) in ACTIVATIONS else nn.Identity()
-                encoder.backbone.set_submodule(names[layer], FusedConvolution(layer, activation))
-                if activation is after:
-                    encoder.backbone.set_submodule(names[activation], nn.Identity())
-                fused += 1
-    encoder.windows = FusedConvolution(encoder.windows, nn.Identity())  # type: ignore[assignment]
-    return fused + 1
-
-
 def _fuse_graph(block: fx.GraphModule) -> int:
-    """Replace the convolutions in the graph of a block by `FusedConvolution`s; return their number."""
-    modules, fused = dict(block.named_modules()), 0
+    """Replace the convolutions in the graph of a block by `FusedConvolution`s; return the number of folded batch norms."""
+    modules, folded = dict(block.named_modules()), 0
     calls = [node for node in block.graph.nodes if node.op == "call_module"]
     for node in calls:
-        if type(modules[node.target]) in (nn.Identity, nn.Dropout, StochasticDepth):  # these do nothing in evaluation mode
+        if type(modules[node.target]) in IDENTITIES:
             _bypass(node)
     for node in calls:
         layer = modules[node.target]
         if not _is_fusible(layer) or sum(node.target == other.target for other in calls) > 1:
             continue
         after = _only_user(node)
+        if after is not None and _is_foldable(modules.get(after.target)):
+            layer = fuse_conv_bn_eval(layer, modules[after.target])
+            _bypass(after)
+            folded += 1
+            after = _only_user(node)
         residual = None if after is None or isinstance(layer, SameConv2d) else _residual(after, node)
         if residual is not None:
             node.args = (*node.args, residual)
             after.append(node)  # the residual may be computed after the input of the convolution
-            after.replace_all_uses_with(node)
-            block.graph.erase_node(after)
+            _replace(after, node)
             after = _only_user(node)
-        known = ACTIVATIONS if residual is None else (nn.ReLU,)
-        is_activation = after is not None and after.op == "call_module" and type(modules[after.target]) in known
-        block.set_submodule(node.target, FusedConvolution(layer, modules[after.target] if is_activation else nn.Identity()))
-        if is_activation:
+        activation = None if after is None else modules.get(after.target)
+        if type(activation) not in (ACTIVATIONS if residual is None else (nn.ReLU,)):
+            activation = nn.Identity()
+        else:
             _bypass(after)
-        fused += 1
+        block.set_submodule(node.target, FusedConvolution(layer, activation))
+    block.delete_all_unused_submodules()
     block.recompile()
-    return fused
+    return folded
+
+
+def _is_fusible(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _is_foldable(layer: Any) -> bool:
+    return isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _residual(addition: fx.Node, convolution: fx.Node) -> fx.Node | None:
@@ -198,18 +197,14 @@ def _residual(addition: fx.Node, convolution: fx.Node) -> fx.Node | None:
     return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _bypass(node: fx.Node) -> None:
-    """Remove a node with one input from its graph."""
-    node.replace_all_uses_with(node.args[0])
+    """Remove a node from its graph. Its input takes its place."""
+    _replace(node, node.args[0])
+
+
+def _replace(node: fx.Node, by: Any) -> None:
+    node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
 
-def _is_fusible(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-
-
-__all__ = ["fold_batch_norm", "fuse_activations", "has_fused_convolutions"]
+__all__ = ["fuse_convolutions", "has_fused_convolutions"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .convolutions import fold_batch_norm, fuse_activations, has_fused_convolutions
+from .convolutions import fuse_convolutions, has_fused_convolutions
 from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
 
@@ -34,9 +34,8 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     encoder: Any = fast.model.encoder
-    folded = fold_batch_norm(encoder.backbone)
+    folded = fuse_convolutions(encoder)
     encoder.to(memory_format=torch.channels_last)
-    fused = fuse_activations(encoder) if has_fused_convolutions() and not compile else 0
     decoder: Any = fast.model.decoder
     if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE_ELEMENTS:
         fast.model.decoder = InferenceDecoder(decoder)
@@ -44,9 +43,9 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
         encoder.compile()
     tabulated = isinstance(fast.model.decoder, InferenceDecoder)
     logger.info(
-        "Optimized for inference: %d batch norms folded, channels last, %d fused convolutions, %s, %s.",
+        "Optimized for inference: %d batch norms folded, channels last, activations %s, %s, %s.",
         folded,
-        fused,
+        "fused" if fast.device.type == "cpu" and has_fused_convolutions(fast.dtype) else "not fused",
         "word products in a table" if tabulated else "decoder unchanged",
         "encoder compiled" if compile else "encoder not compiled",
     )

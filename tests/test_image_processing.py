@@ -28,6 +28,13 @@ def test_default_is_the_backbones_own_preprocessing():
     assert values.dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (224, 224), (641, 427)])
+def test_images_in_memory_and_arrays_get_the_same_values(size):
+    image, processor = noise(*size), AttnCapImageProcessor()
+    values, expected = (processor(given, return_tensors="pt")["pixel_values"] for given in (image, tvf.pil_to_tensor(image)))
+    assert torch.equal(values, expected) and values.is_contiguous()
+
+
 def test_edges_of_a_wide_image_are_kept():
     pixels = np.full((60, 240, 3), 128, dtype=np.uint8)
     pixels[:, :30] = (255, 0, 0)

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from hf_attncap import Captioner, optimize
+from hf_attncap import AttnCapForConditionalGeneration, Captioner, convolutions, optimize
+from hf_attncap.configuration_attncap import usable_backbones
+from hf_attncap.convolutions import has_fused_convolutions
 from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
 
 # The number of batch norms that remain after folding, by backbone. In DenseNet some do not follow a convolution.
@@ -31,22 +35,148 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize(("backbone", "left"), BACKBONES.items(), ids=BACKBONES)
-def test_regions_are_the_same_and_batch_norm_is_folded(backbone, left):
+def captioner_with_statistics(**settings):
+    """A tiny captioner whose batch norms change their inputs."""
     torch.manual_seed(0)
-    model = tiny_model(backbone=backbone).eval()
+    model = tiny_model(**settings).eval()
     for norm in norms(model):
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.5, 2.0)
         nn.init.normal_(norm.weight, 1.0, 0.1)
         nn.init.normal_(norm.bias, std=0.1)
-    before, pictures = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 64, 64)
-    fast = optimize_for_inference(model)
+    return model
+
+
+def assert_same_regions(model, fast, pictures, tolerance=1e-4, **inputs):
     with torch.no_grad():
-        regions, faster = (m.model.encoder(pictures).last_hidden_state for m in (model, fast))
-    assert_close(faster, regions, rtol=1e-3, atol=1e-4 * float(regions.abs().max()))
-    assert len(norms(fast)) == left
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the model itself changed"
+        expected, found = (m.model.encoder(pictures, **inputs).last_hidden_state for m in (model, fast))
+    assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def check_backbone(backbone: str) -> nn.Module:
+    """Batches of one image and more, of even and odd sizes, in float32, where layers are fused, and in float64."""
+    single = captioner_with_statistics(backbone=backbone).float()
+    before = copy.deepcopy(single.state_dict())
+    for model, tolerance in ((copy.deepcopy(single).double(), 1e-9), (single, 1e-3)):
+        fast = optimize_for_inference(model)
+        for count, side in ((1, 64), (2, 75), (1, 75)):
+            assert_same_regions(model, fast, torch.randn(count, 3, side, side), tolerance)
+    assert all(torch.equal(before[name], value) for name, value in single.state_dict().items()), "the model itself changed"
+    return fast
+
+
+@pytest.mark.parametrize(("backbone", "left"), BACKBONES.items(), ids=BACKBONES)
+def test_regions_are_the_same_and_batch_norm_is_folded(backbone, left):
+    assert len(norms(check_backbone(backbone))) == left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", usable_backbones())
+def test_regions_are_the_same_with_every_backbone(backbone):
+    check_backbone(backbone)
+
+
+@pytest.mark.skipif(not has_fused_convolutions(torch.float32), reason="torch cannot fuse convolutions on this processor")
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0", "mobilenet_v2"])
+def test_the_encoder_runs_no_separate_activations_and_additions(backbone):
+    encoder = optimize_for_inference(tiny_model(backbone=backbone).float()).model.encoder
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        encoder(torch.randn(1, 3, 64, 64))
+    called = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in called
+    assert not {name for name in called if name.startswith(("aten::relu", "aten::hardtanh", "aten::add", "aten::batch_norm"))}
+
+
+class Block(nn.Module):
+    """Additions that look like residuals; each kind is one way to write them."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.first, self.second, self.act = kind, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.first(x)
+        match self.kind:
+            case "+":
+                return self.act(y + x)
+            case "+ swapped":
+                return self.act(x * 2 + y)
+            case "+=":
+                y += x
+                return self.act(y)
+            case "+= to the input, which is used again":
+                z = x * 2
+                z += y
+                return self.act(z) + z
+            case "two convolutions":
+                return self.act(y + self.second(x))
+            case "to itself":
+                return self.act(y + y)
+            case "number":
+                return self.act(y + 1.0)
+            case "used twice":
+                return self.act(y) + y
+            case "layer called twice":
+                return self.act(self.first(y) + x)
+            case _:
+                return self.act(y - x)
+
+
+KINDS = [
+    "+", "+ swapped", "+=", "+= to the input, which is used again", "two convolutions", "to itself", "number", "used twice",
+    "layer called twice", "difference",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_of_additions_are_computed_correctly(kind):
+    torch.manual_seed(0)
+    model = tiny_model(backbone="resnet18").float()
+    block = Block(kind).requires_grad_(False)
+    model.model.encoder.backbone = nn.Sequential(nn.Conv2d(3, 4, 1).requires_grad_(False), block, nn.Conv2d(4, 512, 1))
+    assert_same_regions(model, optimize_for_inference(model), torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("trainable", [28, 27, 26], ids=["after the convolution", "after the batch norm", "after the activation"])
+def test_cached_features_can_end_between_layers_that_are_fused(trainable):
+    model = captioner_with_statistics(backbone="vgg11_bn", trainable_blocks=trainable).float()
+    fast = optimize_for_inference(model)
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = fast.model.encoder.features(pictures)
+        assert_close(features, model.model.encoder.features(pictures), rtol=1e-4, atol=1e-4)
+    assert_same_regions(model, fast, None, backbone_features=features)
+
+
+def test_a_fused_encoder_gives_gradients_and_follows_changes_of_device_and_data_type():
+    model = captioner_with_statistics(backbone="mobilenet_v2").float()
+    fast, picture = optimize_for_inference(model), torch.randn(1, 3, 64, 64)
+    assert_same_regions(model, fast, picture)  # the weights are packed now
+    gradients = []
+    for m in (model, fast):
+        given = picture.clone().requires_grad_()
+        m.model.encoder(given).last_hidden_state.square().sum().backward()
+        gradients.append(given.grad)
+    assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-3 * float(gradients[0].abs().max()))
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast.model.encoder.windows)), fast.double()):
+        if isinstance(other, AttnCapForConditionalGeneration):
+            assert_same_regions(model, other, picture)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_regions(model.float(), fast.float(), picture, tolerance=5e-2)
+
+
+def test_without_fused_operations_the_regions_are_the_same(monkeypatch):
+    monkeypatch.setattr(convolutions, "has_fused_convolutions", lambda dtype: False)
+    model = captioner_with_statistics(backbone="efficientnet_lite0").float()
+    assert_same_regions(model, optimize_for_inference(model), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("missing", ["_reorder_convolution_weight", "_convolution_pointwise"])
+def test_versions_of_torch_without_the_operations_are_noticed(missing, monkeypatch):
+    known = {name: getattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise")}
+    known.pop(missing)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**known))
+    assert not has_fused_convolutions.__wrapped__(torch.float32)
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])

@@ -160,12 +160,12 @@ def test_other_settings_use_transformers(options, monkeypatch):
     talker("score").generate(encoder_outputs=images(2, "score"), max_new_tokens=WORDS, **options)
 
 
-@pytest.mark.parametrize("place", ["model", "model.model"])
+@pytest.mark.parametrize("place", ["model", "model.model", "model.model.decoder"])
 def test_changed_forwards_are_called_at_each_step(place, monkeypatch):
     model = talker("score")
     regions = images(1, "score")
     calls = []
-    module = model if place == "model" else model.model
+    module = {"model": model, "model.model": model.model, "model.model.decoder": model.model.decoder}[place]
     handle = module.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(generation_attncap, "beam_search", lambda *_: pytest.fail("the fast loop was used"))
     try:
