@@ -48,13 +48,12 @@ class NoRepeatedTokens(LogitsProcessor):
     """Bans the tokens that the caption or its prompt already has, except the repeatable ones."""
 
     def __init__(self, repeatable: list[int], vocab_size: int):
-        self.once = torch.ones(vocab_size, dtype=torch.bool)  # (V)
-        self.once[repeatable] = False
+        self.penalty = torch.full((vocab_size,), -torch.inf)  # (V)
+        self.penalty[repeatable] = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.once = self.once.to(input_ids.device)
-        banned = self.once[input_ids]  # (R, T)
-        return scores.scatter(1, input_ids, scores.gather(1, input_ids).masked_fill(banned, -torch.inf))  # (R, V)
+        self.penalty = self.penalty.to(scores)
+        return scores.scatter_add(1, input_ids, self.penalty[input_ids])  # (R, V)
 
 
 class SuppressedTokens(LogitsProcessor):

@@ -22,6 +22,8 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
 
     - Batch norm is folded into the convolution before it.
     - The encoder's weights are in channels-last layout, with which convolutions are faster.
+    - On x86 CPUs, convolutions also compute the activation after them and add residuals. For single images, the encoder keeps a
+      second copy of its weights.
     - With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`, which looks up the products of the word
       embeddings in a table. If the table would exceed 128 MiB in float32, the decoder stays as it is.
 
@@ -82,10 +84,9 @@ class InferenceDecoder(AttnCapDecoder):
             weights.append(decoder.gate.weight)
             biases.append(decoder.gate.bias)
         self.widths = [query.out_features, 4 * cell.hidden_size]
-        # Products of few rows are faster with the weights in this layout, (in, out), than with that of `nn.Linear`.
-        self.register_buffer("state_weight", torch.cat(weights).T.contiguous(), persistent=False)  # (S, A + 4S [+ C])
+        self.register_buffer("state_weight", _transpose(torch.cat(weights)), persistent=False)  # (S, A + 4S [+ C])
         self.register_buffer("state_bias", torch.cat(biases), persistent=False)  # (A + 4S [+ C])
-        self.register_buffer("context_weight", context_weight.T.contiguous(), persistent=False)  # (C, 4S)
+        self.register_buffer("context_weight", _transpose(context_weight), persistent=False)  # (C, 4S)
         is_scored = decoder.attention.word_attention == "score"
         queries = decoder.attention.word_proj(words) if is_scored else words.new_zeros(len(words), query.out_features)  # (V, A)
         table = [queries, words @ word_weight.T]  # (V, A), (V, 4S)
@@ -126,6 +127,11 @@ def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
     """Puts the rows (4S, .) of the LSTM's output gate before those of its cell input, after which one sigmoid covers all gates."""
     i, f, g, o = weight.chunk(4)  # (S, .) each
     return torch.cat([i, f, o, g])
+
+
+def _transpose(weight: torch.Tensor) -> torch.Tensor:
+    """Returns (in, out) of a weight (out, in), in the layout with which products of few rows are fastest."""
+    return weight.T.contiguous() if weight.dtype == torch.float32 else weight.contiguous().T
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

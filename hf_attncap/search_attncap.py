@@ -238,6 +238,8 @@ def _select(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _is_in(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    if len(ends) == 1:
+        return tokens == ends
     return (tokens[..., None] == ends).any(dim=-1)
 
 
