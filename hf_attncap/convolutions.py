@@ -26,14 +26,19 @@ IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # in evaluation mode
 class FusedConvolution(nn.Module):
     """A convolution, the addition of a residual and an activation. On x86 CPUs, oneDNN computes them in one operation.
 
-    A second copy of the weights is kept in the layout that oneDNN prefers for one image. On other devices and for gradients, the
+    A second copy of the weights is kept in the layout that oneDNN prefers for one image of the last size. On other devices and for gradients, the
     layers are called one by one.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module):
         super().__init__()
         self.convolution, self.activation = convolution, activation
+        # Attributes that are not modules or parameters are faster to read.
+        self._window = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        self._has_same_padding = isinstance(convolution, SameConv2d)
+        self._activation = ACTIVATIONS[type(activation)]
         self._packed: torch.Tensor | None = None
+        self._packed_for: tuple[torch.Size, torch.dtype] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -41,33 +46,35 @@ class FusedConvolution(nn.Module):
         return self.convolution.weight
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        layer, (name, parameters) = self.convolution, ACTIVATIONS[type(self.activation)]
+        layer, window, kept, (name, parameters) = self.convolution, self._window, None, self._activation
         if not _can_fuse(x):
             out = layer(x)  # (B, D, h, w)
             return self.activation(out if residual is None else out + residual)
         x = x.contiguous(memory_format=torch.channels_last)
-        pad, kept = layer.symmetric_padding(x) if isinstance(layer, SameConv2d) else (layer.padding, None)
-        window = pad, layer.stride, layer.dilation, layer.groups
+        if self._has_same_padding:
+            pad, kept = layer.symmetric_padding(x)
+            window = pad, *window[1:]
         weight = layer.weight
         if len(x) == 1:
-            if self._packed is None or self._packed.dtype != x.dtype:
+            if self._packed_for != (x.shape, x.dtype):
                 self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
+                self._packed_for = x.shape, x.dtype
             weight = self._packed
         call = torch.ops.mkldnn._convolution_pointwise
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
             activation = (None, [], None) if name == "none" else (name, parameters, "")
             return call.binary(x, residual, weight, layer.bias, *window, "add", 1.0, *activation)  # (B, D, h, w)
-        out = call(x, weight, layer.bias, *window, name, parameters, "")  # (B, D, h, w)
+        out = call.default(x, weight, layer.bias, *window, name, parameters, "")  # (B, D, h, w)
         return out if kept is None else out[kept]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # its layout cannot be pickled
+        return {**self.__dict__, "_packed": None, "_packed_for": None}  # its layout cannot be pickled
 
 
 def _can_fuse(x: torch.Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and has_fused_convolutions(x.dtype)
         and not x.requires_grad
         and not torch.is_autocast_enabled("cpu")

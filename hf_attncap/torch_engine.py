@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,6 +165,11 @@ def _check_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"The device '{device}' cannot be used ({reason}): leave it out or give 'cpu'.") from error
 
 
+@cache
+def _generate_arguments() -> set[str]:
+    return {name for name in GenerationConfig().to_dict() if not name.startswith("_")} | FURTHER_ARGUMENTS
+
+
 @dataclass
 class TorchEngine:
     """The `Engine` of a model of transformers."""
@@ -192,7 +198,7 @@ class TorchEngine:
         return None  # torchvision resizes to other values than Pillow
 
     def check_arguments(self, num_beams: int, generate_kwargs: Mapping[str, Any]) -> None:
-        known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} | FURTHER_ARGUMENTS
+        known = _generate_arguments()
         for name in generate_kwargs:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"`{name}` is an argument of `generate` that the captioner sets itself: leave it out.")
