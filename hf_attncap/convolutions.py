@@ -26,8 +26,8 @@ IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # in evaluation mode
 class FusedConvolution(nn.Module):
     """A convolution, the addition of a residual and an activation. On x86 CPUs, oneDNN computes them in one operation.
 
-    A second copy of the weights is kept in the layout that oneDNN prefers for one image of the last size. On other devices and for gradients, the
-    layers are called one by one.
+    A second copy of the weights is kept in the layout that oneDNN prefers for one image of the last size. On other devices and for
+    gradients, the layers are called one by one.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module):

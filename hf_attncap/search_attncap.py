@@ -168,6 +168,7 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
     finished = torch.zeros(B, K, dtype=torch.bool, device=device)  # (B, K)
     improvable = torch.ones(B, 1, dtype=torch.bool, device=device)  # (B, 1)
     unfinished = torch.ones((), dtype=torch.bool, device=device)
+    has_finished = device.type != "cpu"  # whether any beam has finished, or none can go on; before, nothing else changes
     first_row = torch.arange(B, device=device)[:, None] * K  # (B, 1)
 
     logits = steps.read_prompt(input_ids, kwargs)  # (B * K, V)
@@ -186,20 +187,24 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
         scores, order = top.masked_fill(ended, IMPOSSIBLE).topk(K)  # (B, K)
         beams = _select(candidates, order)  # (B, K, 2L)
 
-        finishing = ended[:, :K] & unfinished  # (B, K), because only the best K candidates may finish
-        eligible = finishing & improvable  # (B, K)
-        if config.early_stopping is True:
-            eligible = eligible & ~finished.all(dim=-1, keepdim=True)
-        new_scores = (top[:, :K] / (length + 1 - start) ** config.length_penalty).masked_fill(~eligible, IMPOSSIBLE)  # (B, K)
-        best_scores, order = torch.cat([best_scores, new_scores], dim=1).topk(K)  # (B, K)
-        best = _select(torch.cat([best, candidates[:, :K]], dim=1), order)  # (B, K, 2L)
-        finished = torch.cat([finished, finishing], dim=1).gather(1, order)  # (B, K)
-
         steps.cache.reorder_cache(beams[:, :, L + length - start].flatten())  # type: ignore[arg-type]
-        improvable = model._check_early_stop_heuristic(
-            improvable, scores, best_scores, finished, length + 1, L, start, config.early_stopping, config.length_penalty
-        )
-        unfinished = unfinished & model._beam_search_has_unfinished_sequences(improvable, finished, ended, config.early_stopping)
+        if not has_finished and device.type == "cpu":  # a GPU would have to wait for the answer
+            has_finished = bool(ended[:, :K].any() | (scores[:, 0] <= IMPOSSIBLE).any())
+        if has_finished:
+            finishing = ended[:, :K] & unfinished  # (B, K), because only the best K candidates may finish
+            eligible = finishing & improvable  # (B, K)
+            if config.early_stopping is True:
+                eligible = eligible & ~finished.all(dim=-1, keepdim=True)
+            new_scores = (top[:, :K] / (length + 1 - start) ** config.length_penalty).masked_fill(~eligible, IMPOSSIBLE)  # (B, K)
+            best_scores, order = torch.cat([best_scores, new_scores], dim=1).topk(K)  # (B, K)
+            best = _select(torch.cat([best, candidates[:, :K]], dim=1), order)  # (B, K, 2L)
+            finished = torch.cat([finished, finishing], dim=1).gather(1, order)  # (B, K)
+            improvable = model._check_early_stop_heuristic(
+                improvable, scores, best_scores, finished, length + 1, L, start, config.early_stopping, config.length_penalty
+            )
+            unfinished = unfinished & model._beam_search_has_unfinished_sequences(
+                improvable, finished, ended, config.early_stopping
+            )
         if steps.should_stop(unfinished):
             break
         logits = steps.read_token(beams[:, :, length].flatten())  # (B * K, V)

@@ -33,7 +33,7 @@ LAYERS = {
         {"export_web"},
         {"result", "runtime", "export_graphs"},
         {"importance", "optimize", "checkpoint_checks", "summary", "numpy_search", "image_workers"},
-        {"engine", "visualize"},
+        {"engine", "visualize", "convolutions"},
         {"html_page"},
         {"hub", "writers"},
         {"inputs"},
