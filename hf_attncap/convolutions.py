@@ -46,7 +46,8 @@ class FusedConvolution(nn.Module):
         return self.convolution.weight
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        layer, window, kept, (name, parameters) = self.convolution, self._window, None, self._activation
+        layer: Any = self.convolution
+        window, kept, (name, parameters) = self._window, None, self._activation
         if not _can_fuse(x):
             out = layer(x)  # (B, D, h, w)
             return self.activation(out if residual is None else out + residual)
@@ -106,7 +107,8 @@ def fuse_convolutions(encoder: GridEncoder) -> int:
     Returns:
         The number of batch norms that became part of a convolution.
     """
-    backbone, blocks, folded = encoder.backbone, encoder.blocks(), 0
+    blocks: list[Any] = encoder.blocks()
+    backbone, folded = encoder.backbone, 0
     names = {module: name for name, module in backbone.named_modules()}
     for block in blocks:
         graph = _trace(block) if list(block.children()) else None
@@ -149,7 +151,8 @@ def _trace(block: nn.Module) -> fx.Graph | None:
 
 def _fuse_graph(block: fx.GraphModule) -> int:
     """Replace the convolutions in the graph of a block by `FusedConvolution`s; return the number of folded batch norms."""
-    modules, folded = dict(block.named_modules()), 0
+    modules: dict[Any, Any] = dict(block.named_modules())
+    folded = 0
     calls = [node for node in block.graph.nodes if node.op == "call_module"]
     for node in calls:
         if type(modules[node.target]) in IDENTITIES:
@@ -158,22 +161,22 @@ def _fuse_graph(block: fx.GraphModule) -> int:
         layer = modules[node.target]
         if not _is_fusible(layer) or sum(node.target == other.target for other in calls) > 1:
             continue
-        after = _only_user(node)
+        after, residual, activation = _only_user(node), None, nn.Identity()
         if after is not None and _is_foldable(modules.get(after.target)):
             layer = fuse_conv_bn_eval(layer, modules[after.target])
             _bypass(after)
             folded += 1
             after = _only_user(node)
-        residual = None if after is None or isinstance(layer, SameConv2d) else _residual(after, node)
-        if residual is not None:
+        if after is not None and not isinstance(layer, SameConv2d):
+            residual = _residual(after, node)
+        if after is not None and residual is not None:
             node.args = (*node.args, residual)
             after.append(node)  # the residual may be computed after the input of the convolution
             _replace(after, node)
             after = _only_user(node)
-        activation = None if after is None else modules.get(after.target)
-        if type(activation) not in (ACTIVATIONS if residual is None else (nn.ReLU,)):
-            activation = nn.Identity()
-        else:
+        fusible = ACTIVATIONS if residual is None else (nn.ReLU,)
+        if after is not None and type(modules.get(after.target)) in fusible:
+            activation = modules[after.target]
             _bypass(after)
         block.set_submodule(node.target, FusedConvolution(layer, activation))
     block.delete_all_unused_submodules()
@@ -189,7 +192,8 @@ def _is_foldable(layer: Any) -> bool:
     return isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: fx.Node) -> Any:
+    """The node that uses the output of this one, if it is the only one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
