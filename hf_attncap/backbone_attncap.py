@@ -189,7 +189,7 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(input, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)[kept]
 
     def symmetric_padding(self, input: torch.Tensor) -> tuple[tuple[int, int], tuple]:
-        """Return an equal padding of opposite sides, (height, width), and the index of the outputs that SAME padding has."""
+        """Return a padding (height, width) that is equal on opposite sides, and the index of the outputs that SAME padding has."""
         left, right, top, bottom = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         drop_y, drop_x = (-(-(after - before) // s) for before, after, s in zip((top, left), (bottom, right), self.stride))
         pad = top + drop_y * self.stride[0], left + drop_x * self.stride[1]

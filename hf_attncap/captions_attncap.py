@@ -50,7 +50,7 @@ def generate_captions(
         encoder_outputs=encoder_outputs, input_ids=input_ids, attention_mask=attention_mask, **{**generate_kwargs, **wanted}
     )
     ends, length_penalty = None, 1.0
-    if getattr(out, "beam_indices", None) is None:  # beam search has used them already
+    if getattr(out, "beam_indices", None) is None:  # the output of beam search has the scores and the ends
         settings = dict(generate_kwargs)
         config, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
         ends, length_penalty = config.eos_token_id, config.length_penalty

@@ -265,7 +265,7 @@ def _check(condition: bool, message: str) -> None:
 
 
 def usable_backbones() -> list[str]:
-    """The names that `AttnCapConfig.backbone` can have."""
+    """The valid values of `AttnCapConfig.backbone`."""
     known: list[Any] = torchvision.models.list_models(module=torchvision.models)
     return sorted([*(name for name in known if not name.startswith(ATTENTION_BACKBONES)), *EFFICIENTNET_LITE])
 

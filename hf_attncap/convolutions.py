@@ -1,4 +1,4 @@
-"""Makes the convolutions of an encoder faster for inference: batch norm, residual and activation become a part of them."""
+"""Fuses batch norms, residuals and activations into the convolutions of an encoder, for faster inference."""
 
 import operator
 from functools import cache
@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 from .backbone_attncap import SameConv2d
 from .encoder_attncap import GridEncoder
 
-# The activations that oneDNN computes in a convolution, with their names there and their parameters.
+# Activations that oneDNN can fuse into a convolution, with oneDNN's names and parameters.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.Identity: ("none", []),
     nn.ReLU: ("relu", []),
@@ -20,25 +20,25 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.SiLU: ("swish", []),
     nn.Hardswish: ("hardswish", []),
 }
-IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # in evaluation mode
+IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # layers that do nothing in evaluation mode
 
 
 class FusedConvolution(nn.Module):
     """A convolution, the addition of a residual and an activation. On x86 CPUs, oneDNN computes them in one operation.
 
-    A second copy of the weights is kept in the layout that oneDNN prefers for one image of the last size. On other devices and for
-    gradients, the layers are called one by one.
+    For single images it keeps a second copy of the weights, packed for the last image size. The layers are called one by one on
+    other devices, in other data types than float32 and bfloat16, under autocast and `torch.compile`, and if the input needs
+    gradients.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module):
         super().__init__()
         self.convolution, self.activation = convolution, activation
-        # Attributes that are not modules or parameters are faster to read.
+        # Copied, because `nn.Module` looks up its layers slowly.
         self._window = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         self._has_same_padding = isinstance(convolution, SameConv2d)
         self._activation = ACTIVATIONS[type(activation)]
-        self._packed: torch.Tensor | None = None
-        self._packed_for: tuple[torch.Size, torch.dtype] | None = None
+        self._packed: tuple[torch.Size, torch.Tensor] | None = None  # the shape of the input, and the weights packed for it
 
     @property
     def weight(self) -> torch.Tensor:
@@ -57,10 +57,10 @@ class FusedConvolution(nn.Module):
             window = pad, *window[1:]
         weight = layer.weight
         if len(x) == 1:
-            if self._packed_for != (x.shape, x.dtype):
-                self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
-                self._packed_for = x.shape, x.dtype
-            weight = self._packed
+            packed = self._packed  # another thread may replace it
+            if packed is None or packed[0] != x.shape:
+                packed = self._packed = x.shape, torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
+            weight = packed[1]
         call = torch.ops.mkldnn._convolution_pointwise
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
@@ -69,29 +69,37 @@ class FusedConvolution(nn.Module):
         out = call.default(x, weight, layer.bias, *window, name, parameters, "")  # (B, D, h, w)
         return out if kept is None else out[kept]
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = None  # the weights go to another device or data type
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_packed_for": None}  # its layout cannot be pickled
+        return {**self.__dict__, "_packed": None}  # the packed layout cannot be pickled
 
 
 def _can_fuse(x: torch.Tensor) -> bool:
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()  # first, because the compiler cannot trace the others
+        and x.is_cpu
         and has_fused_convolutions(x.dtype)
         and not x.requires_grad
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
 @cache
 def has_fused_convolutions(dtype: torch.dtype) -> bool:
-    """Whether torch can fuse convolutions on this processor. oneDNN's operations are not part of torch's public interface."""
+    """Whether torch can run oneDNN's fused convolutions on this processor in this data type.
+
+    They are private operations of torch, so this function tries them.
+    """
     if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
         return False
     try:
         if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return False
-        x, weight, window = torch.ones(1, 1, 2, 2, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype), ((0, 0), (1, 1), (1, 1), 1)
+        x, weight = (torch.ones(1, 1, side, side, dtype=dtype, device="cpu") for side in (2, 1))
+        window = (0, 0), (1, 1), (1, 1), 1
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
         out = torch.ops.mkldnn._convolution_pointwise.binary(x, x, packed, None, *window, "add", 1.0, "relu", [], "")
         return bool((out == 2).all())
@@ -102,7 +110,7 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
 def fuse_convolutions(encoder: GridEncoder) -> int:
     """Replace the encoder's convolutions by `FusedConvolution`s, in place.
 
-    Blocks become graphs of their layers. Those that fx cannot trace are not changed.
+    Each block becomes an fx graph of its layers. Blocks that fx cannot trace are not changed.
 
     Returns:
         The number of batch norms that became part of a convolution.
@@ -116,7 +124,7 @@ def fuse_convolutions(encoder: GridEncoder) -> int:
             replaced = fx.GraphModule(block, graph)
             folded += _fuse_graph(replaced)
             backbone.set_submodule(names[block], replaced)
-    # Blocks that are single layers. A fused layer must not cross the end of the frozen blocks, whose output can be cached.
+    # The other blocks are single layers. Do not fuse across the end of the frozen blocks, because their output can be cached.
     for part in (blocks[: encoder.frozen_blocks], blocks[encoder.frozen_blocks :]):
         for number, layer in enumerate(part):
             if not _is_fusible(layer):
@@ -167,11 +175,12 @@ def _fuse_graph(block: fx.GraphModule) -> int:
             _bypass(after)
             folded += 1
             after = _only_user(node)
-        if after is not None and not isinstance(layer, SameConv2d):
+        # The fused convolution runs at the place of the addition. Nothing between may change its input.
+        if after is not None and not isinstance(layer, SameConv2d) and _only_user(node.args[0]) is node:
             residual = _residual(after, node)
         if after is not None and residual is not None:
             node.args = (*node.args, residual)
-            after.append(node)  # the residual may be computed after the input of the convolution
+            after.append(node)
             _replace(after, node)
             after = _only_user(node)
         fusible = ACTIVATIONS if residual is None else (nn.ReLU,)

@@ -142,7 +142,7 @@ class AttnCapDecoder(nn.Module):
         )
 
     def read(self, tokens: torch.Tensor, cache: AttnCapCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Read one word per row (R) after those in the cache, which is updated: `forward` for T = 1 with less overhead.
+        """Read one word per row (R) and update the cache. The same as `forward` with T = 1, with less overhead.
 
         Returns:
             The input of the output layer (R, E) or (R, S), alpha (R, N) and beta as the attention returns it.

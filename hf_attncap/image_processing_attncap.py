@@ -51,9 +51,9 @@ class AttnCapImageProcessor(TorchvisionBackend):
         return cls(image_mean=list(config.image_mean), image_std=list(config.image_std), **kwargs)  # pyright: ignore[reportArgumentType]
 
     def process_image(self, image: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        """Converts an image to a tensor (3, height, width)."""
+        """Converts an image to a tensor (channels, height, width)."""
         if device is None and isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info:
-            # In this layout, channels last, torchvision resizes large images 15 times faster, to the same values.
+            # torchvision resizes large images much faster with the channels last, to the same values.
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return super().process_image(image, *args, device=device, **kwargs)
 

@@ -242,8 +242,8 @@ def _process(settings: SearchSettings, ids: np.ndarray, scores: np.ndarray, star
         scores[image, beam, ids] = np.where(old < 0, old * settings.repetition_penalty, old / settings.repetition_penalty)
     size = settings.no_repeat_ngram_size
     if 0 < size <= length:
-        count = length - size + 1  # of n-grams, and the place of the last `size - 1` tokens
-        banned = np.ones((B, K, count), dtype=bool)  # the n-grams that begin with these tokens
+        count = length - size + 1  # the number of n-grams; the last `size - 1` tokens start at this index
+        banned = np.ones((B, K, count), dtype=bool)  # n-grams that begin with the last `size - 1` tokens
         for place in range(size - 1):
             banned &= ids[:, :, place : place + count] == ids[:, :, count + place, None]
         found = banned.nonzero()  # 3 of (found)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .convolutions import fuse_convolutions, has_fused_convolutions
+from .convolutions import fuse_convolutions
 from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
 
@@ -22,8 +22,8 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
 
     - Batch norm is folded into the convolution before it.
     - The encoder's weights are in channels-last layout, with which convolutions are faster.
-    - On x86 CPUs, convolutions also compute the activation after them and add residuals. For single images, the encoder keeps a
-      second copy of its weights.
+    - On x86 CPUs, residuals and activations are fused into the convolutions, in float32 and bfloat16. For single images, the
+      encoder then keeps a second copy of its weights.
     - With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`, which looks up the products of the word
       embeddings in a table. If the table would exceed 128 MiB in float32, the decoder stays as it is.
 
@@ -45,9 +45,8 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
         encoder.compile()
     tabulated = isinstance(fast.model.decoder, InferenceDecoder)
     logger.info(
-        "Optimized for inference: %d batch norms folded, channels last, activations %s, %s, %s.",
+        "Optimized for inference: %d batch norms folded, channels last, %s, %s.",
         folded,
-        "fused" if fast.device.type == "cpu" and has_fused_convolutions(fast.dtype) else "not fused",
         "word products in a table" if tabulated else "decoder unchanged",
         "encoder compiled" if compile else "encoder not compiled",
     )
@@ -124,13 +123,13 @@ class InferenceDecoder(AttnCapDecoder):
 
 
 def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
-    """Puts the rows (4S, .) of the LSTM's output gate before those of its cell input, after which one sigmoid covers all gates."""
+    """Moves the rows (4S, .) of the LSTM's output gate before those of the cell input. One sigmoid then computes all gates."""
     i, f, g, o = weight.chunk(4)  # (S, .) each
     return torch.cat([i, f, o, g])
 
 
 def _transpose(weight: torch.Tensor) -> torch.Tensor:
-    """Returns (in, out) of a weight (out, in), in the layout with which products of few rows are fastest."""
+    """Returns (in, out) of a weight (out, in). On CPUs, the fastest layout for products of few rows depends on the data type."""
     return weight.T.contiguous() if weight.dtype == torch.float32 else weight.contiguous().T
 
 

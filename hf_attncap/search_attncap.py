@@ -168,7 +168,9 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
     finished = torch.zeros(B, K, dtype=torch.bool, device=device)  # (B, K)
     improvable = torch.ones(B, 1, dtype=torch.bool, device=device)  # (B, 1)
     unfinished = torch.ones((), dtype=torch.bool, device=device)
-    has_finished = device.type != "cpu"  # whether any beam has finished, or none can go on; before, nothing else changes
+    # Until a beam finishes, or an image has no possible beam left, the finished beams need no update. On a GPU, to check this would
+    # mean to wait for it at every step, so the update always runs.
+    may_have_finished = device.type != "cpu"
     first_row = torch.arange(B, device=device)[:, None] * K  # (B, 1)
 
     logits = steps.read_prompt(input_ids, kwargs)  # (B * K, V)
@@ -188,9 +190,9 @@ def beam_search(model: Any, input_ids: torch.Tensor, processors: Any, config: An
         beams = _select(candidates, order)  # (B, K, 2L)
 
         steps.cache.reorder_cache(beams[:, :, L + length - start].flatten())  # type: ignore[arg-type]
-        if not has_finished and device.type == "cpu":  # a GPU would have to wait for the answer
-            has_finished = bool(ended[:, :K].any() | (scores[:, 0] <= IMPOSSIBLE).any())
-        if has_finished:
+        if not may_have_finished:
+            may_have_finished = bool(ended[:, :K].any() | (scores[:, 0] <= IMPOSSIBLE).any())
+        if may_have_finished:
             finishing = ended[:, :K] & unfinished  # (B, K), because only the best K candidates may finish
             eligible = finishing & improvable  # (B, K)
             if config.early_stopping is True:
@@ -243,7 +245,7 @@ def _select(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _is_in(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    if len(ends) == 1:
+    if ends.numel() == 1:
         return tokens == ends
     return (tokens[..., None] == ends).any(dim=-1)
 

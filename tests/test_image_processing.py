@@ -33,6 +33,13 @@ def test_images_in_memory_and_arrays_get_the_same_values(size):
     image, processor = noise(*size), AttnCapImageProcessor()
     values, expected = (processor(given, return_tensors="pt")["pixel_values"] for given in (image, tvf.pil_to_tensor(image)))
     assert torch.equal(values, expected) and values.is_contiguous()
+    for options in ({"resample": 3}, {"do_resize": False}):
+        pair = [image, image.transpose(Image.Transpose.ROTATE_180)]
+        values, expected = (
+            processor(given, return_tensors="pt", **options)["pixel_values"]
+            for given in (pair, [tvf.pil_to_tensor(i) for i in pair])
+        )
+        assert torch.equal(values, expected)
 
 
 def test_edges_of_a_wide_image_are_kept():

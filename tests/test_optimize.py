@@ -11,7 +11,7 @@ from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from hf_attncap import AttnCapForConditionalGeneration, Captioner, convolutions, optimize
+from hf_attncap import Captioner, convolutions, optimize
 from hf_attncap.configuration_attncap import usable_backbones
 from hf_attncap.convolutions import has_fused_convolutions
 from hf_attncap.optimize import InferenceDecoder, optimize_for_inference
@@ -53,9 +53,9 @@ def assert_same_regions(model, fast, pictures, tolerance=1e-4, **inputs):
     assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-def check_backbone(backbone: str) -> nn.Module:
-    """Batches of one image and more, of even and odd sizes, in float32, where layers are fused, and in float64."""
-    single = captioner_with_statistics(backbone=backbone).float()
+def check_backbone(backbone: str, **settings) -> nn.Module:
+    """Compares regions for one and two images, even and odd sizes, in float32 (fused) and float64 (not fused)."""
+    single = captioner_with_statistics(backbone=backbone, **settings).float()
     before = copy.deepcopy(single.state_dict())
     for model, tolerance in ((copy.deepcopy(single).double(), 1e-9), (single, 1e-3)):
         fast = optimize_for_inference(model)
@@ -68,6 +68,18 @@ def check_backbone(backbone: str) -> nn.Module:
 @pytest.mark.parametrize(("backbone", "left"), BACKBONES.items(), ids=BACKBONES)
 def test_regions_are_the_same_and_batch_norm_is_folded(backbone, left):
     assert len(norms(check_backbone(backbone))) == left
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
+def test_regions_are_the_same_with_same_padding(backbone):
+    check_backbone(backbone, backbone_padding="same")
+
+
+@pytest.mark.skipif(not has_fused_convolutions(torch.bfloat16), reason="torch cannot fuse convolutions in bfloat16 here")
+@pytest.mark.parametrize("count", [1, 3])
+def test_regions_are_similar_in_bfloat16(count):
+    model = captioner_with_statistics(backbone="mobilenet_v2", backbone_padding="same").bfloat16()
+    assert_same_regions(model, optimize_for_inference(model), torch.randn(count, 3, 75, 75), tolerance=5e-2)
 
 
 @pytest.mark.slow
@@ -116,6 +128,11 @@ class Block(nn.Module):
                 return self.act(y + 1.0)
             case "used twice":
                 return self.act(y) + y
+            case "input changed in between":
+                z = x * 2
+                y = self.first(z)
+                z += 1
+                return self.act(y + z)
             case "layer called twice":
                 return self.act(self.first(y) + x)
             case _:
@@ -124,7 +141,7 @@ class Block(nn.Module):
 
 KINDS = [
     "+", "+ swapped", "+=", "+= to the input, which is used again", "two convolutions", "to itself", "number", "used twice",
-    "layer called twice", "difference",
+    "layer called twice", "input changed in between", "difference",
 ]  # fmt: skip
 
 
@@ -158,9 +175,13 @@ def test_a_fused_encoder_gives_gradients_and_follows_changes_of_device_and_data_
         m.model.encoder(given).last_hidden_state.square().sum().backward()
         gradients.append(given.grad)
     assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-3 * float(gradients[0].abs().max()))
-    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast.model.encoder.windows)), fast.double()):
-        if isinstance(other, AttnCapForConditionalGeneration):
-            assert_same_regions(model, other, picture)
+    loaded = copy.deepcopy(fast)
+    loaded.model.encoder = pickle.loads(pickle.dumps(fast.model.encoder))
+    assert_same_regions(model, loaded, picture)
+    rounded = copy.deepcopy(fast).bfloat16().float()
+    assert_same_regions(copy.deepcopy(model).bfloat16().float(), rounded, picture, tolerance=5e-2)
+    assert_close(*(rounded.model.encoder(given).last_hidden_state[0] for given in (picture, picture.repeat(2, 1, 1, 1))))
+    assert_same_regions(model, fast.double(), picture)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_regions(model.float(), fast.float(), picture, tolerance=5e-2)
 
@@ -179,12 +200,14 @@ def test_versions_of_torch_without_the_operations_are_noticed(missing, monkeypat
     assert not has_fused_convolutions.__wrapped__(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
 @pytest.mark.parametrize("deep_output", [True, False], ids=["deep output", "state only"])
 @pytest.mark.parametrize("kind", ["none", "score", "channel", "history"])
-def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate):
+def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate, dtype):
     torch.manual_seed(0)
-    model = tiny_model(word_attention=kind, deep_output=deep_output, gate=gate).eval()
+    tolerance = 1e-4 if dtype == torch.float64 else 2e-3  # the weights are large
+    model = tiny_model(word_attention=kind, deep_output=deep_output, gate=gate).to(dtype)
     fast = optimize_for_inference(model)
     assert isinstance(fast.model.decoder, InferenceDecoder) == (kind in ("none", "score"))
     pictures = torch.randn(2, 3, 64, 64)
@@ -192,11 +215,11 @@ def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate):
     for beams in (1, 3):
         found, expected = (m.generate(pictures, num_beams=beams, **wanted) for m in (fast, model))
         assert torch.equal(found.sequences, expected.sequences)
-        assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
-        assert_close(found.cross_attentions, expected.cross_attentions, rtol=1e-4, atol=1e-5)
+        assert_close(found.scores, expected.scores, rtol=tolerance, atol=tolerance)
+        assert_close(found.cross_attentions, expected.cross_attentions, rtol=tolerance, atol=tolerance / 10)
     with torch.no_grad():
         labels = torch.randint(4, 9, (2, 5))
-        assert_close(fast(pictures, labels=labels).loss, model(pictures, labels=labels).loss, rtol=1e-4, atol=1e-5)
+        assert_close(fast(pictures, labels=labels).loss, model(pictures, labels=labels).loss, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_large_vocabularies_keep_the_decoder(monkeypatch):
@@ -226,5 +249,7 @@ def test_compiling_needs_optimizing():
 @pytest.mark.slow
 def test_a_compiled_encoder_gives_the_same_captions():
     torch.manual_seed(0)
-    model, pictures = tiny_model().eval(), torch.randn(2, 3, 64, 64)
+    model, pictures = tiny_model().float(), torch.randn(2, 3, 64, 64)
+    torch._dynamo.utils.counters.clear()
     assert torch.equal(optimize_for_inference(model, compile=True).generate(pictures), model.generate(pictures))
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -89,7 +89,8 @@ def versions() -> dict[str, str]:
 def time_candidates(candidates: Mapping[str, Candidate], args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Milliseconds per call of each candidate: median, minimum and maximum over the rounds, and the median of the CPU time.
 
-    Each round runs all candidates, in random order, so that a change in the machine's load affects all of them.
+    Each round runs all candidates, in random order, so that a change in the machine's load affects all of them. Each candidate
+    first runs once untimed, because the others have displaced its data and kernels from the caches.
     """
     synchronize = _synchronizer(args.device)
     calls = {}
@@ -106,6 +107,8 @@ def time_candidates(candidates: Mapping[str, Candidate], args: argparse.Namespac
     generator = random.Random(0)
     for _ in range(args.rounds):
         for name in generator.sample(list(candidates), len(candidates)):
+            candidates[name]()
+            synchronize()
             start = time.perf_counter(), time.process_time()
             for _ in range(calls[name]):
                 candidates[name]()

@@ -59,8 +59,8 @@ def random_captioner(backbone: str, checkpoint: Path, dtype: torch.dtype, device
     """A captioner with random weights whose captions have 16 tokens."""
     model = random_model(backbone, checkpoint)
     force_length(model)
-    fast: Any = optimize_for_inference(model)
-    return Captioner(fast.to(device, dtype), AttnCapProcessor.from_pretrained(checkpoint))
+    fast: Any = optimize_for_inference(model.to(device, dtype))
+    return Captioner(fast, AttnCapProcessor.from_pretrained(checkpoint))
 
 
 def main() -> None:
