@@ -1,6 +1,7 @@
 """A model optimized for inference gives the same captions, and the original model does not change."""
 
 import copy
+import itertools
 import logging
 import pickle
 from types import SimpleNamespace
@@ -22,12 +23,8 @@ BACKBONES = {
     "mobilenet_v2": 0,
     "efficientnet_lite0": 0,
     "shufflenet_v2_x0_5": 0,
-    "regnet_y_400mf": 0,
-    "googlenet": 0,
     "squeezenet1_1": 0,
-    "vgg11_bn": 0,
     "densenet121": 62,
-    "convnext_tiny": 0,
 }
 
 
@@ -154,9 +151,9 @@ def test_all_kinds_of_additions_are_computed_correctly(kind):
     assert_same_regions(model, optimize_for_inference(model), torch.randn(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("trainable", [28, 27, 26], ids=["after the convolution", "after the batch norm", "after the activation"])
+@pytest.mark.parametrize("trainable", [11, 10, 9], ids=["after the convolution", "after the batch norm", "after the activation"])
 def test_cached_features_can_end_between_layers_that_are_fused(trainable):
-    model = captioner_with_statistics(backbone="vgg11_bn", trainable_blocks=trainable).float()
+    model = captioner_with_statistics(backbone="resnet18", trainable_blocks=trainable).float()
     fast = optimize_for_inference(model)
     pictures = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -200,10 +197,13 @@ def test_versions_of_torch_without_the_operations_are_noticed(missing, monkeypat
     assert not has_fused_convolutions.__wrapped__(torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
-@pytest.mark.parametrize("deep_output", [True, False], ids=["deep output", "state only"])
-@pytest.mark.parametrize("kind", ["none", "score", "channel", "history"])
+VARIANTS = [
+    *itertools.product(["none", "score", "channel", "history"], [True, False], [True, False], [torch.float64]),
+    *itertools.product(["none", "score"], [True], [True], [torch.float32]),
+]
+
+
+@pytest.mark.parametrize(("kind", "deep_output", "gate", "dtype"), VARIANTS)
 def test_captions_scores_and_attentions_are_the_same(kind, deep_output, gate, dtype):
     torch.manual_seed(0)
     tolerance = 1e-4 if dtype == torch.float64 else 2e-3  # the weights are large
