@@ -88,6 +88,8 @@ def write_onnx(
     Returns:
         (H, W), the grid of regions.
     """
+    import onnx  # pyright: ignore[reportMissingImports]
+
     dynamic: Any = torch.export.Dim.DYNAMIC
     encoder, start, step = Encoder(model, mean, std).eval(), Start(model).eval(), Step(model).eval()
     pixels = torch.zeros(IMAGES, *size, 3, dtype=torch.uint8)  # (B, height, width, 3)
@@ -110,6 +112,10 @@ def write_onnx(
             verbose=False,
             dynamo=True,
         )
+        graph = onnx.load(folder / f"{name}.onnx")
+        for node in graph.graph.node:  # stack traces with paths of this machine, which differ between two exports
+            del node.metadata_props[:]
+        onnx.save(graph, folder / f"{name}.onnx")
 
     write("encoder", encoder, {"pixels": pixels}, (1,))
     write("start", start, {"regions": regions}, (1,))
