@@ -57,7 +57,7 @@ def million_parameters(config: AttnCapConfig) -> float:
 
 def random_captioner(backbone: str, checkpoint: Path, dtype: torch.dtype, device: str) -> Captioner:
     """A captioner with random weights whose captions have 16 tokens."""
-    model = random_model(backbone, checkpoint)
+    model: Any = random_model(backbone, checkpoint)
     force_length(model)
     fast: Any = optimize_for_inference(model.to(device, dtype))
     return Captioner(fast, AttnCapProcessor.from_pretrained(checkpoint))
