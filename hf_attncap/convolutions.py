@@ -138,7 +138,7 @@ def fuse_convolutions(encoder: GridEncoder) -> int:
                 if module in names:
                     backbone.set_submodule(names[module], nn.Identity())
             folded += norm is not None
-    encoder.windows = FusedConvolution(encoder.windows, nn.Identity())  # type: ignore[assignment]
+    encoder.set_submodule("windows", FusedConvolution(encoder.windows, nn.Identity()))
     return folded
 
 

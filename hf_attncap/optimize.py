@@ -133,12 +133,10 @@ def _transpose(weight: torch.Tensor) -> torch.Tensor:
     return weight.T.contiguous() if weight.dtype == torch.float32 else weight.contiguous().T
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    """A linear layer with the weight (out, in)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    """A linear layer without bias, with the weight (out, in)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 
