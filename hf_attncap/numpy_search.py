@@ -193,6 +193,7 @@ def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, 
     best_scores = np.full((B, K), IMPOSSIBLE)
     finished = np.zeros((B, K), dtype=bool)
     improvable = np.ones((B, 1), dtype=bool)
+    may_have_finished = False  # until then, the finished beams need no update
 
     for length in range(start, longest):
         logits, normalizer, entropy = outputs  # (B, K, V), (B, K), (B, K)
@@ -211,20 +212,23 @@ def _beam_search(decoder: Decoder, settings: SearchSettings, beams: np.ndarray, 
         scores, order = _top(top + ended * IMPOSSIBLE, K)  # (B, K)
         beams = candidates[image, order]  # (B, K, L)
 
-        new = top / (length + 1 - start) ** settings.length_penalty  # (B, count)
-        lost = ~improvable | ~(ended & is_top)  # (B, count)
-        if settings.early_stopping is True:
-            lost |= finished.all(axis=-1, keepdims=True)
-        best_scores, order = _top(np.concatenate([best_scores, new + lost * IMPOSSIBLE], axis=1), K)  # (B, K)
-        best = np.concatenate([best, candidates], axis=1)[image, order]  # (B, K, L)
-        finished = np.concatenate([finished, ended & is_top], axis=1)[image, order]  # (B, K)
+        if not may_have_finished:
+            may_have_finished = bool(ended[:, :K].any() or (scores[:, 0] <= IMPOSSIBLE).any())
+        if may_have_finished:
+            new = top / (length + 1 - start) ** settings.length_penalty  # (B, count)
+            lost = ~improvable | ~(ended & is_top)  # (B, count)
+            if settings.early_stopping is True:
+                lost |= finished.all(axis=-1, keepdims=True)
+            best_scores, order = _top(np.concatenate([best_scores, new + lost * IMPOSSIBLE], axis=1), K)  # (B, K)
+            best = np.concatenate([best, candidates], axis=1)[image, order]  # (B, K, L)
+            finished = np.concatenate([finished, ended & is_top], axis=1)[image, order]  # (B, K)
 
-        until = longest if settings.early_stopping == "never" and settings.length_penalty > 0 else length + 1
-        possible = scores[:, :1] / (until - start) ** settings.length_penalty  # (B, 1)
-        worst = np.where(finished, best_scores.min(axis=1, keepdims=True), IMPOSSIBLE)  # (B, K)
-        improvable &= (possible > worst).any(axis=-1, keepdims=True)  # (B, 1)
-        if not improvable.any() or (finished.all() and settings.early_stopping is True) or ended.all():
-            break
+            until = longest if settings.early_stopping == "never" and settings.length_penalty > 0 else length + 1
+            possible = scores[:, :1] / (until - start) ** settings.length_penalty  # (B, 1)
+            worst = np.where(finished, best_scores.min(axis=1, keepdims=True), IMPOSSIBLE)  # (B, K)
+            improvable &= (possible > worst).any(axis=-1, keepdims=True)  # (B, 1)
+            if not improvable.any() or (finished.all() and settings.early_stopping is True) or ended.all():
+                break
         decoder.select(beams["beam"][:, :, length])
         outputs = decoder.read(beams["id"][:, :, : length + 1])
 

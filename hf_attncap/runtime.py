@@ -185,7 +185,7 @@ class ExportedModel:
 class _Decoder:
     """The decoder's state for K captions of each of B images with regions (B, N, C), and the attention of its steps.
 
-    `attention` and `word_attention` have one array per step, (B, K, N) and (B, K, t) or (B, K, E), or (B, 1, ...) for the prompt.
+    `attention` and `word_attention` have one array per step, (B, K, N) and (B, K, t) or (B, K, E).
     """
 
     def __init__(self, model: ExportedModel, regions: np.ndarray):
@@ -197,12 +197,15 @@ class _Decoder:
         self.word_attention: list[np.ndarray] = []
 
     def read_prompt(self, ids: np.ndarray, beams: int) -> list[np.ndarray]:
-        """Read start token and prompt (t), and make `beams` equal captions per image; return logits as `read` does."""
+        """Read start token and prompt (t) for `beams` equal captions per image; return logits as `read` does.
+
+        All beams read the prompt, because the graphs take longer for the next word after a change of sizes.
+        """
+        self._h, self._c = (np.repeat(x, beams, axis=1) for x in (self._h, self._c))  # (B, K, S)
         outputs = []
         for length in range(1, len(ids) + 1):
-            outputs = self.read(np.broadcast_to(ids[:length], (len(self._regions), 1, length)))
-        self._h, self._c = (np.repeat(x, beams, axis=1) for x in (self._h, self._c))  # (B, K, S)
-        return [np.repeat(x, beams, axis=1) for x in outputs]
+            outputs = self.read(np.broadcast_to(ids[:length], (len(self._regions), beams, length)))
+        return outputs
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
         """Read the last token of captions (B, K, t); return logits (B, K, V), their log-sum-exp and entropy (B, K)."""
@@ -224,8 +227,7 @@ def _select_beams(steps: list[np.ndarray], beams: np.ndarray) -> np.ndarray:
     B, k, T = beams.shape
     found = np.zeros((B, k, T, steps[T - 1].shape[-1]), np.float32)
     for t, values in enumerate(steps[:T]):
-        rows = np.minimum(beams[:, :, t], values.shape[1] - 1)  # (B, k): the rows of the prompt are shared
-        found[:, :, t, : values.shape[-1]] = np.take_along_axis(values, rows[..., None], 1)
+        found[:, :, t, : values.shape[-1]] = np.take_along_axis(values, beams[:, :, t, None], 1)
     return found
 
 
