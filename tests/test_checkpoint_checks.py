@@ -157,6 +157,7 @@ EXPORTS = {
     "an unknown setting": (generation_value(magic=1), "is damaged .*magic.*: export the checkpoint again"),
     "no tokenizer": (without(TOKENIZER), "tokenizer.json is missing.*: export the checkpoint again"),
     "a damaged tokenizer": (text(TOKENIZER, "[]"), "is damaged .*: export the checkpoint again"),
+    "no settings": (without("export.json"), "graphs of an export, but no export.json: export the checkpoint again"),
     "a damaged graph": (text("step.onnx", "graph"), "The graph 'step' of .* cannot be loaded .*: export again"),
     "no graph": (without("encoder.onnx"), "The graph 'encoder' of .* cannot be loaded .*: export again"),
 }  # fmt: skip
