@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from .configuration_attncap import AttnCapConfig
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .processing_attncap import AttnCapProcessor
-from .runtime import EXPORT_FILE, GRAPHS
 
 AGAIN = "copy or download it again"
 SAVE = "save the model and its processor there with `save_pretrained`"
@@ -39,8 +38,6 @@ def check_files(folder: Path) -> None:
     Raises:
         ValueError: names the file and says what to do.
     """
-    if any((folder / f"{GRAPHS[-1]}.{ending}").is_file() for ending in ("onnx", "xml")):
-        raise ValueError(f"it has the graphs of an export, but no {EXPORT_FILE}: export the checkpoint again.")
     for names in REQUIRED:
         if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{names[0]} is missing: {SAVE}.")

@@ -13,6 +13,8 @@ from transformers.utils.generic import ModelOutput
 from .backbone_attncap import build_backbone, count_channels, run_checkpointed
 from .configuration_attncap import AttnCapConfig
 
+CPU_IMAGES = 16  # at most that many images per pass on CPUs: larger activations do not fit in the caches and take longer per image
+
 
 @dataclass
 class GridEncoderOutput(ModelOutput):
@@ -85,6 +87,9 @@ class GridEncoder(nn.Module):
         return self._run_blocks(self.blocks()[: self.frozen_blocks or None], x)  # (B, D', h', w')
 
     def _run_blocks(self, blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        is_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if is_inference and x.device.type == "cpu" and len(x) > CPU_IMAGES:
+            return torch.cat([self._run_blocks(blocks, part) for part in x.split(CPU_IMAGES)])
         for block in blocks:
             has_layers = next(block.children(), None) is not None
             if self.gradient_checkpointing and self.training and has_layers and x.requires_grad:

@@ -25,7 +25,7 @@ from .importance import word_importance
 from .modeling_attncap import AttnCapForConditionalGeneration
 from .optimize import optimize_for_inference
 from .processing_attncap import AttnCapProcessor
-from .runtime import is_export
+from .runtime import EXPORT_FILE, GRAPHS, is_export
 
 try:  # huggingface_hub needs one of them
     from huggingface_hub.utils import httpx
@@ -54,6 +54,8 @@ def load_model(
     """
     if is_export(source):
         raise OSError(f"'{source}' is an export: give the checkpoint that it was made from.")
+    if any(Path(source, f"{GRAPHS[-1]}.{ending}").is_file() for ending in ("onnx", "xml")):
+        raise OSError(f"'{source}' has the graphs of an export, but no {EXPORT_FILE}: export the checkpoint again.")
     is_folder = os.path.isdir(source)
     if is_folder and hub.get("revision") is not None:
         raise ValueError(f"'{source}' is a folder, which has no revisions: leave `revision` out, or name a Hub repository.")

@@ -12,6 +12,7 @@ from reference import BOS, EOS, KINDS, PAD, Reference, load, random_regions, tin
 from torch.testing import assert_close
 
 from hf_attncap.cache_attncap import CACHE_NAME, AttnCapCache
+from hf_attncap.encoder_attncap import CPU_IMAGES
 from hf_attncap.loss_attncap import caption_loss
 from hf_attncap.modeling_attncap import AttnCapForConditionalGeneration, GridEncoderOutput
 
@@ -221,6 +222,25 @@ def test_regions_are_pooled_features_row_by_row(grid):
     rows, columns = out.grid_shape
     assert (rows, columns) == {None: features.shape[-2:], 2: (2, 2), (1, 3): (1, 3), (5, 4): (5, 4)}[grid]
     assert out.last_hidden_state.shape == (2, rows * columns, 4)
+
+
+@pytest.mark.parametrize("trained", [{"freeze_backbone": True}, {"trainable_blocks": 2}, {}], ids=["none", "some", "all"])
+def test_the_encoder_splits_large_batches_only_for_inference(trained):
+    """All activations of a large batch together do not fit in the caches of a CPU. The regions are the same."""
+    encoder, seen = tiny_model(**trained).model.encoder, []
+    for block in encoder.blocks():
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    images = torch.rand(2 * CPU_IMAGES + 3, 3, 40, 40, dtype=torch.float64)  # (B, 3, height, width)
+    whole = encoder(images).last_hidden_state  # (B, N, C), with gradients
+    assert set(seen) == {len(images)}
+    seen.clear()
+    with torch.no_grad():
+        split = encoder(images).last_hidden_state  # (B, N, C)
+        assert set(seen) == {CPU_IMAGES, 3}
+        seen.clear()
+        encoder.train()(images)
+        assert set(seen) == {len(images)}
+    assert_close(split, whole)
 
 
 def test_images_features_and_encoder_outputs_give_equal_results():
