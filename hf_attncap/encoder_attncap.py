@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 from .backbone_attncap import build_backbone, count_channels, run_checkpointed
 from .configuration_attncap import AttnCapConfig
 
-CPU_IMAGES = 16  # at most that many images per pass on CPUs: larger activations do not fit in the caches and take longer per image
+CPU_IMAGES = 16  # at most that many images per pass on CPUs, because larger batches take longer per image
 
 
 @dataclass

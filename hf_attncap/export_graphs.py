@@ -88,8 +88,6 @@ def write_onnx(
     Returns:
         (H, W), the grid of regions.
     """
-    import onnx  # pyright: ignore[reportMissingImports]
-
     dynamic: Any = torch.export.Dim.DYNAMIC
     encoder, start, step = Encoder(model, mean, std).eval(), Start(model).eval(), Step(model).eval()
     pixels = torch.zeros(IMAGES, *size, 3, dtype=torch.uint8)  # (B, height, width, 3)
@@ -102,20 +100,17 @@ def write_onnx(
 
     def write(name: str, module: nn.Module, inputs: dict[str, torch.Tensor], dynamic_axes: tuple[int, ...]) -> None:
         """Write a graph; `dynamic_axes` says how many of the first axes of each input can have other sizes."""
-        torch.onnx.export(
+        program: Any = torch.onnx.export(
             module,
             tuple(inputs.values()),
-            str(folder / f"{name}.onnx"),
             input_names=list(inputs),
             dynamic_shapes=tuple(dict.fromkeys(range(count), dynamic) for count in dynamic_axes),
-            external_data=False,
             verbose=False,
             dynamo=True,
         )
-        graph = onnx.load(folder / f"{name}.onnx")
-        for node in graph.graph.node:  # stack traces with paths of this machine, which differ between two exports
-            del node.metadata_props[:]
-        onnx.save(graph, folder / f"{name}.onnx")
+        for node in program.model.graph:
+            node.metadata_props.clear()  # stack traces with paths of this machine, which differ between two exports
+        program.save(folder / f"{name}.onnx", external_data=False)
 
     write("encoder", encoder, {"pixels": pixels}, (1,))
     write("start", start, {"regions": regions}, (1,))

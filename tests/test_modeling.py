@@ -226,7 +226,7 @@ def test_regions_are_pooled_features_row_by_row(grid):
 
 @pytest.mark.parametrize("trained", [{"freeze_backbone": True}, {"trainable_blocks": 2}, {}], ids=["none", "some", "all"])
 def test_the_encoder_splits_large_batches_only_for_inference(trained):
-    """All activations of a large batch together do not fit in the caches of a CPU. The regions are the same."""
+    """Large batches take longer per image on CPUs. The regions are the same."""
     encoder, seen = tiny_model(**trained).model.encoder, []
     for block in encoder.blocks():
         block.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
