@@ -9,6 +9,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
@@ -65,6 +67,17 @@ class SuppressedTokens(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.banned = self.banned.to(scores.device)
         return scores.index_fill(1, self.banned, -torch.inf)  # (R, V)
+
+
+class NoEarlyEnd(SuppressedTokens):
+    """Bans the end tokens until a row has `length` tokens. Does the same as transformers' two processors."""
+
+    def __init__(self, length: int, ends: torch.Tensor, vocab_size: int):
+        super().__init__(ends, vocab_size)
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__call__(input_ids, scores) if input_ids.shape[1] < self.length else scores  # (R, V)
 
 
 class NoRepeatedNgrams(LogitsProcessor):
@@ -135,6 +148,11 @@ class AttnCapGenerationMixin(GenerationMixin):
                 processors[index] = NoRepeatedNgrams(processor.ngram_size)
             elif type(processor) is SuppressTokensLogitsProcessor:
                 processors[index] = SuppressedTokens(processor.suppress_tokens, self.config.vocab_size)
+            elif type(processor) is MinLengthLogitsProcessor:
+                processors[index] = NoEarlyEnd(processor.min_length, processor.eos_token_id, self.config.vocab_size)
+            elif type(processor) is MinNewTokensLengthLogitsProcessor:  # transformers adds both for `min_new_tokens`
+                length = processor.prompt_length_to_skip + processor.min_new_tokens
+                processors[index] = NoEarlyEnd(length, processor.eos_token_id, self.config.vocab_size)
         return processors
 
     def _prepare_decoder_input_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from reference import EOS, PAD
 from test_generation import WORDS, images, talker
 from torch.testing import assert_close
-from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 from hf_attncap import generation_attncap, search_attncap
@@ -109,6 +114,39 @@ def test_banned_ngrams_are_those_of_transformers(size, rows, length):
     scores = torch.randn(len(rows), 5, generator=torch.Generator().manual_seed(length))
     expected = NoRepeatNGramLogitsProcessor(size)(input_ids, scores.clone())
     assert torch.equal(generation_attncap.NoRepeatedNgrams(size)(input_ids, scores), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(0, 5), st.integers(0, 3), st.lists(st.integers(-2, 6), min_size=1, max_size=3)
+)
+def test_banned_tokens_are_those_of_transformers(rows, length, prompt, shortest, banned):
+    input_ids = torch.zeros(rows, length, dtype=torch.long)
+    scores = torch.randn(rows, 5, generator=torch.Generator().manual_seed(length))
+    given, tokens = scores.clone(), torch.tensor(banned)
+    expected = SuppressTokensLogitsProcessor(banned)(input_ids, scores)
+    assert torch.equal(generation_attncap.SuppressedTokens(tokens, 5)(input_ids, scores), expected)
+    expected = MinNewTokensLengthLogitsProcessor(prompt, shortest, tokens)(input_ids, scores)
+    assert torch.equal(generation_attncap.NoEarlyEnd(prompt + shortest, tokens, 5)(input_ids, scores), expected)
+    expected = MinLengthLogitsProcessor(shortest, tokens)(input_ids, scores)
+    assert torch.equal(generation_attncap.NoEarlyEnd(shortest, tokens, 5)(input_ids, scores), expected)
+    assert torch.equal(scores, given), "the processors changed their input"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_processor_searches_the_vocabulary(beams, monkeypatch):
+    """transformers' processors compare each token of the vocabulary with the banned ones at each step."""
+    searches, isin = [], torch.isin
+    monkeypatch.setattr(torch, "isin", lambda *args, **kwargs: searches.append(args) or isin(*args, **kwargs))
+    settings: dict[str, Any] = {"suppress_tokens": [4], "no_repeat_ngram_size": 2, "num_beams": beams}
+    counts = []
+    for length in (2, 6):
+        searches.clear()
+        limits = {"min_new_tokens": length, "max_new_tokens": length}
+        out = talker("score", 0).generate(encoder_outputs=images(2, "score"), **limits, **settings)
+        assert out.shape == (2, 1 + length) and not ((out == EOS) | (out == 4)).any()
+        counts.append(len(searches))
+    assert counts[0] == counts[1], "the number of searches grows with the length"
 
 
 def test_steps_between_two_checks_for_the_end_change_nothing(monkeypatch):
