@@ -73,7 +73,8 @@ def test_decoding(tiny_checkpoint, capsys, tmp_path):
     assert [row["name"] for row in rows].count("this package") == 4
     for row in rows:
         assert ("times_as_fast" in row) == (row["name"] == "this package")
-        assert ("overhead_ms" in row) == (row["beams"] == 1 and row["settings"] == "plain")
+        is_search_alone = row["name"] == "this package, without generate"
+        assert ("overhead_ms" in row) == (row["beams"] == 1 and row["settings"] == "plain" and not is_search_alone)
 
 
 def test_fast_and_stock_loops_are_both_measured(tiny_checkpoint, monkeypatch):
@@ -86,9 +87,10 @@ def test_fast_and_stock_loops_are_both_measured(tiny_checkpoint, monkeypatch):
     loops = (decoding.generate, decoding.generate_by_transformers)
     found = [loop(model, regions, num_beams=1, max_new_tokens=3) for loop in loops]
     assert len(called) == 1 and torch.equal(*found)
-    bare = decoding.bare_steps(model, regions, 3)
-    plain = decoding.generate(model, regions, num_beams=1, max_new_tokens=3, min_new_tokens=3, **decoding.PLAIN)
-    assert bare.shape == (1, 1) and plain.shape == (1, 4)
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, **decoding.PLAIN}
+    search_alone = decoding.search_without_generate(model, regions, **settings)
+    plain = decoding.generate(model, regions, num_beams=1, **settings)
+    assert plain.shape == (1, 4) and torch.equal(search_alone(), plain) and torch.equal(search_alone(), plain)
 
 
 def tiny_peer() -> Any:
