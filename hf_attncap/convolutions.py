@@ -11,6 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from .backbone_attncap import SameConv2d
 from .encoder_attncap import GridEncoder
+from .onednn import PackingLayer, is_available, is_cpu_inference
 
 # Activations that oneDNN can fuse into a convolution, with oneDNN's names and parameters.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 IDENTITIES = (nn.Identity, nn.Dropout, StochasticDepth)  # layers that do nothing in evaluation mode
 
 
-class FusedConvolution(nn.Module):
+class FusedConvolution(PackingLayer):
     """A convolution, the addition of a residual and an activation. On x86 CPUs, oneDNN computes them in one operation.
 
     For single images it keeps a second copy of the weights, packed for the last image size. The layers are called one by one on
@@ -38,7 +39,6 @@ class FusedConvolution(nn.Module):
         self._window = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         self._has_same_padding = isinstance(convolution, SameConv2d)
         self._activation = ACTIVATIONS[type(activation)]
-        self._packed: tuple[torch.Size, torch.Tensor] | None = None  # the shape of the input, and the weights packed for it
 
     @property
     def weight(self) -> torch.Tensor:
@@ -48,7 +48,7 @@ class FusedConvolution(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         layer: Any = self.convolution
         window, kept, (name, parameters) = self._window, None, self._activation
-        if not _can_fuse(x):
+        if not (is_cpu_inference(x) and has_fused_convolutions(x.dtype)):
             out = layer(x)  # (B, D, h, w)
             return self.activation(out if residual is None else out + residual)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -59,6 +59,7 @@ class FusedConvolution(nn.Module):
         if len(x) == 1:
             packed = self._packed  # another thread may replace it
             if packed is None or packed[0] != x.shape:
+                # the shape of the input, and the weights packed for it
                 packed = self._packed = x.shape, torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
             weight = packed[1]
         call = torch.ops.mkldnn._convolution_pointwise
@@ -69,23 +70,6 @@ class FusedConvolution(nn.Module):
         out = call.default(x, weight, layer.bias, *window, name, parameters, "")  # (B, D, h, w)
         return out if kept is None else out[kept]
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed = None  # the weights go to another device or data type
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # the packed layout cannot be pickled
-
-
-def _can_fuse(x: torch.Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()  # first, because the compiler cannot trace the others
-        and x.is_cpu
-        and has_fused_convolutions(x.dtype)
-        and not x.requires_grad
-        and not torch.is_autocast_enabled("cpu")
-    )
-
 
 @cache
 def has_fused_convolutions(dtype: torch.dtype) -> bool:
@@ -93,7 +77,7 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
 
     They are private operations of torch, so this function tries them.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+    if not is_available():
         return False
     try:
         if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

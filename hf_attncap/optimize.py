@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .convolutions import fuse_convolutions
 from .decoder_attncap import AttnCapDecoder
 from .modeling_attncap import AttnCapForConditionalGeneration
+from .onednn import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
       encoder then keeps a second copy of its weights.
     - With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`, which looks up the products of the word
       embeddings in a table. If the table would exceed 128 MiB in float32, the decoder stays as it is.
+    - On x86 CPUs, in bfloat16, this decoder and the output layer keep a second copy of their weights in oneDNN's layout.
 
     The copy is in evaluation mode. It can be neither trained nor saved. An INFO message in the log says what was done.
 
@@ -34,13 +36,15 @@ def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool
         compile: also compile the encoder with `torch.compile`, which needs a C++ compiler on CPUs. The first batch of each size is
             slow.
     """
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    encoder: Any = fast.model.encoder
+    fast: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    encoder = fast.model.encoder
     folded = fuse_convolutions(encoder)
     encoder.to(memory_format=torch.channels_last)
-    decoder: Any = fast.model.decoder
+    decoder = fast.model.decoder
     if decoder.attention.word_attention in ("none", "score") and InferenceDecoder.table_size(decoder) <= MAX_TABLE_ELEMENTS:
         fast.model.decoder = InferenceDecoder(decoder)
+    if type(fast.lm_head) is nn.Linear:
+        fast.lm_head = PackedLinear(fast.lm_head.weight, fast.lm_head.bias)
     if compile:
         encoder.compile()
     tabulated = isinstance(fast.model.decoder, InferenceDecoder)
@@ -66,9 +70,6 @@ class InferenceDecoder(AttnCapDecoder):
     """
 
     word_products: torch.Tensor
-    state_weight: torch.Tensor
-    state_bias: torch.Tensor
-    context_weight: torch.Tensor
 
     def __init__(self, decoder: AttnCapDecoder):
         nn.Module.__init__(self)
@@ -83,14 +84,13 @@ class InferenceDecoder(AttnCapDecoder):
             weights.append(decoder.gate.weight)
             biases.append(decoder.gate.bias)
         self.widths = [query.out_features, 4 * cell.hidden_size]
-        self.register_buffer("state_weight", _transpose(torch.cat(weights)), persistent=False)  # (S, A + 4S [+ C])
-        self.register_buffer("state_bias", torch.cat(biases), persistent=False)  # (A + 4S [+ C])
-        self.register_buffer("context_weight", _transpose(context_weight), persistent=False)  # (C, 4S)
+        self.state_proj = PackedLinear(_store(torch.cat(weights)), torch.cat(biases))  # S to A + 4S [+ C]
+        self.context_proj = PackedLinear(_store(context_weight))  # C to 4S
         is_scored = decoder.attention.word_attention == "score"
         queries = decoder.attention.word_proj(words) if is_scored else words.new_zeros(len(words), query.out_features)  # (V, A)
         table = [queries, words @ word_weight.T]  # (V, A), (V, 4S)
         if decoder.deep_output:
-            self.output_proj = _linear(torch.cat([decoder.state_out.weight, decoder.region_out.weight], dim=1))
+            self.output_proj = PackedLinear(torch.cat([decoder.state_out.weight, decoder.region_out.weight], dim=1))  # S + C to E
             table.append(decoder.word_out(words) + decoder.state_out.bias)  # (V, E)
         self.register_buffer("word_products", torch.cat(table, dim=1), persistent=False)  # (V, A + 4S + D)
 
@@ -105,13 +105,13 @@ class InferenceDecoder(AttnCapDecoder):
         return F.embedding(input_ids, self.word_products), None
 
     def step(self, h, c, keys, regions, e, u, mask=None, gradients=None):
-        state = torch.addmm(self.state_bias, h, self.state_weight)  # (R, A + 4S [+ C])
+        state = self.state_proj(h)  # (R, A + 4S [+ C])
         width = sum(self.widths)
         query, gates = (state[:, :width] + e[:, -1, :width]).split(self.widths, dim=-1)  # (R, A), (R, 4S)
         z, alpha = self.attention.attend_regions(query, keys, regions)  # (R, C), (R, N)
         if state.shape[1] > width:
             z = torch.sigmoid(state[:, width:]) * z  # (R, C)
-        gates = torch.addmm(gates, z, self.context_weight)  # (R, 4S)
+        gates = self.context_proj(z, gates)  # (R, 4S)
         i, f, o = torch.sigmoid(gates[:, : 3 * h.shape[1]]).chunk(3, dim=-1)  # (R, S) each
         c = f * c + i * torch.tanh(gates[:, 3 * h.shape[1] :])  # (R, S)
         return o * torch.tanh(c), c, z, alpha, None
@@ -119,7 +119,7 @@ class InferenceDecoder(AttnCapDecoder):
     def project_output(self, e: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if not self.deep_output:
             return h
-        return e[..., -self.output_proj.out_features :] + self.output_proj(torch.cat([h, z], dim=-1))  # (..., E)
+        return e[..., -self.embed_tokens.embedding_dim :] + self.output_proj(torch.cat([h, z], dim=-1))  # (..., E)
 
 
 def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
@@ -128,16 +128,9 @@ def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([i, f, o, g])
 
 
-def _transpose(weight: torch.Tensor) -> torch.Tensor:
-    """Returns (in, out) of a weight (out, in). On CPUs, the fastest layout for products of few rows depends on the data type."""
-    return weight.T.contiguous() if weight.dtype == torch.float32 else weight.contiguous().T
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    """A linear layer without bias, with the weight (out, in)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
+def _store(weight: torch.Tensor) -> torch.Tensor:
+    """Stores a weight (out, in) in the layout that is fastest for products of few rows on CPUs, (in, out) in float32."""
+    return weight.T.contiguous().T if weight.dtype == torch.float32 else weight.contiguous()
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:

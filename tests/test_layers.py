@@ -49,7 +49,7 @@ LAYERS = {
         {"configuration_attncap"},
         {"confidence_attncap", "efficientnet_lite_attncap", "urls_attncap", "occlusion", "word_vectors", "words_attncap"},
         {"image_files_attncap", "metrics"},
-        {"atomic", "console", "export_weights"},
+        {"atomic", "console", "export_weights", "onednn"},
     ],
     "hf_attncap.metrics": [
         {"evaluate_modules"},

@@ -40,11 +40,11 @@ def search_without_generate(model: Any, regions: torch.Tensor, **settings: Any) 
     """A call of greedy search alone, with the arguments that `generate` passes to it."""
     with mock.patch.object(generation_attncap, "greedy_search", wraps=greedy_search) as search:
         generate(model, regions, num_beams=1, **settings)
-    *arguments, kwargs = search.call_args.args
+    _, start, processors, config, kwargs = search.call_args.args
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return greedy_search(*arguments, {**kwargs, CACHE_NAME: AttnCapCache()})
+        return greedy_search(model, start, processors, config, {**kwargs, CACHE_NAME: AttnCapCache()})
 
     return run
 
