@@ -82,8 +82,9 @@ def plot_layers(
     size = (columns * (width + 0.1) + 0.8 * len(layers), rows * (len(layers) * height + 0.35) + top)
     figure = Figure(size, dpi=DPI, layout="constrained")
     figure.suptitle(heading, fontsize=17, parse_math=False)
-    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
-    axes = figure.subplots(rows * len(layers), columns, squeeze=False, subplot_kw=no_frame)
+    axes = figure.subplots(rows * len(layers), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()  # the layout takes longer with axes, even without ticks
 
     longest = int(max(width, height) * DPI)
     pixels = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
