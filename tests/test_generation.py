@@ -500,6 +500,15 @@ def test_assisted_decoding_equals_greedy(kind, helper, prompt):
         assert model.generate(pixel_values=picture, **assist, **ask).tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("shortest", [{"min_new_tokens": 5}, {"min_length": 4}], ids=str)
+def test_assisted_decoding_with_a_minimum_length_equals_greedy(shortest):
+    for seed, picture in enumerate(pictures(4).split(1)):
+        model, ask = talker("score", seed), {"pixel_values": picture, "max_new_tokens": 7, **shortest}
+        want = model.generate(**ask)
+        assert model.generate(assistant_model=talker("score", seed + 1), **ask).tolist() == want.tolist()
+        assert EOS not in want[0, 1:4].tolist()
+
+
 # --- what comes back ---
 
 
