@@ -104,8 +104,8 @@ class Captioner:
             device: such as "cpu", "cuda:1" or "mps". Default: "cuda" if an NVIDIA or AMD GPU is available, else "mps" if an Apple
                 GPU is, else "cpu".
             dtype: such as "bfloat16". Default: the checkpoint's.
-            optimize: "auto" makes the model faster without changing captions (`optimize_for_inference`); `captioner.model` can
-                then be neither trained nor saved. False keeps the model as it was saved.
+            optimize: "auto" makes the model faster (`optimize_for_inference`), with the same captions in float32;
+                `captioner.model` can then be neither trained nor saved. False keeps the model as it was saved.
             compile: also compile the encoder, with `optimize="auto"`. The first batch of each size then takes up to a minute. Not
                 on MPS.
             revision: a branch, tag or commit of the Hub repository. Default: its main branch.

@@ -59,7 +59,7 @@ class FusedConvolution(PackingLayer):
         if len(x) == 1:
             packed = self._packed  # another thread may replace it
             if packed is None or packed[0] != x.shape:
-                # the shape of the input, and the weights packed for it
+                # `_packed` is the shape of the input and the weights packed for it.
                 packed = self._packed = x.shape, torch.ops.mkldnn._reorder_convolution_weight(weight, *window, x.shape)
             weight = packed[1]
         call = torch.ops.mkldnn._convolution_pointwise

@@ -70,7 +70,7 @@ class SuppressedTokens(LogitsProcessor):
 
 
 class NoEarlyEnd(SuppressedTokens):
-    """Bans the end tokens until a row has `length` tokens. Does the same as transformers' two processors."""
+    """Bans the end tokens until a row has `length` tokens. Does the same as transformers' processors, like `SuppressedTokens`."""
 
     def __init__(self, length: int, ends: torch.Tensor, vocab_size: int):
         super().__init__(ends, vocab_size)

@@ -1,4 +1,4 @@
-"""Layers whose weights oneDNN, torch's library for x86 CPUs, keeps in a layout of its own, for faster inference."""
+"""Layers that keep a copy of their weights in the packed layout of oneDNN, for faster inference on x86 CPUs."""
 
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ class PackingLayer(nn.Module):
 
 
 class PackedLinear(PackingLayer):
-    """A linear layer for inference. In bfloat16 on x86 CPUs its weights are packed, with which products of few rows are faster.
+    """A linear layer for inference. In bfloat16 on x86 CPUs it packs its weights, which makes products with few rows faster.
 
     Args:
         weight: (out, in).
@@ -40,7 +40,7 @@ class PackedLinear(PackingLayer):
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """x W^T + b for x (..., in). `added` (R, out) takes the place of b and requires x (R, in)."""
+        """x W^T + b for x (..., in). `added` (R, out) replaces b; x must then be (R, in)."""
         if not (x.dtype == torch.bfloat16 and is_cpu_inference(x) and has_packed_products()):
             return F.linear(x, self.weight, self.bias) if added is None else torch.addmm(added, x, self.weight.T)
         packed = self._packed  # another thread may replace it
@@ -64,9 +64,9 @@ def is_cpu_inference(x: torch.Tensor) -> bool:
 
 @cache
 def has_packed_products() -> bool:
-    """Whether torch can multiply with packed weights in bfloat16 on this processor. In float32, they were not faster.
+    """Whether torch can multiply with packed weights in bfloat16 on this processor. Packing was not faster in float32.
 
-    These are private operations of torch, so this function tries them.
+    The operations are private to torch, so this function tries them.
     """
     try:
         if not (is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

@@ -19,17 +19,18 @@ MAX_TABLE_ELEMENTS = 2**25  # of the table of word products; with a larger vocab
 
 
 def optimize_for_inference(model: AttnCapForConditionalGeneration, compile: bool = False) -> AttnCapForConditionalGeneration:
-    """Makes a faster copy of a captioner. Its captions are the same; scores and attention differ by rounding errors only.
+    """Makes a faster copy of a captioner. In float32 its captions are the same; scores and attention differ by rounding only.
 
     - Batch norm is folded into the convolution before it.
-    - The encoder's weights are in channels-last layout, with which convolutions are faster.
+    - The encoder's weights are in channels-last layout, which makes convolutions faster.
     - On x86 CPUs, residuals and activations are fused into the convolutions, in float32 and bfloat16. For single images, the
       encoder then keeps a second copy of its weights.
     - With `word_attention` "none" or "score", the decoder becomes an `InferenceDecoder`, which looks up the products of the word
       embeddings in a table. If the table would exceed 128 MiB in float32, the decoder stays as it is.
-    - On x86 CPUs, in bfloat16, this decoder and the output layer keep a second copy of their weights in oneDNN's layout.
+    - In bfloat16 on x86 CPUs, the `InferenceDecoder` and the output layer keep a second copy of their weights in oneDNN's layout.
 
-    The copy is in evaluation mode. It can be neither trained nor saved. An INFO message in the log says what was done.
+    The copy is in evaluation mode. It can be neither trained nor saved, and its weights must not be changed. An INFO message in the
+    log says what was done.
 
     Args:
         model: is not changed.
@@ -84,8 +85,8 @@ class InferenceDecoder(AttnCapDecoder):
             weights.append(decoder.gate.weight)
             biases.append(decoder.gate.bias)
         self.widths = [query.out_features, 4 * cell.hidden_size]
-        self.state_proj = PackedLinear(_store(torch.cat(weights)), torch.cat(biases))  # S to A + 4S [+ C]
-        self.context_proj = PackedLinear(_store(context_weight))  # C to 4S
+        self.state_proj = PackedLinear(_arrange(torch.cat(weights)), torch.cat(biases))  # S to A + 4S [+ C]
+        self.context_proj = PackedLinear(_arrange(context_weight))  # C to 4S
         is_scored = decoder.attention.word_attention == "score"
         queries = decoder.attention.word_proj(words) if is_scored else words.new_zeros(len(words), query.out_features)  # (V, A)
         table = [queries, words @ word_weight.T]  # (V, A), (V, 4S)
@@ -128,8 +129,8 @@ def _reorder_gates(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([i, f, o, g])
 
 
-def _store(weight: torch.Tensor) -> torch.Tensor:
-    """Stores a weight (out, in) in the layout that is fastest for products of few rows on CPUs, (in, out) in float32."""
+def _arrange(weight: torch.Tensor) -> torch.Tensor:
+    """Copies a weight (out, in) to the memory layout that is fastest for few rows on CPUs. In float32 that is (in, out)."""
     return weight.T.contiguous().T if weight.dtype == torch.float32 else weight.contiguous()
 
 

@@ -84,7 +84,7 @@ def plot_layers(
     figure.suptitle(heading, fontsize=17, parse_math=False)
     axes = figure.subplots(rows * len(layers), columns, squeeze=False)
     for axis in axes.flat:
-        axis.set_axis_off()  # the layout takes longer with axes, even without ticks
+        axis.set_axis_off()  # laid out faster than axes without ticks
 
     longest = int(max(width, height) * DPI)
     pixels = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)

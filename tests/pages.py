@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 SCRIPT = "benchmarks/reproduce_checkpoint.sh"
-HERE = re.compile("attncap (caption|explain|evaluate|card|export-hub) ")
+IN_PROCESS = re.compile("attncap (caption|explain|evaluate|card|export-hub) ")
 
 
 def read(page: str) -> str:
@@ -55,11 +55,11 @@ def run_here(command: str, folder: Path) -> str:
 def check_commands(folder: Path, commands: list[str], training_options: str = "") -> str:
     """Runs commands one after the other; returns what the last one printed. Training gets further options.
 
-    `HERE` and the inspection of data run in this process, other commands in a new one.
+    Commands that match `IN_PROCESS`, and `--inspect`, run in this process, other commands in a new one.
     """
     output = ""
     for command in commands:
-        if (HERE.match(command) and " < " not in command) or "--inspect" in command:
+        if (IN_PROCESS.match(command) and " < " not in command) or "--inspect" in command:
             output = run_here(command, folder)
             continue
         result = run(f"{command} {training_options}" if "attncap train" in command else command, folder)

@@ -1,4 +1,4 @@
-"""A `PackedLinear` gives the results of torch's linear layer, with packed weights and without."""
+"""A `PackedLinear` gives the results of torch's linear layer, with and without packed weights."""
 
 import copy
 import pickle
@@ -95,7 +95,7 @@ def test_versions_of_torch_without_the_operations_are_noticed(missing, monkeypat
 
 def test_layers_of_other_kinds_are_kept():
     class Adapted(torch.nn.Linear):
-        """Such as a layer of peft, whose weights are not all that it adds."""
+        """Like a PEFT layer, which has more than a weight and a bias."""
 
     model = tiny_model()
     model.lm_head = Adapted(model.lm_head.in_features, model.lm_head.out_features)

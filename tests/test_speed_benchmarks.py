@@ -254,8 +254,10 @@ def test_the_table_about_amx_is_that_of_the_results():
             times
             | {f"{shown_as[row['step']]} ({row['trained']}), {row['name'].partition(',')[0]}": row["ms"] for row in as_trained}
         )
+        has_amx = "amx_bf16" in json.loads((folder / "end_to_end.json").read_text())["machine"]["instructions"]
+        assert has_amx == (folder.name == "amx")
     lines = re.findall(r"^\| (.*?) \| ([\d.,]+) \| ([\d.,]+) \|$", section, flags=re.M)
-    assert len(lines) == 10
+    assert len(lines) == 11
     for name, *shown in lines:
         assert shown == [measure.format_value(times[name]) for times in columns], name
 
